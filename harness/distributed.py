@@ -1,0 +1,151 @@
+"""Collectives of the package: merge rows over a process group, agree on small objects.
+
+This is the only module that calls :mod:`torch.distributed`. Every function works without a process group too, where
+it does what one rank would do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+ProcessGroup = dist.ProcessGroup
+
+__all__ = [
+    "ProcessGroup",
+    "agree_before_training",
+    "broadcast_object",
+    "data_parallel_size",
+    "gather_objects",
+    "global_rank",
+    "gradient_scale",
+    "is_distributed",
+    "merge_over_ranks",
+]
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def data_parallel_size(group: ProcessGroup | None = None) -> int:
+    """Number of ranks that share a batch: the size of ``group``, or of the world, or 1 without a process group."""
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def global_rank(group: ProcessGroup | None = None) -> int:
+    """Rank of this process in ``group``, or in the world, or 0 without a process group."""
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def gradient_scale(group: ProcessGroup | None = None) -> int:
+    r"""Factor on the loss that cancels the averaging of gradients over the data-parallel ranks.
+
+    DDP, FSDP and DeepSpeed hand the optimizer :math:`\frac{1}{W}\sum_r \nabla L_r`. The merged loss :math:`L` is the
+    same on all W ranks and its backward pass stops at each rank's own row, so that :math:`\sum_r \nabla L_r` is the
+    gradient of one process on the whole batch. Backward of :math:`W \cdot L` is therefore exact.
+
+    Args:
+        group: the data-parallel group, if a strategy splits the world; the whole world otherwise.
+    """
+    return data_parallel_size(group)
+
+
+class _MergeSums(torch.autograd.Function):
+    """All-reduce SUM whose backward passes the gradient to the local addend unchanged."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, local: Tensor, group: ProcessGroup | None) -> Tensor:
+        merged = local.clone()
+        dist.all_reduce(merged, op=dist.ReduceOp.SUM, group=group)
+        return merged
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Row of the whole group: sums of ``additive``, element-wise maxima of ``maxima``; the same bits on every rank.
+
+    One SUM all-reduce, and one MAX all-reduce before it if there are maxima. Gradients pass to this rank's own row
+    unchanged; that of a maximum goes to the rank that holds it, in equal shares where several do (a subgradient).
+    A NaN maximum on any rank gives NaN on all ranks, whatever the backend makes of NaN.
+
+    Args:
+        additive: float64 ``[num_additive]``, on every rank of the same length.
+        maxima: float64 ``[num_maxima]``; ``-inf`` is neutral. May be empty.
+        group: the data-parallel group; the whole world if None.
+    """
+    if data_parallel_size(group) == 1:
+        return additive, maxima
+    origin = additive.device
+    device = _collective_device(origin, group)
+    additive, maxima = additive.to(device), maxima.to(device)
+    if maxima.numel() == 0:
+        merged = cast(Tensor, _MergeSums.apply(additive, group))  # type: ignore[no-untyped-call]
+        return merged.to(origin), maxima.to(origin)
+
+    local = maxima.detach()
+    largest = local.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    # How many ranks hold each maximum travels with the sums: it shares out the gradient, and since NaN survives a sum
+    # but not every backend's maximum, it carries the NaN.
+    holds = torch.where(local.isnan(), local, (local == largest).to(local.dtype))
+    packed = cast(Tensor, _MergeSums.apply(torch.cat((additive, holds)), group))  # type: ignore[no-untyped-call]
+    merged, holders = packed[: additive.numel()], packed[additive.numel() :].detach()
+    largest = torch.where(holders.isnan(), holders, largest)
+    if maxima.requires_grad:
+        share = torch.where(holds > 0, holds / holders, 0.0)
+        # adds exactly zero (where() keeps an infinite maximum from becoming NaN) and carries the gradient
+        largest = largest + share * (maxima - local).where(local.isfinite(), torch.zeros_like(local))
+    return merged.to(origin), largest.to(origin)
+
+
+def _collective_device(device: torch.device, group: ProcessGroup | None) -> torch.device:
+    """Where the group's backend can reduce: NCCL has no CPU tensors."""
+    if device.type == "cpu" and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every rank, in rank order, on every rank. For small objects, outside of steps."""
+    if data_parallel_size(group) == 1:
+        return [value]
+    gathered: list[Any] = [None] * data_parallel_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def broadcast_object(value: Any, group: ProcessGroup | None = None) -> Any:
+    """``value`` of rank 0 on every rank."""
+    if data_parallel_size(group) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    return box[0]
+
+
+@contextmanager
+def agree_before_training() -> Iterator[None]:
+    """A short-lived gloo group from torchrun's environment, for what ranks must agree on before the real group exists.
+
+    Does nothing if a group exists already or if there is one rank only.
+    """
+    if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,292 @@
+"""Field names with their level and unit, and modifiers that read a (prediction, target) pair from two batches.
+
+A batch is a dictionary of tensors under NequIP's field names. The registry knows on which *level* a field lives
+(one value per graph, node or edge) and its unit; :func:`register_field` extends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ATOM_TYPES",
+    "NUM_ATOMS",
+    "Batch",
+    "FieldModifier",
+    "FieldSpec",
+    "Level",
+    "MappedFieldModifier",
+    "PerAtomModifier",
+    "PlainField",
+    "as_modifier",
+    "field_spec",
+    "register_field",
+    "registered_fields",
+    "take",
+]
+
+Batch = Mapping[str, Tensor]
+Level = Literal["graph", "node", "edge"]
+
+ATOM_TYPES = "atom_types"
+NUM_ATOMS = "num_atoms"
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """What is known of a field: its name, level, unit, and the abbreviation used in automatic component names."""
+
+    name: str
+    level: Level
+    unit: str = ""
+    abbreviation: str = ""
+
+
+_REGISTRY: dict[str, FieldSpec] = {
+    spec.name: spec
+    for spec in (
+        FieldSpec("total_energy", "graph", "eV", "E"),
+        FieldSpec("free_energy", "graph", "eV"),
+        FieldSpec("stress", "graph", "eV/Å³"),
+        FieldSpec("virial", "graph", "eV"),
+        FieldSpec("cell", "graph", "Å"),
+        FieldSpec("pbc", "graph"),
+        FieldSpec("num_atoms", "graph"),
+        FieldSpec("dipole", "graph", "e·Å"),
+        FieldSpec("polarizability", "graph", "Å³"),
+        FieldSpec("total_charge", "graph", "e"),
+        FieldSpec("forces", "node", "eV/Å", "F"),
+        FieldSpec("pos", "node", "Å"),
+        FieldSpec("atomic_energy", "node", "eV"),
+        FieldSpec("charge", "node", "e"),
+        FieldSpec("magmom", "node", "μB"),
+        FieldSpec("atom_types", "node"),
+        FieldSpec("atomic_numbers", "node"),
+        FieldSpec("edge_vectors", "edge", "Å"),
+        FieldSpec("edge_lengths", "edge", "Å"),
+        FieldSpec("edge_energy", "edge", "eV"),
+        FieldSpec("edge_cell_shift", "edge"),
+    )
+}
+
+
+def register_field(name: str, level: Level, unit: str = "", abbreviation: str = "") -> FieldSpec:
+    """Make a field known to losses and metrics.
+
+    Args:
+        name: key of the field in batches and predictions.
+        level: ``graph`` (first dimension ``num_graphs``), ``node`` (``num_atoms``) or ``edge`` (``num_edges``).
+        unit: for logs and tables.
+        abbreviation: short form for automatic component names, such as ``F`` for forces.
+
+    Raises:
+        ValueError: the level is unknown, or the name is registered already with another level.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"A field's name is a non-empty string, found {name!r}.")
+    if level not in get_args(Level):
+        raise ValueError(f"Unknown level {level!r} for field {name!r}. Valid levels: {', '.join(get_args(Level))}.")
+    known = _REGISTRY.get(name)
+    if known is not None and known.level != level:
+        raise ValueError(f"Field {name!r} is registered as a {known.level} field; it cannot become a {level} field.")
+    spec = FieldSpec(name, level, unit, abbreviation)
+    _REGISTRY[name] = spec
+    return spec
+
+
+def registered_fields() -> dict[str, FieldSpec]:
+    """Copy of the registry: every known field by name."""
+    return dict(_REGISTRY)
+
+
+def field_spec(name: str) -> FieldSpec:
+    """Level and unit of a field.
+
+    Raises:
+        KeyError: the field is not registered; the message lists the valid names.
+    """
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        raise KeyError(
+            f"Unknown field {name!r}. Known fields: {', '.join(sorted(_REGISTRY))}. "
+            f"A field of your own: harness.register_field({name!r}, level='graph'|'node'|'edge', unit=...)."
+        ) from None
+
+
+@runtime_checkable
+class FieldModifier(Protocol):
+    """What a component reads: a callable from (predictions, target) to a pair of tensors of the same shape.
+
+    ``str(modifier)`` names the component automatically and ``level`` (or ``type``, as in NequIP's own modifiers) is
+    the level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per
+    step however many components use it.
+    """
+
+    @property
+    def level(self) -> str:
+        """``graph``, ``node`` or ``edge``."""
+        ...
+
+    def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
+        """Prediction and target, of the same shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainField:
+    """Reads one field as it is from both batches; what a field's name stands for."""
+
+    field: str
+
+    def __post_init__(self) -> None:
+        field_spec(self.field)
+
+    @property
+    def level(self) -> Level:
+        """Level of the field."""
+        return field_spec(self.field).level
+
+    def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
+        """Prediction and target of the field."""
+        return take(preds, self.field, "predictions"), take(target, self.field, "target")
+
+    def __str__(self) -> str:
+        return _short(self.field)
+
+
+@dataclass(frozen=True)
+class PerAtomModifier:
+    r"""Divides a graph field by the number of atoms of its graph: :math:`y_g = f \cdot x_g / N_g`.
+
+    The division is made in the field's own precision. Shapes: field ``[num_graphs, ...]``, ``num_atoms``
+    ``[num_graphs]``, taken from the target batch (the model need not repeat it).
+
+    Args:
+        field: a graph field, such as ``total_energy``.
+        factor: optional factor :math:`f`, for example 1000 for meV per atom.
+
+    Raises:
+        ValueError: the field is not a graph field, or the factor is not finite.
+    """
+
+    field: str
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        level = field_spec(self.field).level
+        if level != "graph":
+            raise ValueError(f"PerAtomModifier divides graph fields only; {self.field!r} is a {level} field.")
+        if self.factor is not None:
+            if isinstance(self.factor, bool) or not isinstance(self.factor, int | float):
+                raise TypeError(f"PerAtomModifier's factor is a number or null, found {self.factor!r}.")
+            if not abs(self.factor) < float("inf") or self.factor == 0:
+                raise ValueError(f"PerAtomModifier's factor must be finite and not 0, found {self.factor}.")
+
+    @property
+    def level(self) -> Level:
+        """Always ``graph``."""
+        return "graph"
+
+    def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
+        """Prediction and target per atom."""
+        num_atoms = target[NUM_ATOMS] if NUM_ATOMS in target else take(preds, NUM_ATOMS, "target or predictions")
+        pair = take(preds, self.field, "predictions"), take(target, self.field, "target")
+        predicted, reference = (self._per_atom(value, num_atoms) for value in pair)
+        return predicted, reference
+
+    def _per_atom(self, value: Tensor, num_atoms: Tensor) -> Tensor:
+        if value.shape[:1] != num_atoms.reshape(-1).shape:
+            raise ValueError(
+                f"Field {self.field!r} has shape {list(value.shape)}, but there are {num_atoms.numel()} graphs in "
+                f"'num_atoms'. Graph fields have one row per graph: [num_graphs, ...]."
+            )
+        # A true division by an integer tensor takes the field's precision; the integer's reciprocal() would be float32.
+        per_atom = value / num_atoms.reshape(-1, *[1] * (value.dim() - 1))
+        return per_atom if self.factor is None else per_atom * self.factor
+
+    def __str__(self) -> str:
+        return f"per_atom_{_short(self.field)}"
+
+
+@dataclass(frozen=True)
+class MappedFieldModifier:
+    """Compares one field of the predictions with another field of the target, on the same level.
+
+    Args:
+        pred_field: field read from the predictions.
+        target_field: field read from the target.
+
+    Raises:
+        ValueError: the two fields live on different levels.
+    """
+
+    pred_field: str
+    target_field: str
+
+    def __post_init__(self) -> None:
+        predicted, reference = field_spec(self.pred_field).level, field_spec(self.target_field).level
+        if predicted != reference:
+            raise ValueError(
+                f"MappedFieldModifier compares fields of one level, found pred_field {self.pred_field!r} ({predicted}) "
+                f"and target_field {self.target_field!r} ({reference})."
+            )
+
+    @property
+    def level(self) -> Level:
+        """Level of both fields."""
+        return field_spec(self.pred_field).level
+
+    def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
+        """Prediction of one field and target of the other."""
+        return take(preds, self.pred_field, "predictions"), take(target, self.target_field, "target")
+
+    def __str__(self) -> str:
+        return f"pred_{_short(self.pred_field)}_label_{_short(self.target_field)}"
+
+
+def as_modifier(field: object) -> tuple[FieldModifier, Level]:
+    """A field's name or modifier as a modifier, with the level it reads.
+
+    Raises:
+        KeyError: unknown field name.
+        TypeError: neither a name nor a callable with a ``level`` (or NequIP's ``type``).
+        ValueError: the modifier's level is none of graph, node, edge.
+    """
+    modifier = PlainField(field) if isinstance(field, str) else field
+    level = getattr(modifier, "level", None) or getattr(modifier, "type", None)
+    if not callable(modifier) or isinstance(modifier, type) or level is None:
+        raise TypeError(
+            f"`field` is a field's name, a modifier or null; found {field!r} of type {type(field).__name__}. A "
+            f"modifier is a callable (preds, target) -> (prediction, target) with a `level`: graph, node or edge."
+        )
+    if level not in get_args(Level):
+        raise ValueError(f"{field!r} has the level {level!r}. Valid levels: {', '.join(get_args(Level))}.")
+    return modifier, level  # type: ignore[return-value]
+
+
+def take(batch: Batch, name: str, where: str) -> Tensor:
+    """The tensor called ``name`` in a batch; a missing one is answered with what there is.
+
+    Raises:
+        KeyError: no such field in the batch.
+        TypeError: the entry is not a tensor.
+    """
+    try:
+        value = batch[name]
+    except KeyError:
+        raise KeyError(
+            f"Field {name!r} is missing from the {where}. Found: {', '.join(sorted(map(str, batch))) or 'nothing'}."
+        ) from None
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"Field {name!r} of the {where} is a {type(value).__name__}; expected a tensor.")
+    return value
+
+
+def _short(field: str) -> str:
+    return field_spec(field).abbreviation or field

@@ -1,0 +1,290 @@
+"""Other people's torchmetrics as part of the row, or beside it where their states do not merge.
+
+A metric whose states all reduce by sum, mean, max or min is a function of additive numbers and maxima like ours: its
+states after one batch are the batch's contribution, a minimum is the maximum of the negative, and a mean travels as a
+sum and a number of updates. All others (lists of samples, custom reductions) keep their own states on each rank; these
+are gathered at the end of an epoch and joined as torchmetrics does it.
+
+Such metrics do as they please inside ``update`` and ``compute``, host synchronisation included.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import (
+    dim_zero_cat,
+    dim_zero_max,
+    dim_zero_mean,
+    dim_zero_min,
+    dim_zero_sum,
+)
+
+from harness.fields import NUM_ATOMS, Batch
+from harness.statistics import Elements
+
+__all__ = ["DeferredMetric", "ForeignMetric", "Part", "why_not_mergeable"]
+
+_MERGEABLE: dict[Any, Literal["sum", "mean", "max", "min"]] = {
+    dim_zero_sum: "sum",
+    dim_zero_mean: "mean",
+    dim_zero_max: "max",
+    dim_zero_min: "min",
+}
+
+Part = dict[str, Any]
+"""States of a metric from one stretch of data on one rank, by name: tensors, or lists of tensors."""
+
+
+def why_not_mergeable(metric: Metric) -> str | None:
+    """Why a metric's states cannot travel in a row; None if they can."""
+    states, reductions = metric._defaults, metric._reductions
+    if not states:
+        return "it has no states"
+    if metric.full_state_update:
+        return "its update needs the whole state (full_state_update=True)"
+    for name, default in states.items():
+        if not isinstance(default, Tensor):
+            return f"its state {name!r} is a list of samples"
+        if reductions[name] not in _MERGEABLE:
+            return f"its state {name!r} is reduced by neither sum, mean, max nor min"
+        if default.is_complex():
+            return f"its state {name!r} is complex"
+    return None
+
+
+@dataclass(frozen=True)
+class _State:
+    name: str
+    reduction: Literal["sum", "mean", "max", "min"]
+    default: Tensor
+
+
+class ForeignMetric:
+    """A mergeable torchmetric as functions from a batch to row pieces and back to a value.
+
+    Args:
+        metric: the metric; its own states are scratch space.
+        name: the component's name, for messages.
+    """
+
+    def __init__(self, metric: Metric, name: str) -> None:
+        self.metric = _widen(metric)
+        self.name = name
+        self._states = [
+            _State(state, _MERGEABLE[metric._reductions[state]], cast(Tensor, default).detach().clone().cpu())
+            for state, default in metric._defaults.items()
+        ]
+        self._additive = [state for state in self._states if state.reduction in ("sum", "mean")]
+        self._extremal = [state for state in self._states if state.reduction in ("max", "min")]
+        # the last additive number is the number of updates
+        self.num_additive = sum(state.default.numel() for state in self._additive) + 1
+        self.num_maxima = sum(state.default.numel() for state in self._extremal)
+        self._warned = False
+
+    def measure(self, inputs: tuple[Any, Any] | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row pieces of one batch: ``[num_additive]`` and ``[num_maxima]``; neutral without inputs."""
+        if inputs is None:
+            return (
+                torch.zeros(self.num_additive, dtype=torch.float64, device=device),
+                torch.full((self.num_maxima,), -math.inf, dtype=torch.float64, device=device),
+            )
+        self._prepare(device)
+        getattr(type(self.metric), "update")(self.metric, *inputs)  # noqa: B009 the class's own: see _compute
+        additive = [self._contribution(state, device) for state in self._additive]
+        additive.append(torch.ones(1, dtype=torch.float64, device=device))
+        maxima = [self._contribution(state, device) for state in self._extremal]
+        self.metric.reset()
+        return torch.cat(additive), torch.cat(maxima) if maxima else torch.empty(0, dtype=torch.float64, device=device)
+
+    def _contribution(self, state: _State, device: torch.device) -> Tensor:
+        value: Tensor = getattr(self.metric, state.name)
+        if value.numel() != state.default.numel():
+            raise ValueError(
+                f"Component {self.name!r}: state {state.name!r} of {type(self.metric).__name__} changed its shape from "
+                f"{list(state.default.shape)} to {list(value.shape)} with the data. Give the metric its number of "
+                f"outputs (such as num_outputs={value.numel()}) when it is made."
+            )
+        value = value.reshape(-1).to(torch.float64)
+        default = state.default.reshape(-1).to(device, torch.float64)
+        match state.reduction:
+            case "sum":
+                return value - default
+            case "mean" | "max":
+                return value
+            case "min":
+                return -value
+
+    def value(self, additive: Tensor, maxima: Tensor) -> Tensor | None:
+        """Value from merged row pieces: a float64 scalar; None without data, or with too little for the metric."""
+        updates = additive[-1]
+        if not bool(updates > 0):
+            return None
+        self._prepare(additive.device)
+        self.metric._update_count = int(updates)
+        for states, pieces in ((self._additive, additive), (self._extremal, maxima)):
+            start = 0
+            for state in states:
+                stop = start + state.default.numel()
+                merged = pieces[start:stop].reshape(state.default.shape)
+                if state.reduction == "sum":
+                    merged = merged + state.default.to(merged.device, torch.float64)
+                elif state.reduction == "mean":
+                    merged = merged / updates
+                elif state.reduction == "min":
+                    merged = -merged
+                setattr(self.metric, state.name, merged.to(state.default.dtype))
+                start = stop
+        try:
+            value = _as_scalar(_compute(self.metric), self.metric, self.name)
+        except ValueError as error:
+            if not self._warned:
+                warnings.warn(f"Component {self.name!r} has no value: {error}", stacklevel=2)
+                self._warned = True
+            return None
+        finally:
+            self.metric.reset()
+        return value
+
+    def _prepare(self, device: torch.device) -> None:
+        if self.metric.device != device:
+            self.metric.to(device)
+        self.metric.reset()
+
+
+class DeferredMetric:
+    """A torchmetric that keeps its own states on each rank, gathered only at the end of an epoch.
+
+    Args:
+        metric: the metric.
+        name: the component's name, for messages.
+        reason: why it does not merge.
+    """
+
+    def __init__(self, metric: Metric, name: str, reason: str) -> None:
+        self.metric = _widen(metric)
+        self.name = name
+        self.reason = reason
+        self._scratch = metric.clone()
+        self.past: list[Part] = []
+        """Stretches that all ranks know of, from a checkpoint."""
+
+    def update(self, inputs: tuple[Any, Any] | None, *, local_value: bool, device: torch.device) -> Tensor | None:
+        """Add a batch; its value if this rank knows it (``local_value``), else None."""
+        if inputs is None:
+            return None
+        for metric in (self.metric, self._scratch):
+            if metric.device != device:
+                metric.to(device)
+        with torch.no_grad():
+            self.metric.update(*_detached(inputs))
+        if not local_value:
+            return None
+        self._scratch.reset()
+        getattr(type(self._scratch), "update")(self._scratch, *inputs)  # noqa: B009 as in _compute
+        self._scratch._update_count = 1
+        value = _as_scalar(_compute(self._scratch), self.metric, self.name)
+        self._scratch.reset()
+        return value
+
+    def local_part(self) -> Part | None:
+        """States of this rank since the last reset, on the CPU; None without any update."""
+        if not self.metric.update_called:
+            return None
+        return {name: _to_cpu(getattr(self.metric, name)) for name in self.metric._defaults}
+
+    def value(self, parts: Sequence[Part], device: torch.device) -> Tensor | None:
+        """Value over the given parts and the past, joined by each state's own reduction; None without any part."""
+        parts = [*self.past, *parts]
+        if not parts:
+            return None
+        scratch = self._scratch.to(device)
+        scratch.reset()
+        scratch._update_count = 1
+        for name, default in scratch._defaults.items():
+            reduce = scratch._reductions[name]
+            values = [part[name] for part in parts]
+            joined: Any
+            if isinstance(default, list):
+                joined = [entry.to(device) for value in values for entry in value]
+                if reduce is not None and reduce is not dim_zero_cat:
+                    joined = cast(Any, reduce)(joined)
+            elif len(values) == 1:
+                joined = values[0].to(device)
+            else:
+                joined = torch.stack([value.to(device) for value in values])
+                joined = joined if reduce is None else cast(Any, reduce)(joined)
+            setattr(scratch, name, joined)
+        value = _as_scalar(_compute(scratch), scratch, self.name)
+        scratch.reset()
+        return value
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.metric.reset()
+        self.past = []
+
+
+def labelled_rows(elements: Elements, group: int | None) -> tuple[Tensor, Tensor] | None:
+    """Prediction and target of the rows that are labelled in full and of the given type; None if there are none.
+
+    Metrics of others know no masks, so that rows are taken by boolean indexing, which synchronises.
+    """
+    prediction, target = elements.prediction, elements.target
+    if elements.mask is not None or group is not None:
+        rows = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
+        if elements.mask is not None:
+            rows &= elements.mask.flatten(1).all(1) if elements.mask.dim() > 1 else elements.mask
+        if group is not None and elements.types is not None:
+            rows &= elements.types == group
+        prediction, target = prediction[rows], target[rows]
+    return (prediction, target) if target.numel() else None
+
+
+def whole_batches(preds: Batch, target: Batch) -> tuple[Batch, Batch] | None:
+    """Both dictionaries, or None for a batch without graphs."""
+    num_atoms = target.get(NUM_ATOMS)
+    return None if num_atoms is not None and not num_atoms.numel() else (preds, target)
+
+
+def _widen(metric: Metric) -> Metric:
+    """The metric with its floating states in float64; integers and booleans keep their dtype."""
+    for name, default in metric._defaults.items():
+        if isinstance(default, Tensor) and default.is_floating_point():
+            metric._defaults[name] = default.to(torch.float64)
+    metric.reset()
+    return metric
+
+
+def _compute(metric: Metric) -> Any:
+    """The class's own ``compute``: that of the instance synchronises, caches and counts updates."""
+    return getattr(type(metric), "compute")(metric)  # noqa: B009 mypy takes the class attribute for a string
+
+
+def _detached(inputs: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Inputs without a graph, so that states kept for the epoch do not keep every step's graph alive."""
+    return tuple(
+        value.detach() if isinstance(value, Tensor) else {key: entry.detach() for key, entry in value.items()}
+        for value in inputs
+    )
+
+
+def _to_cpu(state: Any) -> Any:
+    return [entry.detach().cpu() for entry in state] if isinstance(state, list) else state.detach().cpu().clone()
+
+
+def _as_scalar(value: Any, metric: Metric, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"Component {name!r}: {type(metric).__name__} returned {found}; a component is one number. Choose the "
+            f"metric's averaging option (such as multioutput='uniform_average' or reduction='mean')."
+        )
+    return value.reshape(()).to(torch.float64)
