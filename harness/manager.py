@@ -118,6 +118,9 @@ class _Constants:
     slot_component: Tensor
     coeffs: Tensor
     contributes: Tensor
+    zero: Tensor
+    one: Tensor
+    nan: Tensor
 
 
 class MetricsManager(nn.Module):
@@ -422,7 +425,7 @@ class MetricsManager(nn.Module):
         has_data: list[Tensor] = []
         if num_slots:
             counted = counts > 0
-            safe_counts = torch.where(counted, counts, 1.0)
+            safe_counts = counts.clamp(min=1.0)
             has_data.append(counted)
             values.extend(
                 span.value(sums[span.start : span.stop], safe_counts[span.start : span.stop])
@@ -446,21 +449,23 @@ class MetricsManager(nn.Module):
             components, component_has_data = slots, slot_has_data
             reported, reported_has_data = slots, slot_has_data
         else:
-            weights = torch.where(slot_has_data, constants.slot_weights, 0.0)
+            weights = constants.slot_weights * slot_has_data
             empty = slots.new_zeros(len(self._ordered))
             norm = empty.index_add(0, constants.slot_component, weights)
             component_has_data = norm > 0
             components = empty.index_add(0, constants.slot_component, weights * slots)
-            components = components / torch.where(component_has_data, norm, 1.0)
+            components = components / torch.where(component_has_data, norm, constants.one)
             reported = torch.cat((components, slots))
             reported_has_data = torch.cat((component_has_data, slot_has_data))
 
         weighted_sum = None
         if self.do_weighted_sum:
             # the values of components and types without data are 0 here
-            terms = components if self._everything_contributes else torch.where(constants.contributes, components, 0.0)
+            terms = components
+            if not self._everything_contributes:
+                terms = torch.where(constants.contributes, components, constants.zero)
             weighted_sum = torch.dot(constants.coeffs, terms)
-        reported = torch.where(reported_has_data, reported, torch.nan)
+        reported = torch.where(reported_has_data, reported, constants.nan)
         return Values(self._names, self._order, reported, weighted_sum, reported_has_data)
 
     def _evaluate_others(self, row: Row, deferred: Mapping[int, list[Tensor | None]]) -> list[Tensor | None]:
@@ -632,6 +637,7 @@ class MetricsManager(nn.Module):
                 torch.tensor(component, dtype=torch.int64, device=device),
                 torch.tensor(coeffs, dtype=torch.float64, device=device),
                 torch.tensor([coeff > 0 for coeff in coeffs], device=device),
+                *(torch.tensor(number, dtype=torch.float64, device=device) for number in (0.0, 1.0, torch.nan)),
             )
         return self._constants[device]
 
