@@ -91,7 +91,7 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
     device = _collective_device(origin, group)
     additive, maxima = additive.to(device), maxima.to(device)
     if maxima.numel() == 0:
-        merged = cast(Tensor, _MergeSums.apply(additive, group))  # type: ignore[no-untyped-call]
+        merged = cast(Tensor, _MergeSums.apply(additive, group))
         return merged.to(origin), maxima.to(origin)
 
     local = maxima.detach()
@@ -100,7 +100,7 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
     # How many ranks hold each maximum travels with the sums: it shares out the gradient, and since NaN survives a sum
     # but not every backend's maximum, it carries the NaN.
     holds = torch.where(local.isnan(), local, (local == largest).to(local.dtype))
-    packed = cast(Tensor, _MergeSums.apply(torch.cat((additive, holds)), group))  # type: ignore[no-untyped-call]
+    packed = cast(Tensor, _MergeSums.apply(torch.cat((additive, holds)), group))
     merged, holders = packed[: additive.numel()], packed[additive.numel() :].detach()
     largest = torch.where(holders.isnan(), holders, largest)
     if maxima.requires_grad:

@@ -1,0 +1,298 @@
+"""Lightning data modules: files of structures, or the embedded alloy, as batches for any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import atomic_numbers
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from harness.data.collate import collate
+from harness.data.dataset import AtomsDataset
+from harness.data.embedded import embedded_alloy_file
+from harness.data.loader import ResumableDataLoader
+from harness.data.reading import Frame, LabelKeys, chemical_symbols, read_frames
+from harness.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
+from harness.data.splitting import split_indices
+from harness.data.statistics import DataStatistics, training_statistics
+from harness.distributed import data_parallel_size, global_rank
+
+__all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
+
+PathLike = str | os.PathLike[str]
+
+
+class AtomsDataModule(LightningDataModule):
+    """Training, validation and test batches from files that ASE reads.
+
+    Batch sizes are those of all ranks together: a run on more ranks sees the same batches, each rank a part of them.
+    Training batches hold every frame once an epoch, evaluation neither pads nor drops. :meth:`setup` may be called
+    before there is a trainer or a process group; then ``type_names``, ``statistics``, ``train_set``, ``val_sets`` and
+    ``test_sets`` are there. Use it with ``Trainer(use_distributed_sampler=False)``.
+
+    Args:
+        train: file of the training frames, or several files that are joined to one set.
+        val: file of a validation set, or several, each a set of its own; None takes it from the split, if that has it.
+        test: likewise for testing.
+        split: how much of the training frames becomes the ``val`` and ``test`` set that no file is given for:
+            fractions (0.1) or numbers of frames (50).
+        num_train: largest number of training frames.
+        cutoff: of the neighbour lists, in Å.
+        batch_size: frames in a training step, of all ranks together.
+        eval_batch_size: frames in an evaluation step, of all ranks together; ``batch_size`` if None.
+        seed: of the order of the training frames.
+        split_seed: of the split, to keep it while the seed changes; ``seed`` if None.
+        keys: names of the labels in the files; see :class:`~harness.data.reading.LabelKeys`.
+        type_names: chemical symbols in the order of the type indices; None for those of all sets by atomic number.
+        dtype: of all floating-point fields but ``total_energy``, which is always float64.
+        num_workers: processes of each data loader.
+        pin_memory: whether batches are made in page-locked memory.
+        cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
+
+    Raises:
+        KeyError: if ``keys`` or ``split`` has an unknown name.
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        train: PathLike | Sequence[PathLike],
+        val: PathLike | Sequence[PathLike] | None = None,
+        test: PathLike | Sequence[PathLike] | None = None,
+        *,
+        cutoff: float,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        split: Mapping[str, int | float] | None = None,
+        num_train: int | None = None,
+        seed: int = 0,
+        split_seed: int | None = None,
+        keys: LabelKeys | Mapping[str, str] | None = None,
+        type_names: Sequence[str] | None = None,
+        dtype: str | torch.dtype = "float32",
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        cache_neighbors: bool = True,
+    ) -> None:
+        super().__init__()
+        self.train_files = _paths(train)
+        self.val_files = _paths(val)
+        self.test_files = _paths(test)
+        if not self.train_files:
+            raise ValueError("train must name at least one file")
+        self.split = dict(split or {})
+        unknown = sorted(set(self.split) - {"val", "test"})
+        if unknown:
+            raise KeyError(f"unknown sets {unknown} in the split; valid are ['val', 'test'], the rest is for training")
+        if not cutoff > 0:
+            raise ValueError(f"cutoff must be a positive number of Å, found {cutoff}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_train", num_train)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        self.cutoff = float(cutoff)
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.num_train = num_train
+        self.seed = seed
+        self.split_seed = seed if split_seed is None else split_seed
+        self.keys = LabelKeys.from_mapping(keys)
+        self.dtype = _floating_dtype(dtype)
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.cache_neighbors = cache_neighbors
+        self._asked_type_names = _checked_type_names(type_names)
+        self._is_set_up = False
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the files, split them and take the statistics; the first call does everything, later ones nothing.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            KeyError: if a label key is in none of the frames.
+            ValueError: if a file or frame is unusable, a symbol is not among the type names, or the split asks for more
+                frames than there are.
+        """
+        if self._is_set_up:
+            return
+        frames = [frame for path in self.train_files for frame in self._read(path)]
+        parts = {
+            name: amount
+            for name, amount in self.split.items()
+            if amount and not (self.val_files if name == "val" else self.test_files)
+        }
+        indices = split_indices(len(frames), parts, self.split_seed, self.num_train)
+        chosen = {name: [frames[index] for index in of_part] for name, of_part in indices.items()}
+        val = [self._read(path) for path in self.val_files] or [chosen[name] for name in ("val",) if name in chosen]
+        test = [self._read(path) for path in self.test_files] or [chosen[name] for name in ("test",) if name in chosen]
+
+        type_names = self._asked_type_names
+        if type_names is None:
+            symbols = set().union(*(chemical_symbols(part) for part in (chosen["train"], *val, *test)))
+            type_names = sorted(symbols, key=lambda symbol: atomic_numbers[symbol])
+        self.type_names: list[str] = type_names
+        self.train_set = self._dataset(chosen["train"])
+        self.val_sets = [self._dataset(part) for part in val]
+        self.test_sets = [self._dataset(part) for part in test]
+        self.statistics: DataStatistics = training_statistics(self.train_set)
+        self._is_set_up = True
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch."""
+        self.setup()
+        sampler = TrainingBatchSampler(
+            len(self.train_set), self.batch_size, global_rank(), data_parallel_size(), seed=self.seed
+        )
+        return ResumableDataLoader(self.train_set, sampler, **self._loader_options())
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """This rank's part of each validation set, every frame on exactly one rank."""
+        self.setup()
+        return [self._evaluation_loader(dataset) for dataset in self.val_sets]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """This rank's part of each test set, every frame on exactly one rank."""
+        self.setup()
+        return [self._evaluation_loader(dataset) for dataset in self.test_sets]
+
+    def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
+        """Number of frames without a label or with gaps in it, and of all frames, by field.
+
+        Args:
+            name: ``train``, or ``val0``, ``test1`` … for the sets in their order.
+        """
+        self.setup()
+        sets = {"train": self.train_set}
+        sets |= {f"val{index}": dataset for index, dataset in enumerate(self.val_sets)}
+        sets |= {f"test{index}": dataset for index, dataset in enumerate(self.test_sets)}
+        frames = sets[name].frames
+        labels = {
+            "total_energy": [frame.energy for frame in frames],
+            "forces": [frame.forces for frame in frames],
+            "stress": [frame.stress for frame in frames],
+        }
+        return {
+            field: (sum(value is None or bool(np.isnan(value).any()) for value in values), len(frames))
+            for field, values in labels.items()
+        }
+
+    def describe(self) -> str:
+        """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""
+        self.setup()
+        atoms = Counter(len(frame.atoms) for frame in self.train_set.frames)
+        sizes = f"{min(atoms)}" if len(atoms) == 1 else f"{min(atoms)} to {max(atoms)}"
+        statistics = self.statistics
+        shifts = ", ".join(
+            f"{name} {shift:.4f}"
+            for name, shift in zip(self.type_names, statistics.energy_shifts.tolist(), strict=True)
+        )
+        labels = {
+            name: sum(getattr(frame, name) is not None for frame in self.train_set.frames)
+            for name in ("energy", "forces", "stress")
+        }
+        return "\n".join(
+            (
+                f"frames: {len(self.train_set)} train, {_sizes(self.val_sets)} val, {_sizes(self.test_sets)} test",
+                f"training frames: {sizes} atoms, {statistics.num_atoms} in all; labelled with "
+                + ", ".join(f"{name} {count}" for name, count in labels.items()),
+                f"types: {', '.join(self.type_names)}",
+                f"neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom",
+                f"RMS of the force components: {statistics.force_rms:.4f} eV/Å",
+                f"fitted energy shifts in eV: {shifts}",
+            )
+        )
+
+    def _read(self, path: Path) -> list[Frame]:
+        return read_frames(path, self.keys)
+
+    def _dataset(self, frames: Sequence[Frame]) -> AtomsDataset:
+        return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
+
+    def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
+        sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, global_rank(), data_parallel_size())
+        # A rank without frames gets one batch of no graphs: Lightning skips a loop that has no batches, and with it the
+        # end of the epoch, where the other ranks wait for this one.
+        batches: Any = sampler if len(sampler) else [[]]
+        return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_memory,
+            "persistent_workers": self.num_workers > 0,  # they hold the samples that they have made
+            "collate_fn": partial(collate, dtype=self.dtype),
+        }
+
+
+class EmbeddedAlloyDataModule(AtomsDataModule):
+    """The embedded Cu-Pd-Ag-Au alloy with EMT labels, made on the first use and kept in a cache directory.
+
+    Args:
+        num_frames: number of frames, before the split.
+        data_seed: seed of the frames themselves.
+        cache_dir: where the file is kept; ``$HARNESS_CACHE`` or ``~/.cache/harness`` if None.
+        options: any argument of :class:`AtomsDataModule` but the files and the keys; a tenth of the frames each is for
+            validation and testing unless ``split`` says otherwise.
+
+    Raises:
+        ValueError: if ``num_frames`` is not positive.
+        TypeError: if an option is unknown or names files.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_frames: int = 400,
+        data_seed: int = 0,
+        cache_dir: PathLike | None = None,
+        split: Mapping[str, int | float] | None = None,
+        **options: Any,
+    ) -> None:
+        fixed = sorted({"train", "val", "test", "keys"} & set(options))
+        if fixed:
+            raise TypeError(f"the embedded alloy has its own files and keys, found {fixed}; use AtomsDataModule")
+        path = embedded_alloy_file(num_frames, data_seed, cache_dir)
+        super().__init__(path, split={"val": 0.1, "test": 0.1} if split is None else split, **options)
+
+
+def _paths(files: PathLike | Sequence[PathLike] | None) -> list[Path]:
+    if files is None:
+        return []
+    if isinstance(files, (str, os.PathLike)):
+        return [Path(files)]
+    if not isinstance(files, Sequence) or not all(isinstance(file, (str, os.PathLike)) for file in files):
+        raise TypeError(f"expected the path of a file or a list of paths, found {files!r}")
+    return [Path(file) for file in files]
+
+
+def _floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    valid = {"float32": torch.float32, "float64": torch.float64}
+    found = valid.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in valid.values():
+        raise ValueError(f"dtype must be one of {list(valid)}, found {dtype!r}")
+    return found
+
+
+def _checked_type_names(type_names: Sequence[str] | None) -> list[str] | None:
+    if type_names is None:
+        return None
+    names = [type_names] if isinstance(type_names, str) else list(type_names)
+    unknown = [name for name in names if name not in atomic_numbers]
+    if unknown or not names:
+        raise ValueError(f"type_names must be chemical symbols such as ['H', 'C', 'O'], found {names}")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(f"type_names must be different, {repeated} is repeated in {names}")
+    return names
+
+
+def _sizes(datasets: Sequence[AtomsDataset]) -> str:
+    return " + ".join(str(len(dataset)) for dataset in datasets) or "0"

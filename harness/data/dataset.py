@@ -1,0 +1,59 @@
+"""Map-style data set of frames, with neighbour lists made on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from harness.data.collate import frame_to_sample, type_indices
+from harness.data.reading import Frame
+
+__all__ = ["AtomsDataset"]
+
+
+class AtomsDataset(Dataset[dict[str, Tensor]]):
+    """Samples of frames; the ``frame_index`` of a sample is its position in this data set.
+
+    Args:
+        frames: structures and labels.
+        type_names: chemical symbols in the order of the type indices.
+        cutoff: of the neighbour lists, in Å.
+        dtype: of all floating-point fields but ``total_energy``.
+        cache_neighbors: whether a sample, with its neighbour list, stays in memory once it has been made.
+
+    Raises:
+        ValueError: if a frame has a symbol that is not among the type names.
+    """
+
+    def __init__(
+        self,
+        frames: Sequence[Frame],
+        type_names: Sequence[str],
+        cutoff: float,
+        dtype: torch.dtype = torch.float32,
+        cache_neighbors: bool = True,
+    ) -> None:
+        self.frames = list(frames)
+        self.type_names = list(type_names)
+        self.cutoff = cutoff
+        self.dtype = dtype
+        self.cache_neighbors = cache_neighbors
+        self._samples: dict[int, dict[str, Tensor]] = {}
+        for frame in self.frames:  # now rather than in the middle of an epoch
+            type_indices(frame, self.type_names)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample of one frame; see :func:`~harness.data.collate.frame_to_sample`. Not to be changed in place."""
+        if index in self._samples:
+            return self._samples[index]
+        sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype)
+        if self.cache_neighbors:
+            self._samples[index] = sample
+        return sample

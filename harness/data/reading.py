@@ -1,0 +1,277 @@
+"""Structures and their labels from any file that ASE reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import ase.db
+import ase.io
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+__all__ = ["Frame", "LabelKeys", "read_frames"]
+
+# Results and information that are no labels; left out where the keys of a file are listed.
+_NOT_LABELS = frozenset({"numbers", "positions", "key_value_pairs", "data", "unique_id"})
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """Names under which a file keeps its labels.
+
+    A name is looked up in the results of the attached calculator, where ASE puts the names it knows (``energy``,
+    ``forces``, ``stress`` …), then in ``atoms.arrays``, then in ``atoms.info``, including the key-value pairs and data
+    of an ASE database.
+
+    Attributes:
+        energy: total energy in eV.
+        forces: forces in eV/Å, ``[num_atoms, 3]``.
+        stress: stress in eV/Å³, as ``[3, 3]``, 9 numbers, or 6 in Voigt order xx yy zz yz xz xy; tension is positive.
+        virial: virial in eV in the same forms, read if there is no stress: stress = -virial / volume.
+    """
+
+    energy: str = "energy"
+    forces: str = "forces"
+    stress: str = "stress"
+    virial: str = "virial"
+
+    @classmethod
+    def from_mapping(cls, keys: LabelKeys | Mapping[str, str] | None) -> LabelKeys:
+        """Keys from a mapping that names some of them; the others keep their defaults.
+
+        Raises:
+            KeyError: if the mapping names something that is not a label.
+            TypeError: if it is no mapping, or a name is not a string.
+        """
+        if keys is None:
+            return cls()
+        if isinstance(keys, LabelKeys):
+            return keys
+        if not isinstance(keys, Mapping):
+            raise TypeError(f"label keys must be a mapping such as {{'energy': 'dft_energy'}}, found {keys!r}")
+        valid = [field.name for field in fields(cls)]
+        unknown = [name for name in keys if name not in valid]
+        if unknown:
+            raise KeyError(f"unknown labels {unknown} among the label keys; valid are {valid}")
+        for name, key in keys.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the label key of {name!r} must be a string, found {key!r}")
+        return cls(**keys)
+
+    def changed(self) -> dict[str, str]:
+        """Labels whose key is not the default, and the key."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One structure, its labels and where it was read from. A label that is missing is None.
+
+    Attributes:
+        atoms: species, positions in Å, cell in Å and periodic boundary conditions.
+        energy: total energy in eV.
+        forces: ``[num_atoms, 3]`` in eV/Å; NaN where a component is unknown.
+        stress: symmetric ``[3, 3]`` in eV/Å³, positive for tension.
+        origin: the file, or a description.
+        index: number of the frame in the file.
+    """
+
+    atoms: Atoms
+    energy: float | None = None
+    forces: NDArray[np.float64] | None = None
+    stress: NDArray[np.float64] | None = None
+    origin: str = "memory"
+    index: int = 0
+
+    @property
+    def location(self) -> str:
+        """File and index of the frame, for messages."""
+        return f"{self.origin}, frame {self.index}"
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the frame has any label."""
+        return not (self.energy is None and self.forces is None and self.stress is None)
+
+
+def read_frames(
+    path: str | os.PathLike[str], keys: LabelKeys | Mapping[str, str] | None = None, require_labels: bool = True
+) -> list[Frame]:
+    r"""All frames of a file with their labels: extended XYZ, an ASE database, a trajectory, or what else ASE reads.
+
+    A stress label is taken as it is; without one, a virial label :math:`W` gives the stress :math:`-W / V`. The
+    antisymmetric part of either, which no strain can predict, is dropped. NaN energies and stresses count as missing,
+    and so does the stress of a frame that is not periodic in all three directions, which has no volume to refer to.
+
+    Args:
+        path: the file.
+        keys: names of the labels in the file.
+        require_labels: whether a frame without any label is an error.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read or has no frames; if a frame has no atoms, a position or cell vector
+            that is not finite, a periodic cell without volume, no label at all, or a label of the wrong shape or with
+            infinite values; or if a virial belongs to a frame without a volume.
+        KeyError: if ``keys`` names a label that no frame has.
+    """
+    names = LabelKeys.from_mapping(keys)
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file of structures at {file}")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty")
+    try:
+        structures = _structures(file)
+    except Exception as error:  # every format of ASE fails in its own way
+        raise ValueError(
+            f"ASE cannot read {file} as a file of structures ({type(error).__name__}: {error}); is it an extended XYZ, "
+            "database or trajectory file, complete, and with the usual suffix?"
+        ) from error
+    if not structures:
+        raise ValueError(f"{file} has no frames")
+
+    for label, key in names.changed().items():
+        if not any(_find(atoms, key) is not None for atoms in structures):
+            available = sorted(set().union(*(_available(atoms) for atoms in structures)))
+            raise KeyError(f"no frame of {file} has the {label} key {key!r}; the frames have {available}")
+
+    frames = [_frame(atoms, names, str(file), index) for index, atoms in enumerate(structures)]
+    for frame in frames:
+        if require_labels and not frame.is_labelled:
+            raise ValueError(
+                f"{frame.location}: no label under the keys {names}; the frame has {sorted(_available(frame.atoms))}. "
+                "Give the keys that the file uses, or remove the frame"
+            )
+    return frames
+
+
+def _structures(file: Path) -> list[Atoms]:
+    if file.suffix in (".db", ".json"):  # ase.io.read leaves out the key-value pairs and data of a database
+        with ase.db.connect(file) as database:
+            return [row.toatoms(add_additional_information=True) for row in database.select()]
+    structures = ase.io.read(file, index=":")
+    return structures if isinstance(structures, list) else [structures]
+
+
+def _sources(atoms: Atoms) -> list[Mapping[str, Any]]:
+    """Where labels may be, in the order in which they are looked up."""
+    sources: list[Mapping[str, Any]] = [] if atoms.calc is None else [getattr(atoms.calc, "results", {})]
+    sources += [atoms.arrays, atoms.info]
+    nested = (atoms.info.get(name) for name in ("key_value_pairs", "data"))
+    return sources + [values for values in nested if isinstance(values, Mapping)]
+
+
+def _find(atoms: Atoms, key: str) -> Any:
+    return next((source[key] for source in _sources(atoms) if source.get(key) is not None), None)
+
+
+def _available(atoms: Atoms) -> set[str]:
+    return {str(key) for source in _sources(atoms) for key in source} - _NOT_LABELS
+
+
+def _frame(atoms: Atoms, names: LabelKeys, origin: str, index: int) -> Frame:
+    location = f"{origin}, frame {index}"
+    if len(atoms) == 0:
+        raise ValueError(f"{location}: a frame needs at least one atom, found none")
+    if not np.isfinite(atoms.positions).all():
+        raise ValueError(
+            f"{location}: positions must be finite, found {int((~np.isfinite(atoms.positions)).sum())} "
+            "NaN or infinite components"
+        )
+    if not np.isfinite(atoms.cell.array).all():
+        raise ValueError(f"{location}: cell vectors must be finite, found {atoms.cell.array.tolist()}")
+    if atoms.pbc.any() and not _spans_its_periodic_directions(atoms):
+        raise ValueError(
+            f"{location}: the periodic directions of pbc={atoms.pbc.tolist()} need cell vectors that are independent, "
+            f"found the cell {atoms.cell.array.tolist()}; set pbc to F for a structure that is not periodic"
+        )
+
+    energy = _numbers(atoms, names.energy, "energy", location)
+    if energy is not None and energy.size != 1:
+        raise ValueError(f"{location}: the energy {names.energy!r} must be one number, found shape {energy.shape}")
+    forces = _numbers(atoms, names.forces, "forces", location)
+    if forces is not None and forces.shape != (len(atoms), 3):
+        raise ValueError(
+            f"{location}: the forces {names.forces!r} must have shape {(len(atoms), 3)}, found {forces.shape}"
+        )
+    return Frame(
+        atoms=atoms,
+        energy=None if energy is None or np.isnan(energy).any() else float(energy.reshape(())),
+        forces=None if forces is None or np.isnan(forces).all() else forces,
+        stress=_stress(atoms, names, location),
+        origin=origin,
+        index=index,
+    )
+
+
+def _spans_its_periodic_directions(atoms: Atoms) -> bool:
+    vectors = atoms.cell.array[atoms.pbc]
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (lengths > 0).all():
+        return False
+    # of the unit vectors, so that the smallest singular value measures the angles between them alone
+    return bool(np.linalg.svd(vectors / lengths[:, None], compute_uv=False)[-1] > 1e-6)
+
+
+def _numbers(atoms: Atoms, key: str, label: str, location: str) -> NDArray[np.float64] | None:
+    value = _find(atoms, key)
+    if value is None:
+        return None
+    try:
+        numbers = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{location}: the {label} {key!r} must be numbers, found {value!r}") from None
+    if np.isinf(numbers).any():
+        raise ValueError(f"{location}: the {label} {key!r} has infinite values; write NaN where it is unknown")
+    return numbers
+
+
+def _stress(atoms: Atoms, names: LabelKeys, location: str) -> NDArray[np.float64] | None:
+    stress = _numbers(atoms, names.stress, "stress", location)
+    if stress is not None:
+        matrix = _symmetric_matrix(stress, names.stress, "stress", location)
+        if matrix is not None:
+            return matrix if atoms.pbc.all() else None
+    virial = _numbers(atoms, names.virial, "virial", location)
+    if virial is None:
+        return None
+    matrix = _symmetric_matrix(virial, names.virial, "virial", location)
+    if matrix is None:
+        return None
+    if not atoms.pbc.all():
+        raise ValueError(
+            f"{location}: the virial {names.virial!r} needs a volume to become a stress, but the frame is not periodic "
+            f"in all three directions (pbc={atoms.pbc.tolist()}); remove the virial or correct pbc"
+        )
+    volume: float = atoms.get_volume()
+    return -matrix / volume
+
+
+def _symmetric_matrix(numbers: NDArray[np.float64], key: str, label: str, location: str) -> NDArray[np.float64] | None:
+    """Symmetric part ``[3, 3]`` of 3 × 3, 9 or 6 numbers in Voigt order; None if any of them is NaN."""
+    if numbers.shape == (6,):
+        xx, yy, zz, yz, xz, xy = numbers
+        numbers = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    elif numbers.shape in ((3, 3), (9,), (1, 9), (1, 3, 3)):
+        numbers = numbers.reshape(3, 3)
+    else:
+        raise ValueError(
+            f"{location}: the {label} {key!r} must be 3 x 3 numbers, 9, or 6 in Voigt order, found shape "
+            f"{numbers.shape}"
+        )
+    return None if np.isnan(numbers).any() else 0.5 * (numbers + numbers.T)
+
+
+def chemical_symbols(frames: Sequence[Frame]) -> set[str]:
+    """Symbols of all elements in ``frames``."""
+    return set().union(*(frame.atoms.get_chemical_symbols() for frame in frames))

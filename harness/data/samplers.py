@@ -1,0 +1,161 @@
+"""Which samples make up the batches of each rank: every sample exactly once, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+__all__ = ["EvaluationBatchSampler", "TrainingBatchSampler"]
+
+
+def _check(num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("num_ranks", num_ranks)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must be in 0 … {num_ranks - 1} for {num_ranks} ranks, found {rank}")
+
+
+class TrainingBatchSampler(Sampler[list[int]]):
+    r"""Batches of one rank: its part of global batches that do not depend on the number of ranks.
+
+    An epoch is a permutation of all samples, drawn from ``(seed, epoch)`` alone and cut into
+    :math:`\lceil N / B \rceil` global batches whose sizes differ by at most one. Of each, rank :math:`r` of :math:`R`
+    takes the elements :math:`r, r + R, r + 2R, \dots` So every sample is there exactly once in an epoch, no batch of
+    any rank is empty, and all ranks take the same number of steps.
+
+    Args:
+        num_samples: :math:`N`, the size of the data set.
+        batch_size: :math:`B`, the largest size of a global batch, that of all ranks together.
+        rank: :math:`r`.
+        num_ranks: :math:`R`.
+        seed: of the permutations.
+        shuffle: whether to permute; the samples come in order otherwise.
+
+    Raises:
+        ValueError: if a number is out of range, or a global batch has fewer samples than there are ranks.
+
+    Example:
+        >>> [list(TrainingBatchSampler(5, 4, rank, 2, shuffle=False)) for rank in (0, 1)]
+        [[[0, 2], [3]], [[1], [4]]]
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int, num_ranks: int, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        _check(num_samples, batch_size, rank, num_ranks)
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.start = 0
+        """Global batches of the epoch that were handed out before: where the next iteration starts."""
+        self._num_batches = -(-num_samples // batch_size)
+        smallest = num_samples // self._num_batches
+        if smallest < num_ranks:
+            raise ValueError(
+                f"{num_samples} samples in {self._num_batches} global batches of at most {batch_size} leave batches of "
+                f"{smallest} samples for {num_ranks} ranks, and every rank needs one in every step; raise batch_size "
+                f"(it counts the samples of all ranks together), add data, or use at most {smallest} ranks"
+            )
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch, the same on every rank."""
+        return self._num_batches
+
+    def global_batches(self) -> list[NDArray[np.int64]]:
+        """Samples of all global batches of this epoch, in order; the same on any number of ranks."""
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        else:
+            order = np.arange(self.num_samples)
+        return np.array_split(order, self._num_batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's part of the global batches from ``start`` on; the iteration after this one is a whole one."""
+        start, self.start = self.start, 0
+        for batch in self.global_batches()[start:]:
+            yield batch[self.rank :: self.num_ranks].tolist()
+
+    @property
+    def sampler(self) -> TrainingBatchSampler:
+        """This object: Lightning looks for ``set_epoch`` on the sampler of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take up ``epoch``: from its beginning, or where :meth:`load_state_dict` has put it."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def state_dict(self, num_batches: int | None = None) -> dict[str, Any]:
+        """Position in the data: the epoch and the number of its global batches that are done; any rank's is the same.
+
+        Args:
+            num_batches: how many are done, which the consumer knows, where a sampler is asked ahead; ``start`` if None.
+        """
+        done = self.start if num_batches is None else num_batches
+        return {"epoch": self.epoch, "num_batches_done": done, **self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``, possibly on another number of ranks.
+
+        Raises:
+            ValueError: if the state belongs to another order of the data.
+        """
+        found = {name: state.get(name) for name in self._order()}
+        if found != self._order():
+            raise ValueError(
+                f"cannot continue in the middle of an epoch: the saved position is one in {found}, this run has "
+                f"{self._order()}; use the same data and settings, or continue from a checkpoint at the end of an epoch"
+            )
+        self.epoch, self.start = int(state["epoch"]), int(state["num_batches_done"])
+
+    def _order(self) -> dict[str, Any]:
+        """What the global batches of an epoch depend on."""
+        return {
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+
+class EvaluationBatchSampler(Sampler[list[int]]):
+    r"""Batches of one rank in order, without padding or dropping: rank r of R takes samples :math:`r, r + R, \dots`
+
+    Ranks may have different numbers of batches; a rank without samples has none.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: size of a batch of all ranks together; a rank's own are :math:`\lceil B / R \rceil`.
+        rank: :math:`r`.
+        num_ranks: :math:`R`.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> [list(EvaluationBatchSampler(5, 4, rank, 2)) for rank in (0, 1)]
+        [[[0, 2], [4]], [[1, 3]]]
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
+        _check(num_samples, batch_size, rank, num_ranks)
+        self._indices = range(rank, num_samples, num_ranks)
+        self._batch_size = -(-batch_size // num_ranks)
+
+    def __len__(self) -> int:
+        """Number of batches of this rank."""
+        return -(-len(self._indices) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This rank's batches."""
+        for start in range(0, len(self._indices), self._batch_size):
+            yield list(self._indices[start : start + self._batch_size])

@@ -1,0 +1,186 @@
+"""Energies of atoms in eV from a model's outputs of order one: a scale and a shift for each type."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ase.io
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ScaleShift", "TypeStatistics", "isolated_atom_energies", "resolve_scales", "resolve_shifts"]
+
+
+class TypeStatistics(Protocol):
+    """What is read of the statistics of a training set."""
+
+    @property
+    def type_names(self) -> Sequence[str]:
+        """Chemical symbols in the order of ``atom_types``."""
+
+    @property
+    def energy_shifts(self) -> Tensor:
+        """Least-squares energies per type in eV, float64 ``[num_types]``."""
+
+    @property
+    def force_rms(self) -> float:
+        """Root mean square of the force components in eV/Å."""
+
+
+class ScaleShift(nn.Module):
+    r"""Energies of atoms :math:`E_i = \sigma_{t_i} \varepsilon_i + \mu_{t_i}` in eV, float64 ``[num_atoms, 1]``.
+
+    Wraps a model that returns :math:`\varepsilon_i`, as ``[num_atoms, 1]`` or ``[num_atoms]``. Shifts of real data are
+    of the order of -1000 eV, where float32 has steps of 0.1 meV: they are kept and added in float64, also after
+    ``.float()``, ``.half()`` or ``.to(dtype)``.
+
+    Args:
+        energy_model: maps a batch to outputs of order one.
+        scales: :math:`\sigma_t` in eV, one per type.
+        shifts: :math:`\mu_t` in eV, one per type.
+        trainable_scales: whether the scales are parameters.
+
+    Raises:
+        ValueError: if scales and shifts differ in length, or are not finite, or a scale is zero.
+    """
+
+    scales: Tensor
+    shifts: Tensor
+
+    def __init__(
+        self,
+        energy_model: nn.Module,
+        scales: Sequence[float],
+        shifts: Sequence[float],
+        trainable_scales: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(scales) != len(shifts):
+            raise ValueError(f"one scale and one shift per type expected, found {len(scales)} and {len(shifts)}")
+        if not all(math.isfinite(scale) and scale != 0 for scale in scales):
+            raise ValueError(f"energy scales must be finite and not zero, found {list(scales)}")
+        if not all(math.isfinite(shift) for shift in shifts):
+            raise ValueError(f"energy shifts must be finite, found {list(shifts)}")
+        self.energy_model = energy_model
+        scale = torch.tensor([float(value) for value in scales])
+        if trainable_scales:
+            self.scales = nn.Parameter(scale)
+        else:
+            self.register_buffer("scales", scale)
+        self.register_buffer("shifts", torch.tensor([float(value) for value in shifts], dtype=torch.float64))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Energies ``[num_atoms, 1]`` in eV, float64."""
+        atom_types = batch["atom_types"]
+        outputs: Tensor = self.energy_model(batch).reshape(-1, 1)
+        scaled = outputs * self.scales.index_select(0, atom_types).unsqueeze(-1)
+        return scaled.double() + self.shifts.index_select(0, atom_types).unsqueeze(-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaleShift:
+        # .float() and its like convert every floating-point buffer; the shifts only follow the device
+        exact = self.shifts
+        super()._apply(fn, recurse)
+        if self.shifts.dtype != torch.float64:
+            self.shifts = exact.to(self.shifts.device)
+        return self
+
+
+def isolated_atom_energies(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Energies in eV by chemical symbol from a file of isolated atoms: frames of one atom with an ``energy`` label.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a frame has more than one atom or no energy, or an element has two different energies.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file of isolated atoms at {file}")
+    energies: dict[str, float] = {}
+    for index, atoms in enumerate(ase.io.read(file, index=":")):
+        if len(atoms) != 1:
+            raise ValueError(
+                f"{file}, frame {index}: a file of isolated atoms has one atom a frame, found {len(atoms)}"
+            )
+        labels = atoms.calc.results if atoms.calc is not None else atoms.info
+        if "energy" not in labels:
+            raise ValueError(f"{file}, frame {index}: no 'energy' label, found {sorted(labels)}")
+        symbol, energy = atoms.get_chemical_symbols()[0], float(labels["energy"])
+        if energies.setdefault(symbol, energy) != energy:
+            raise ValueError(
+                f"{file}, frame {index}: {symbol} has energy {energy} eV here and {energies[symbol]} before"
+            )
+    return energies
+
+
+def _by_type(values: Mapping[Any, Any], type_names: Sequence[str], origin: str) -> list[float]:
+    """Values in the order of ``type_names``; elements that are not among the types are left out."""
+    missing = [name for name in type_names if name not in values]
+    if missing:
+        raise KeyError(f"{origin} has no value for {missing}; it has {sorted(values)} and the types are {type_names}")
+    return [float(values[name]) for name in type_names]
+
+
+def resolve_shifts(
+    energy_shifts: Mapping[str, float] | str | os.PathLike[str], statistics: TypeStatistics
+) -> list[float]:
+    """Energy shifts in eV in the order of ``statistics.type_names``.
+
+    Args:
+        energy_shifts: eV by chemical symbol; or ``"fit"`` for the least-squares shifts of the training set; or the
+            path of a file of isolated atoms.
+        statistics: of the training set.
+
+    Raises:
+        FileNotFoundError: if it is a path without a file.
+        KeyError: if a type has no shift.
+        TypeError: if it is none of these.
+    """
+    type_names = list(statistics.type_names)
+    if isinstance(energy_shifts, Mapping):
+        return _by_type(energy_shifts, type_names, "energy_shifts")
+    if energy_shifts == "fit":
+        return torch.as_tensor(statistics.energy_shifts, dtype=torch.float64).tolist()
+    if isinstance(energy_shifts, (str, os.PathLike)):
+        if not Path(energy_shifts).expanduser().is_file():
+            raise FileNotFoundError(
+                f"energy_shifts={str(energy_shifts)!r} is neither 'fit' nor the path of a file of isolated atoms"
+            )
+        return _by_type(isolated_atom_energies(energy_shifts), type_names, str(energy_shifts))
+    raise TypeError(
+        "energy_shifts must be 'fit', a mapping of symbols to eV, or the path of a file of isolated atoms, found "
+        f"{energy_shifts!r}"
+    )
+
+
+def resolve_scales(energy_scales: Mapping[str, float] | str | float, statistics: TypeStatistics) -> list[float]:
+    """Energy scales in eV in the order of ``statistics.type_names``.
+
+    Args:
+        energy_scales: one number of eV for all types; or eV by chemical symbol; or ``"force_rms"``, the root mean
+            square of the force components of the training set times 1 Å.
+        statistics: of the training set.
+
+    Raises:
+        KeyError: if a type has no scale.
+        TypeError: if it is none of these.
+        ValueError: if the training set has no forces, or none but zeros, to take the scale from.
+    """
+    type_names = list(statistics.type_names)
+    if isinstance(energy_scales, Mapping):
+        return _by_type(energy_scales, type_names, "energy_scales")
+    if energy_scales == "force_rms":
+        if not (math.isfinite(statistics.force_rms) and statistics.force_rms > 0):
+            raise ValueError(
+                f"energy_scales='force_rms' needs training forces that are not all zero, their RMS is "
+                f"{statistics.force_rms}; give a number of eV instead, for instance energy_scales=1.0"
+            )
+        return [float(statistics.force_rms)] * len(type_names)
+    if isinstance(energy_scales, (int, float)) and not isinstance(energy_scales, bool):
+        return [float(energy_scales)] * len(type_names)
+    raise TypeError(
+        f"energy_scales must be 'force_rms', a number or a mapping of symbols to eV, found {energy_scales!r}"
+    )

@@ -1,0 +1,212 @@
+"""Entry point: trains and tests a force field from Hydra configs, on one rank or under torchrun on many.
+
+    python -m harness.train                                        # the embedded alloy
+    python -m harness.train data=file data.train=my.xyz loss.coeffs.forces=10
+    torchrun --nproc-per-node 2 -m harness.train ...               # the same on two ranks
+
+``conf/train.yaml`` is the table of contents of what can be set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.utils import get_object, instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from harness.callbacks import ParityPlot
+from harness.distributed import agree_before_training, broadcast_object
+from harness.manager import MetricsManager
+from harness.module import ForceFieldModule
+from harness.report import values_table
+
+__all__ = ["build_module", "main", "train"]
+
+_RUN_STAMP = "HARNESS_RUN_STAMP"
+_BAD_INPUT = (ValueError, TypeError, KeyError, FileNotFoundError, hydra.errors.InstantiationException)
+
+
+def _config_folder() -> str:
+    """``conf/`` beside the package in a checkout, inside of it when installed."""
+    inside, beside = Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf"
+    return str(inside if inside.is_dir() else beside)
+
+
+def _register_resolvers() -> None:
+    resolvers = {
+        "run_stamp": lambda: os.environ.get(_RUN_STAMP) or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
+        # ranks that a launcher has started on this node; one without a launcher
+        "devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        # online only with a key; otherwise a run is kept on disk for `wandb sync`
+        "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(f"harness.{name}", resolver, use_cache=True, replace=True)
+
+
+_register_resolvers()
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Train and test as configured.
+
+    Returns:
+        The last validation's and the test's values by log key.
+    """
+    output_dir = Path(config.output_dir)
+    console = Console(quiet=_global_rank() != 0)
+    if not console.is_terminal:
+        console.width = 140  # a log file has room for every column
+    seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+
+    datamodule: LightningDataModule = instantiate(config.data)
+    datamodule.setup("fit")
+    module = build_module(config, datamodule)
+    _check_labels(module, datamodule)
+    if hasattr(datamodule, "describe"):
+        console.print(datamodule.describe(), highlight=False)
+
+    callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
+    loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
+    trainer: Trainer = instantiate(
+        config.trainer,
+        strategy=instantiate(config.strategy),
+        callbacks=callbacks,
+        logger=loggers or False,
+        use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
+    )
+    settings = OmegaConf.to_container(config, resolve=True)
+    for logger in loggers:
+        logger.log_hyperparams(settings)  # type: ignore[arg-type]
+
+    trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path, weights_only=True)
+    results = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    if config.test and module.test_metrics:
+        trainer.test(module, datamodule=datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
+        results |= {key: float(value) for key, value in trainer.callback_metrics.items()}
+        for index, manager in enumerate(module.test_metrics):
+            prefix = f"test{index}_epoch/"
+            values = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+            if isinstance(manager, MetricsManager):
+                console.print(values_table(f"test set {index}", manager, values))
+    _say_where(console, output_dir, best, loggers, callbacks)
+    return results
+
+
+def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFieldModule:
+    """The Lightning module of a config; type names, number of sets and statistics come from the data."""
+    type_names = getattr(datamodule, "type_names", None)
+    offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
+    wanted = inspect.signature(get_object(config.model._target_)).parameters
+    model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
+    return ForceFieldModule(
+        model=model,
+        loss=config.loss,
+        train_metrics=config.train_metrics,
+        val_metrics=config.val_metrics,
+        test_metrics=config.test_metrics,
+        optimizer=config.optimizer,
+        lr_scheduler=instantiate(config.lr_scheduler) if config.lr_scheduler else None,
+        type_names=type_names,
+        num_val_sets=len(getattr(datamodule, "val_sets", [None])),
+        num_test_sets=len(getattr(datamodule, "test_sets", [None])),
+    )
+
+
+def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> None:
+    """Refuse a loss or monitored metric of labels that the data does not have, before any training."""
+    if not hasattr(datamodule, "missing_labels"):
+        return
+    managers: list[tuple[str, MetricsManager, str]] = [("loss", module.loss, "train")]
+    managers += [("val_metrics", manager, f"val{index}") for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
+    for what, manager, data_set in managers:
+        for name, (missing, total) in datamodule.missing_labels(data_set).items():
+            for entry in manager.entries.values():
+                reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
+                if name not in reads or entry.coeff is None or not missing:
+                    continue
+                if missing == total:
+                    raise ValueError(
+                        f"{what}: component {entry.name!r} has the coefficient {entry.given_coeff}, but none of the "
+                        f"{total} frames of {data_set} has {name}. Are the label keys right (data.keys)? Otherwise set "
+                        f"its coefficient to null, or choose a loss and metrics without it, such as loss=energy_force "
+                        f"metrics=energy_force."
+                    )
+                if not entry.ignore_nan:
+                    raise ValueError(
+                        f"{what}: {missing} of the {total} frames of {data_set} have no {name}, which component "
+                        f"{entry.name!r} would turn into NaN. Set {what}.ignore_nan.{name}=true to leave them out."
+                    )
+
+
+def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logger], callbacks: list[Callback]) -> None:
+    console.print(f"output      {output_dir}", highlight=False)
+    if best:
+        console.print(f"checkpoint  {best}", highlight=False)
+    for callback in callbacks:
+        if isinstance(callback, ParityPlot):
+            for path in callback.files:
+                console.print(f"parity plot {path}", highlight=False)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and _global_rank() == 0:
+            run = logger.experiment
+            folder, offline = Path(run.dir).parent, run.settings._offline
+            run.finish()
+            console.print(f"W&B run     {folder if offline else run.url}", highlight=False)
+            if offline:
+                console.print(f"            upload it with: wandb sync {folder}", highlight=False)
+
+
+def _global_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _run(config: DictConfig) -> float | None:
+    """Hydra's job: returns the monitored value, for sweeps."""
+    config.output_dir = str(Path(config.output_dir).absolute())
+    try:
+        results = train(config)
+    except _BAD_INPUT as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        cause = error.__cause__ if isinstance(error, hydra.errors.InstantiationException) else None
+        reason = cause or error
+        message = reason.args[0] if isinstance(reason, KeyError) and reason.args else reason
+        if _global_rank() == 0:
+            print(f"\nerror: {message}\n(HYDRA_FULL_ERROR=1 shows where it was found)", file=sys.stderr)
+        sys.exit(1)
+    return results.get(config.monitor)
+
+
+def main() -> None:
+    """Command line of ``harness-train``."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            sys.exit(
+                f"error: --multirun under a launcher would run the whole sweep on each of the {num_ranks} ranks. Start "
+                f"a sweep without torchrun."
+            )
+        with agree_before_training():  # each rank's clock would give it a directory of its own
+            os.environ[_RUN_STAMP] = broadcast_object(OmegaConf.create({"stamp": "${harness.run_stamp:}"}).stamp)
+        if _global_rank() != 0:  # only rank 0 writes
+            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(_run)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What all tests share: one torch thread, and ranks that end with the session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import spawning
+import torch
+from hypothesis import settings
+
+# every run draws the same examples: a failure in CI is one that can be repeated
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    spawning.close_all()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)

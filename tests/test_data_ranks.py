@@ -1,0 +1,73 @@
+"""The data module and the force field on real processes: shares of the batches, and gradients of all ranks together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.data import EmbeddedAlloyDataModule, collate, embedded_alloy_file
+from harness.models import ForceField, schnet_force_field
+
+NUM_RANKS = 3
+
+
+def data_module(cache_dir: Path) -> EmbeddedAlloyDataModule:
+    # two validation frames: the third rank has none
+    module = EmbeddedAlloyDataModule(
+        num_frames=15, split={"val": 2}, cache_dir=cache_dir, cutoff=3.5, batch_size=6, dtype="float64"
+    )
+    module.setup()
+    return module
+
+
+def model(module: EmbeddedAlloyDataModule) -> ForceField:
+    sizes = {"hidden_channels": 6, "num_filters": 6, "num_interactions": 1, "num_gaussians": 5}
+    return schnet_force_field(module.statistics, cutoff=3.5, seed=0, **sizes).double().train()
+
+
+def loss_of_forces(predicted: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (predicted["forces"] - batch["forces"]).square().sum()
+
+
+def run_rank(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=NUM_RANKS)
+    try:
+        module = data_module(directory)
+        train, (val_loader,) = list(module.train_dataloader()), module.val_dataloader()
+        val = list(val_loader)
+        replica = DistributedDataParallel(model(module))
+        for batch in (train[0], val[0]):  # a loss of forces alone, and a rank without graphs: neither may hang
+            replica.zero_grad()
+            (NUM_RANKS * loss_of_forces(replica(batch), batch)).backward()
+        saved = {
+            "train": [batch["frame_index"].tolist() for batch in train],
+            "val": [batch["frame_index"].tolist() for batch in val],
+            "gradients": [parameter.grad for parameter in replica.parameters()],
+        }
+        torch.save(saved, directory / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_share_the_batches_and_gradients_of_one(tmp_path):
+    embedded_alloy_file(15, cache_dir=tmp_path)
+    mp.spawn(run_rank, args=(tmp_path,), nprocs=NUM_RANKS)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(NUM_RANKS)]
+
+    module = data_module(tmp_path)
+    for step, batch in enumerate(module.train_dataloader()):
+        shares = [saved["train"][step] for saved in ranks]
+        assert all(shares)
+        assert sorted(index for share in shares for index in share) == sorted(batch["frame_index"].tolist())
+    assert [saved["val"] for saved in ranks] == [[[0]], [[1]], [[]]]
+
+    alone, batch = model(module), collate([module.val_sets[0][index] for index in range(2)])
+    loss_of_forces(alone(batch), batch).backward()
+    for saved in ranks:
+        for parameter, gradient in zip(alone.parameters(), saved["gradients"], strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
