@@ -7,20 +7,19 @@ it does what one rank would do.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.distributed.rendezvous import rendezvous
 
 ProcessGroup = dist.ProcessGroup
 
 __all__ = [
     "ProcessGroup",
-    "agree_before_training",
+    "agree",
     "broadcast_object",
     "data_parallel_size",
     "gather_objects",
@@ -73,6 +72,10 @@ class _MergeSums(torch.autograd.Function):
         return grad_outputs[0], None
 
 
+def _merge_sums(local: Tensor, group: ProcessGroup | None) -> Tensor:
+    return cast(Tensor, _MergeSums.apply(local, group))  # type: ignore[no-untyped-call]
+
+
 def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """Row of the whole group: sums of ``additive``, element-wise maxima of ``maxima``; the same bits on every rank.
 
@@ -91,7 +94,7 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
     device = _collective_device(origin, group)
     additive, maxima = additive.to(device), maxima.to(device)
     if maxima.numel() == 0:
-        merged = cast(Tensor, _MergeSums.apply(additive, group))
+        merged = _merge_sums(additive, group)
         return merged.to(origin), maxima.to(origin)
 
     local = maxima.detach()
@@ -100,7 +103,7 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
     # How many ranks hold each maximum travels with the sums: it shares out the gradient, and since NaN survives a sum
     # but not every backend's maximum, it carries the NaN.
     holds = torch.where(local.isnan(), local, (local == largest).to(local.dtype))
-    packed = cast(Tensor, _MergeSums.apply(torch.cat((additive, holds)), group))
+    packed = _merge_sums(torch.cat((additive, holds)), group)
     merged, holders = packed[: additive.numel()], packed[additive.numel() :].detach()
     largest = torch.where(holders.isnan(), holders, largest)
     if maxima.requires_grad:
@@ -135,17 +138,19 @@ def broadcast_object(value: Any, group: ProcessGroup | None = None) -> Any:
     return box[0]
 
 
-@contextmanager
-def agree_before_training() -> Iterator[None]:
-    """A short-lived gloo group from torchrun's environment, for what ranks must agree on before the real group exists.
+def agree(key: str, proposal: str) -> str:
+    """The proposal of whichever rank came first, on every rank, before there is a process group.
 
-    Does nothing if a group exists already or if there is one rank only.
+    Ranks meet at the rendezvous store of their launcher (torchrun, or any that sets ``RANK``, ``WORLD_SIZE``,
+    ``MASTER_ADDR`` and ``MASTER_PORT``), which outlives restarts of the ranks: a restarted job agrees on the same.
+    Without a launcher it is the proposal itself.
     """
-    if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return proposal
+    store, _, _ = next(iter(rendezvous("env://")))
+    _STORES.append(store)
+    return cast(bytes, store.compare_set(f"harness/{key}", "", proposal)).decode()
+
+
+_STORES: list[Any] = []
+"""Keeps a store that this process serves alive for the other ranks."""

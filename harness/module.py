@@ -172,10 +172,14 @@ class ForceFieldModule(LightningModule):
             ("train_loss_epoch/", "train_metric_epoch/"),
             strict=False,
         ):
-            self.log_dict(values.to_host(stage))
+            self._log_epoch(values.to_host(stage))
             manager.reset()
         coefficients = {name: coeff for name, coeff in self.loss.coeffs.items() if coeff is not None}
-        self.log_dict({f"loss_coeff/{name}": coeff for name, coeff in coefficients.items()})
+        self._log_epoch({f"loss_coeff/{name}": coeff for name, coeff in coefficients.items()})
+
+    def _log_epoch(self, values: dict[str, float]) -> None:
+        """Hand values to Lightning as float64 tensors; it would round Python numbers to float32."""
+        self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
     # --- validation and test ---
 
@@ -208,7 +212,7 @@ class ForceFieldModule(LightningModule):
 
     def _log_evaluation(self, managers: nn.ModuleList, stage: str) -> None:
         for index, values in enumerate(compute_together(list(managers))):  # type: ignore[arg-type]
-            self.log_dict(values.to_host(f"{stage}{index}_epoch/"))
+            self._log_epoch(values.to_host(f"{stage}{index}_epoch/"))
         for manager in managers:
             manager.reset()  # type: ignore[operator]
 
@@ -216,12 +220,30 @@ class ForceFieldModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete the managers' states: ranks have accumulated different data since the last merge."""
-        managers = {name: module for name, module in self.named_modules() if isinstance(module, MetricsManager)}
+        managers = self._managers_by_key
         merge_accumulated(list(managers.values()))
-        for name, manager in managers.items():
-            key = f"{name}.{_EXTRA_STATE}"
-            if key in checkpoint.get("state_dict", {}):
-                checkpoint["state_dict"][key] = manager.get_extra_state()
+        states = checkpoint.get("state_dict", {})
+        states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load a checkpoint with other metrics than it was made with: the old ones are dropped, new ones start anew."""
+        managers = self._managers_by_key
+        rooms = ("loss.", "train_metrics.", "val_metrics.", "test_metrics.")
+        states = checkpoint.get("state_dict", {})
+        for key in [key for key in states if key.startswith(rooms) and key.endswith(_EXTRA_STATE)]:
+            if key not in managers:
+                del states[key]
+        for key, manager in managers.items():
+            states.setdefault(key, manager.get_extra_state())
+
+    @property
+    def _managers_by_key(self) -> dict[str, MetricsManager]:
+        """All managers by the key of their state in a checkpoint."""
+        return {
+            f"{name}.{_EXTRA_STATE}": module
+            for name, module in self.named_modules()
+            if isinstance(module, MetricsManager)
+        }
 
     def configure_optimizers(self) -> Any:
         """Optimizer, and learning-rate scheduler if there is one, from their callables or configs."""

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.callbacks import ParityPlot
-from harness.distributed import agree_before_training, broadcast_object
+from harness.distributed import agree
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.report import values_table
@@ -42,9 +42,13 @@ def _config_folder() -> str:
     return str(inside if inside.is_dir() else beside)
 
 
+def _now() -> str:
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
 def _register_resolvers() -> None:
     resolvers = {
-        "run_stamp": lambda: os.environ.get(_RUN_STAMP) or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"),
+        "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
         # ranks that a launcher has started on this node; one without a launcher
         "devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -201,8 +205,7 @@ def main() -> None:
                 f"error: --multirun under a launcher would run the whole sweep on each of the {num_ranks} ranks. Start "
                 f"a sweep without torchrun."
             )
-        with agree_before_training():  # each rank's clock would give it a directory of its own
-            os.environ[_RUN_STAMP] = broadcast_object(OmegaConf.create({"stamp": "${harness.run_stamp:}"}).stamp)
+        os.environ[_RUN_STAMP] = agree("run_stamp", _now())  # each rank's clock would give it a folder of its own
         if _global_rank() != 0:  # only rank 0 writes
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(_run)()

@@ -174,7 +174,7 @@ class AtomsDataModule(LightningDataModule):
         sets |= {f"val{index}": dataset for index, dataset in enumerate(self.val_sets)}
         sets |= {f"test{index}": dataset for index, dataset in enumerate(self.test_sets)}
         frames = sets[name].frames
-        labels = {
+        labels: dict[str, list[Any]] = {
             "total_energy": [frame.energy for frame in frames],
             "forces": [frame.forces for frame in frames],
             "stress": [frame.stress for frame in frames],

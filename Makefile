@@ -1,0 +1,50 @@
+# make train: a first training on two CPU ranks; make test: the whole test suite. Both make their own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+STRICT := fields distributed statistics foreign metrics components manager presets
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install train test lint types imports docs benchmark ci clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## make .venv with the package and everything for its development
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: install  ## train and test a force field on the embedded alloy, on RANKS=2 ranks; ARGS="..." are Hydra overrides
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(ARGS)
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy, strict on the lower floors
+	$(BIN)/mypy
+	$(BIN)/mypy --strict $(STRICT:%=harness/%.py)
+
+imports: install  ## each floor imports only lower floors
+	$(BIN)/lint-imports
+
+docs: install  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+benchmark: install  ## cost of a loss step beside NequIP and a hand-packed minimum
+	$(BIN)/python benchmarks/step.py
+
+ci: lint types imports docs test  ## everything that CI runs
+
+clean:  ## remove what make has made, but not outputs/
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
