@@ -135,6 +135,11 @@ class ForceFieldModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch."""
+        if batch_idx == 0:
+            # The first batch, and not a hook, starts an epoch's statistics: after a restart Lightning leaves out hooks
+            # of the epoch that a checkpoint has ended, but its batches are counted on.
+            for manager in self._train_managers:
+                manager.reset()
         values = step_together(*self._train_managers, preds=self(batch), target=batch)
         weighted_sum = values[0].weighted_sum
         if weighted_sum is None:
@@ -158,11 +163,6 @@ class ForceFieldModule(LightningModule):
         logged |= {"epoch": self.trainer.current_epoch}
         for logger in self.trainer.loggers:
             logger.log_metrics(logged, step=self.trainer.global_step)
-
-    def on_train_epoch_start(self) -> None:
-        """Start the epoch's statistics anew; not called where an epoch goes on after a restart."""
-        for manager in self._train_managers:
-            manager.reset()
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's loss, coefficients and train metrics."""
