@@ -1,0 +1,45 @@
+"""What the layout of the package promises, beyond the layers that import-linter checks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+import harness
+
+MODULES = sorted((ROOT / "harness").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.add(f"{node.value.id}.{node.attr}")
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_one_module_uses_torch_distributed(path: Path) -> None:
+    uses = {name for name in imported(path) if name.startswith("torch.distributed")}
+    assert bool(uses) == (path.name == "distributed.py")
+
+
+def test_public_names_are_there_and_sorted() -> None:
+    assert all(hasattr(harness, name) for name in harness.__all__)
+    assert harness.__all__ == sorted(harness.__all__)
+
+
+def test_the_core_imports_without_the_heavy_libraries() -> None:
+    heavy = ("wandb", "lightning", "ase", "torch_geometric", "hydra")
+    check = f"import sys, harness; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
