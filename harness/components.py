@@ -57,9 +57,16 @@ class MetricEntry:
             if key not in _EVERY_METRIC_HAS and not key.startswith("_") and isinstance(value, int | float | str | tuple)
         }
         return (
-            f"{self.name}: {type(self.metric).__name__}{parameters} of {self.field}"
+            f"{self.name}: {type(self.metric).__name__}{parameters} of {field_label(self.field)}"
             f"{' per type' if self.per_type else ''}{' ignoring NaN' if self.ignore_nan else ''}"
         )
+
+
+def field_label(field: object) -> str:
+    """Name of a modifier, the same in every process: its class's where it has no text of its own."""
+    kind = type(field)
+    plain = kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
+    return kind.__name__ if plain else str(field)
 
 
 def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, ...]) -> dict[str, MetricEntry]:
@@ -80,7 +87,7 @@ def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, .
                 f"Two components are called {entry.name!r}. Names are unique: give one of them a `name` of its own."
             )
         entries[entry.name] = entry
-    reported = set(entries)
+    reported = {*entries, WEIGHTED_SUM}
     for entry in entries.values():
         for key in entry.type_keys(type_names):
             if key in reported:
@@ -125,7 +132,7 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
     name = given.get("name")
     if name is None:
         metric_name = str(metric) if isinstance(metric, ErrorMetric) else type(metric).__name__
-        name = metric_name if modifier is None else f"{modifier}_{metric_name}"
+        name = metric_name if modifier is None else f"{field_label(modifier)}_{metric_name}"
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: `name` is a non-empty string, found {name!r}.")
     if name == WEIGHTED_SUM:

@@ -6,11 +6,12 @@ A batch is a dictionary of tensors under NequIP's field names. The registry know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 __all__ = [
@@ -39,43 +40,54 @@ NUM_ATOMS = "num_atoms"
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """What is known of a field: its name, level, unit, and the abbreviation used in automatic component names."""
+    """What is known of a field.
+
+    Attributes:
+        name: key in batches and predictions.
+        level: ``graph``, ``node`` or ``edge``.
+        unit: for logs and tables.
+        abbreviation: short form for automatic component names.
+        shape: of one row, such as ``(3,)`` for forces ``[num_atoms, 3]``; None where it is not known.
+    """
 
     name: str
     level: Level
     unit: str = ""
     abbreviation: str = ""
+    shape: tuple[int, ...] | None = None
 
 
 _REGISTRY: dict[str, FieldSpec] = {
     spec.name: spec
     for spec in (
-        FieldSpec("total_energy", "graph", "eV", "E"),
-        FieldSpec("free_energy", "graph", "eV"),
-        FieldSpec("stress", "graph", "eV/Å³"),
-        FieldSpec("virial", "graph", "eV"),
-        FieldSpec("cell", "graph", "Å"),
-        FieldSpec("pbc", "graph"),
-        FieldSpec("num_atoms", "graph"),
-        FieldSpec("dipole", "graph", "e·Å"),
-        FieldSpec("polarizability", "graph", "Å³"),
-        FieldSpec("total_charge", "graph", "e"),
-        FieldSpec("forces", "node", "eV/Å", "F"),
-        FieldSpec("pos", "node", "Å"),
-        FieldSpec("atomic_energy", "node", "eV"),
-        FieldSpec("charge", "node", "e"),
-        FieldSpec("magmom", "node", "μB"),
-        FieldSpec("atom_types", "node"),
-        FieldSpec("atomic_numbers", "node"),
-        FieldSpec("edge_vectors", "edge", "Å"),
-        FieldSpec("edge_lengths", "edge", "Å"),
-        FieldSpec("edge_energy", "edge", "eV"),
-        FieldSpec("edge_cell_shift", "edge"),
+        FieldSpec("total_energy", "graph", "eV", "E", shape=(1,)),
+        FieldSpec("free_energy", "graph", "eV", shape=(1,)),
+        FieldSpec("stress", "graph", "eV/Å³", shape=(3, 3)),
+        FieldSpec("virial", "graph", "eV", shape=(3, 3)),
+        FieldSpec("cell", "graph", "Å", shape=(3, 3)),
+        FieldSpec("pbc", "graph", shape=(3,)),
+        FieldSpec("num_atoms", "graph", shape=()),
+        FieldSpec("dipole", "graph", "e·Å", shape=(3,)),
+        FieldSpec("polarizability", "graph", "Å³", shape=(3, 3)),
+        FieldSpec("total_charge", "graph", "e", shape=(1,)),
+        FieldSpec("forces", "node", "eV/Å", "F", shape=(3,)),
+        FieldSpec("pos", "node", "Å", shape=(3,)),
+        FieldSpec("atomic_energy", "node", "eV", shape=(1,)),
+        FieldSpec("charge", "node", "e", shape=(1,)),
+        FieldSpec("magmom", "node", "μB", shape=(1,)),
+        FieldSpec("atom_types", "node", shape=()),
+        FieldSpec("atomic_numbers", "node", shape=()),
+        FieldSpec("edge_vectors", "edge", "Å", shape=(3,)),
+        FieldSpec("edge_lengths", "edge", "Å", shape=(1,)),
+        FieldSpec("edge_energy", "edge", "eV", shape=(1,)),
+        FieldSpec("edge_cell_shift", "edge", shape=(3,)),
     )
 }
 
 
-def register_field(name: str, level: Level, unit: str = "", abbreviation: str = "") -> FieldSpec:
+def register_field(
+    name: str, level: Level, unit: str = "", abbreviation: str = "", shape: Sequence[int] | None = None
+) -> FieldSpec:
     """Make a field known to losses and metrics.
 
     Args:
@@ -83,6 +95,7 @@ def register_field(name: str, level: Level, unit: str = "", abbreviation: str = 
         level: ``graph`` (first dimension ``num_graphs``), ``node`` (``num_atoms``) or ``edge`` (``num_edges``).
         unit: for logs and tables.
         abbreviation: short form for automatic component names, such as ``F`` for forces.
+        shape: of one row, such as ``(3,)`` for forces; other people's metrics with several outputs need it.
 
     Raises:
         ValueError: the level is unknown, or the name is registered already with another level.
@@ -94,7 +107,7 @@ def register_field(name: str, level: Level, unit: str = "", abbreviation: str = 
     known = _REGISTRY.get(name)
     if known is not None and known.level != level:
         raise ValueError(f"Field {name!r} is registered as a {known.level} field; it cannot become a {level} field.")
-    spec = FieldSpec(name, level, unit, abbreviation)
+    spec = FieldSpec(name, level, unit, abbreviation, None if shape is None else tuple(shape))
     _REGISTRY[name] = spec
     return spec
 
@@ -123,9 +136,9 @@ def field_spec(name: str) -> FieldSpec:
 class FieldModifier(Protocol):
     """What a component reads: a callable from (predictions, target) to a pair of tensors of the same shape.
 
-    ``str(modifier)`` names the component automatically and ``level`` (or ``type``, as in NequIP's own modifiers) is
-    the level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per
-    step however many components use it.
+    ``str(modifier)`` names the component automatically and ``level`` (or ``type``, as in NequIP's own modifiers) is the
+    level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per step
+    however many components use it. Other people's metrics with several outputs need its ``shape`` of one row.
     """
 
     @property
@@ -151,6 +164,11 @@ class PlainField:
     def level(self) -> Level:
         """Level of the field."""
         return field_spec(self.field).level
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one row."""
+        return field_spec(self.field).shape
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction and target of the field."""
@@ -192,6 +210,11 @@ class PerAtomModifier:
     def level(self) -> Level:
         """Always ``graph``."""
         return "graph"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one row."""
+        return field_spec(self.field).shape
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction and target per atom."""
@@ -242,6 +265,11 @@ class MappedFieldModifier:
         """Level of both fields."""
         return field_spec(self.pred_field).level
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one row."""
+        return field_spec(self.pred_field).shape
+
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction of one field and target of the other."""
         return take(preds, self.pred_field, "predictions"), take(target, self.target_field, "target")
@@ -258,6 +286,8 @@ def as_modifier(field: object) -> tuple[FieldModifier, Level]:
         TypeError: neither a name nor a callable with a ``level`` (or NequIP's ``type``).
         ValueError: the modifier's level is none of graph, node, edge.
     """
+    if OmegaConf.is_config(field):  # hydra.utils.instantiate wraps dataclasses that stand in lists or dictionaries
+        field = OmegaConf.to_object(field)
     modifier = PlainField(field) if isinstance(field, str) else field
     level = getattr(modifier, "level", None) or getattr(modifier, "type", None)
     if not callable(modifier) or isinstance(modifier, type) or level is None:

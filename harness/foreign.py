@@ -73,13 +73,20 @@ class ForeignMetric:
     Args:
         metric: the metric; its own states are scratch space.
         name: the component's name, for messages.
+        shape: of one row of its inputs, if that is known. Some metrics start with scalar states that grow with the
+            number of outputs, while the layout of a row must be known before there is data.
     """
 
-    def __init__(self, metric: Metric, name: str) -> None:
+    def __init__(self, metric: Metric, name: str, shape: tuple[int, ...] | None = None) -> None:
         self.metric = _widen(metric)
         self.name = name
+        grown = {} if shape is None else _grown_states(self.metric, shape)
         self._states = [
-            _State(state, _MERGEABLE[metric._reductions[state]], cast(Tensor, default).detach().clone().cpu())
+            _State(
+                state,
+                _MERGEABLE[metric._reductions[state]],
+                cast(Tensor, default).detach().cpu().expand(grown.get(state, cast(Tensor, default).shape)).clone(),
+            )
             for state, default in metric._defaults.items()
         ]
         self._additive = [state for state in self._states if state.reduction in ("sum", "mean")]
@@ -109,8 +116,8 @@ class ForeignMetric:
         if value.numel() != state.default.numel():
             raise ValueError(
                 f"Component {self.name!r}: state {state.name!r} of {type(self.metric).__name__} changed its shape from "
-                f"{list(state.default.shape)} to {list(value.shape)} with the data. Give the metric its number of "
-                f"outputs (such as num_outputs={value.numel()}) when it is made."
+                f"{list(state.default.shape)} to {list(value.shape)} with the data. Tell the shape of a row before: "
+                f"harness.register_field(..., shape=...), or an attribute `shape` of your modifier."
             )
         value = value.reshape(-1).to(torch.float64)
         default = state.default.reshape(-1).to(device, torch.float64)
@@ -268,10 +275,33 @@ def _compute(metric: Metric) -> Any:
     return getattr(type(metric), "compute")(metric)  # noqa: B009 mypy takes the class attribute for a string
 
 
+def _grown_states(metric: Metric, shape: tuple[int, ...]) -> dict[str, torch.Size]:
+    """Shapes of the states after a batch of made-up rows; none if the metric does not take such rows."""
+    rows = torch.linspace(0, 1, 4 * math.prod(shape), dtype=torch.float64, device=metric.device).reshape(4, *shape)
+    try:
+        getattr(type(metric), "update")(metric, rows, rows**2)  # noqa: B009 as in _compute
+        return {
+            name: getattr(metric, name).shape
+            for name, default in metric._defaults.items()
+            if isinstance(default, Tensor) and default.numel() == 1
+        }
+    except (ValueError, RuntimeError, TypeError):
+        return {}  # its own message comes with the first real batch
+    finally:
+        metric.reset()
+
+
+def detached(batch: Batch) -> dict[str, Any]:
+    """The batch with its tensors cut off their graph."""
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def _detached(inputs: tuple[Any, Any]) -> tuple[Any, ...]:
     """Inputs without a graph, so that states kept for the epoch do not keep every step's graph alive."""
     return tuple(
-        value.detach() if isinstance(value, Tensor) else {key: entry.detach() for key, entry in value.items()}
+        value.detach()
+        if isinstance(value, Tensor)
+        else {key: entry.detach() if isinstance(entry, Tensor) else entry for key, entry in value.items()}
         for value in inputs
     )
 

@@ -24,6 +24,7 @@ from harness.foreign import (
     DeferredMetric,
     ForeignMetric,
     Part,
+    detached,
     labelled_rows,
     whole_batches,
     why_not_mergeable,
@@ -326,14 +327,12 @@ class MetricsManager(nn.Module):
             if reading.additive:
                 count = elements.counts()
                 for index in reading.additive:
-                    entry = self._ordered[index]
-                    errors = cast(ErrorMetric, entry.metric).measure(elements.prediction, elements.target)
-                    sums[index], counts[index] = elements.sums(errors), count
+                    sums[index], counts[index] = elements.sums(self._errors(index, elements)), count
             for index in reading.maxima:
-                errors = cast(ErrorMetric, self._ordered[index].metric).measure(elements.prediction, elements.target)
-                maxima[index - self._num_additive_components] = elements.maxima(errors)
+                maxima[index - self._num_additive_components] = elements.maxima(self._errors(index, elements))
             for index in reading.others:
                 groups = range(elements.num_groups) if reading.per_type else (None,)
+                elements = elements if self._differentiable(index) else elements.detach()
                 deferred[index] = [labelled_rows(elements, group) for group in groups]
         for index in self._whole_batch_components:
             deferred[index] = [whole_batches(preds, target)]
@@ -345,7 +344,27 @@ class MetricsManager(nn.Module):
             [*maxima, *(piece for _, piece in pieces)],
             device,
         )
+        if torch.is_grad_enabled() and not row.requires_grad:
+            row = self._anchored(row, preds, pairs)
         return row, deferred
+
+    def _anchored(self, row: Row, preds: Batch, pairs: Mapping[object, tuple[Tensor, Tensor]]) -> Row:
+        """The row, hung on the predictions if gradients flow through those: a rank without data is no validation."""
+        read = [prediction for prediction, _ in pairs.values()]
+        if self._whole_batch_components:
+            read += [value for value in preds.values() if isinstance(value, Tensor)]
+        for prediction in read:
+            if prediction.requires_grad:
+                return Row(row.additive + prediction.reshape(-1)[:0].sum(dtype=torch.float64), row.maxima)
+        return row
+
+    def _differentiable(self, index: int) -> bool:
+        """Whether gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
+        return not self.do_weighted_sum or bool(self._ordered[index].coeff)
+
+    def _errors(self, index: int, elements: Elements) -> Tensor:
+        prediction = elements.prediction if self._differentiable(index) else elements.prediction.detach()
+        return cast(ErrorMetric, self._ordered[index].metric).measure(prediction, elements.target)
 
     def _read(
         self,
@@ -588,7 +607,8 @@ class MetricsManager(nn.Module):
                 continue
             reason = reasons[entry.name]
             if reason is None:
-                foreign = self._foreign[index] = ForeignMetric(entry.metric, entry.name)
+                shape = getattr(entry.field, "shape", None)
+                foreign = self._foreign[index] = ForeignMetric(entry.metric, entry.name, shape)
                 self._num_additive_numbers += self._groups(entry) * foreign.num_additive
                 self._num_maximum_numbers += self._groups(entry) * foreign.num_maxima
             else:
@@ -632,13 +652,14 @@ class MetricsManager(nn.Module):
             weights = [weight for entry in self._ordered for weight in self._slot_weights(entry)]
             component = [index for index, entry in enumerate(self._ordered) for _ in range(self._groups(entry))]
             coeffs = [entry.coeff or 0.0 for entry in self._ordered]
-            self._constants[device] = _Constants(
-                torch.tensor(weights, dtype=torch.float64, device=device),
-                torch.tensor(component, dtype=torch.int64, device=device),
-                torch.tensor(coeffs, dtype=torch.float64, device=device),
-                torch.tensor([coeff > 0 for coeff in coeffs], device=device),
-                *(torch.tensor(number, dtype=torch.float64, device=device) for number in (0.0, 1.0, torch.nan)),
-            )
+            with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
+                self._constants[device] = _Constants(
+                    torch.tensor(weights, dtype=torch.float64, device=device),
+                    torch.tensor(component, dtype=torch.int64, device=device),
+                    torch.tensor(coeffs, dtype=torch.float64, device=device),
+                    torch.tensor([coeff > 0 for coeff in coeffs], device=device),
+                    *(torch.tensor(number, dtype=torch.float64, device=device) for number in (0.0, 1.0, torch.nan)),
+                )
         return self._constants[device]
 
     def _slot_weights(self, entry: MetricEntry) -> Sequence[float]:
@@ -680,9 +701,9 @@ def step_together(loss: MetricsManager, *monitors: MetricsManager, preds: Batch,
     managers = (loss, *monitors)
     measured = [loss._measure(preds, target)]
     if monitors:
-        detached = {name: value.detach() for name, value in preds.items()}
+        watched = detached(preds)
         with torch.no_grad():
-            measured += [manager._measure(detached, target) for manager in monitors]
+            measured += [manager._measure(watched, target) for manager in monitors]
     rows = [row for row, _ in measured]
     merged = rows[0].requires_grad or any(manager._wants_sync for manager in managers)
     num_ranks = data_parallel_size(loss.process_group)

@@ -9,6 +9,7 @@ of the same shape, and ``value`` maps the sum of the errors and their count to t
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -80,16 +81,29 @@ class ErrorMetric(Metric, ABC):
     is_differentiable = True
     higher_is_better = False
 
-    accumulated: Tensor
     count: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *parameters: object, **kwargs: Any) -> None:
+        """Make the two states.
+
+        Args:
+            parameters: whatever the errors depend on beside prediction and target, such as the delta of a Huber loss.
+            kwargs: of :class:`torchmetrics.Metric`.
+        """
         super().__init__(**kwargs)
-        if self.kind == "sum":
-            self.add_state("accumulated", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        else:
-            self.add_state("accumulated", torch.full((), -float("inf"), dtype=torch.float64), dist_reduce_fx="max")
+        # ``MetricCollection`` takes metrics for the same whose states have the same names and, once, the same values:
+        # the name tells apart those that measure different errors.
+        definition = f"{type(self).__name__}{parameters}"
+        self._accumulated = f"{self.kind}_{type(self).__name__}_{zlib.crc32(definition.encode()):08x}"
+        start, reduction = (0.0, "sum") if self.kind == "sum" else (-math.inf, "max")
+        self.add_state(self._accumulated, torch.full((), start, dtype=torch.float64), dist_reduce_fx=reduction)
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def accumulated(self) -> Tensor:
+        """Sum or maximum of the errors so far: float64 scalar."""
+        state: Tensor = getattr(self, self._accumulated)
+        return state
 
     @abstractmethod
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -109,9 +123,10 @@ class ErrorMetric(Metric, ABC):
         elements = Elements(preds, target)
         errors = self.measure(preds, target)
         if self.kind == "sum":
-            self.accumulated = self.accumulated + elements.sums(errors).squeeze(0)
+            accumulated = self.accumulated + elements.sums(errors).squeeze(0)
         else:
-            self.accumulated = torch.maximum(self.accumulated, elements.maxima(errors).squeeze(0))
+            accumulated = torch.maximum(self.accumulated, elements.maxima(errors).squeeze(0))
+        setattr(self, self._accumulated, accumulated)
         self.count = self.count + elements.counts().squeeze(0)
 
     def compute(self) -> Tensor:
@@ -209,10 +224,11 @@ class HuberLoss(ErrorMetric):
     """
 
     def __init__(self, reduction: str = "mean", delta: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reduction = _check_reduction(reduction)
+        checked_delta = _check_positive(delta, "delta")
+        super().__init__(_check_reduction(reduction), checked_delta, **kwargs)
+        self.reduction = reduction
         self.value = mean if reduction == "mean" else total
-        self.delta = _check_positive(delta, "delta")
+        self.delta = checked_delta
 
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Huber errors."""
@@ -247,10 +263,11 @@ class StratifiedHuberForceLoss(ErrorMetric):
     """
 
     def __init__(self, delta_dict: Mapping[float, float], reduction: str = "mean", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.reduction = _check_reduction(reduction)
+        strata = _check_strata(delta_dict)
+        super().__init__(_check_reduction(reduction), strata, **kwargs)
+        self.reduction = reduction
         self.value = mean if reduction == "mean" else total
-        self.strata = _check_strata(delta_dict)
+        self.strata = strata
 
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Huber errors of each component with the δ of its vector's stratum."""

@@ -119,6 +119,10 @@ class Elements:
             torch.where(labelled, prediction, 0.0), torch.where(labelled, target, 0.0), labelled, types, num_groups
         )
 
+    def detach(self) -> Elements:
+        """The same elements without a graph."""
+        return Elements(self.prediction.detach(), self.target, self.mask, self.types, self.num_groups)
+
     def sums(self, errors: Tensor) -> Tensor:
         """Sum of the errors of each group: float64 ``[num_groups]``. Masked errors must be 0."""
         if self.types is None:

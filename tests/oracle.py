@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ def split(batch: Batch, target: Batch, cuts: Sequence[int]) -> list[tuple[Batch,
     edges = [0, *sorted(cuts), len(target["num_atoms"])]
     ends = [0, *target["num_atoms"].cumsum(0).tolist()]
     parts = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         graphs, atoms = slice(first, last), slice(ends[first], ends[last])
         parts.append(
             tuple(

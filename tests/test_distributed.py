@@ -25,7 +25,9 @@ def shards_of(layout: str, world_size: int) -> list[tuple[oracle.Batch, oracle.B
     shards = [oracle.draw(10 + rank, [2 + rank, 4][: 1 + rank % 2]) for rank in range(world_size)]
     match layout:
         case "one type on one rank only":
-            shards = [oracle.draw(20 + rank, [3, 5], types=(0,) if rank < last else (0, 1)) for rank in range(world_size)]
+            shards = [
+                oracle.draw(20 + rank, [3, 5], types=(0,) if rank < last else (0, 1)) for rank in range(world_size)
+            ]
         case "a rank without labels":
             shards = [oracle.draw(30 + rank, [3, 2], unlabelled=0.3 if rank else 1.0) for rank in range(world_size)]
         case "an empty rank":
@@ -276,7 +278,9 @@ def test_a_process_group_merges_only_its_own_ranks():
         assert_same_bits([results[rank][0] for rank in pair])
         assert_close(results[pair[0]][0], expected)
         gradient = sum(results[rank][1] for rank in pair)
-        np.testing.assert_allclose(gradient, oracle.gradient(components, features, target, TYPES), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            gradient, oracle.gradient(components, features, target, TYPES), rtol=1e-12, atol=1e-12
+        )
     assert [scale for *_, scale in results] == [2] * 4
 
 

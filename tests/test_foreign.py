@@ -84,9 +84,7 @@ def draw(seed, atoms, unlabelled=0.0, types=(0, 1, 2)):
     features, target = oracle.draw(seed, atoms, types)
     preds = oracle.predict(features, oracle.parameters())
     random = torch.Generator().manual_seed(seed)
-    preds["charge"], target["charge"] = torch.rand(
-        2, len(target["atom_types"]), generator=random, dtype=torch.float64
-    )
+    preds["charge"], target["charge"] = torch.rand(2, len(target["atom_types"]), generator=random, dtype=torch.float64)
     missing = torch.rand(len(target["atom_types"]), generator=random) < unlabelled
     target["forces"][missing], target["charge"][missing] = math.nan, math.nan
     return {key: value.detach() for key, value in preds.items()}, target
@@ -231,6 +229,7 @@ def test_gradients_flow_through_a_metric_with_a_coefficient():
 def r2_step(rank, world_size, shards, with_mse):
     preds, target = shards[rank]
     preds["charge"].requires_grad_()
+    preds["forces"].requires_grad_()
     components = [{"name": "r2", "field": "charge", "metric": R2Score(), "coeff": 1, "ignore_nan": True}]
     if with_mse:
         mse = {"name": "mse", "field": "forces", "metric": harness.MeanSquaredError, "ignore_nan": True}
