@@ -39,7 +39,7 @@ imports: install  ## each floor imports only lower floors
 	$(BIN)/lint-imports
 
 docs: install  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmark: install  ## cost of a loss step beside NequIP and a hand-packed minimum
 	$(BIN)/python benchmarks/step.py

@@ -6,7 +6,7 @@
 A step is the loss alone, forward and backward, on ready-made predictions: energy per atom and forces, with one force
 error for each atom type. The contestants take turns within the run, on the same data:
 
-* ``minimum``: written by hand for this very loss: one row, one all-reduce, nothing else (no names, no epoch, no checks);
+* ``minimum``: written by hand for this very loss: one row, one all-reduce, nothing else (no names, epochs or checks);
 * ``harness``: ``EnergyForceLoss`` with ``per_type_forces_coeffs``;
 * ``nequip``: the same loss of NequIP's ``MetricsManager``, where it is installed.
 
@@ -49,6 +49,7 @@ class MinimumStep:
         self.weights = torch.linspace(1, 2, num_types, dtype=torch.float64, device=device)
 
     def __call__(self, preds: Batch, target: Batch) -> Tensor:
+        """Loss of a batch."""
         num_atoms = target["num_atoms"].unsqueeze(-1)
         energy = (preds["total_energy"] / num_atoms - target["total_energy"] / num_atoms).square()
         forces = (preds["forces"] - target["forces"]).square().sum(-1, dtype=torch.float64)
@@ -156,7 +157,9 @@ def count(step: Step, preds: Batch, target: Batch) -> tuple[int, int, int]:
     return collectives, sum(name in HOST_SYNCS for name in names), sum(name.startswith("aten::") for name in names)
 
 
-def median_time(steps: dict[str, Step], preds: Batch, target: Batch, rounds: int, device: torch.device) -> dict[str, float]:
+def median_time(
+    steps: dict[str, Step], preds: Batch, target: Batch, rounds: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds of each contestant's step; they take turns, and ranks start each step together."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -204,7 +207,7 @@ def worker(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         if rank:
             continue
         print(f"\n{num_types} types, {arguments.ranks} ranks, about {arguments.graphs * arguments.atoms} atoms a rank")
-        print(f"{'':9}{'collectives':>12}{'host syncs':>12}{'aten ops':>10}{'median':>12}{'/ minimum':>11}{'/ 1 type':>10}")
+        print(" " * 9 + "collectives  host syncs  aten ops      median  / minimum  / 1 type".rjust(67))
         for name in steps:
             one_type.setdefault(name, times[name])
             collectives, syncs, operators = counts[name]
@@ -213,7 +216,9 @@ def worker(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
                 f"{times[name] / times['minimum']:>11.2f}{times[name] / one_type[name]:>10.2f}"
             )
         if "nequip" in times:
-            last_ratio = f"harness is {times['nequip'] / times['harness']:.0f} × as fast as nequip at {num_types} types"
+            last_ratio = (
+                f"harness is {times['nequip'] / times['harness']:.0f} times as fast as nequip at {num_types} types"
+            )
             print(last_ratio)
     if rank == 0 and not last_ratio:
         print("\nNequIP is not installed: pip install nequip to compare with it.")

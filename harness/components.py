@@ -81,7 +81,9 @@ def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, .
         raise ValueError("`metrics` is empty; expected at least one dictionary with the key 'metric'.")
     entries: dict[str, MetricEntry] = {}
     for position, specification in enumerate(metrics):
-        entry = _parse_entry(specification, f"metrics[{position}]", type_names)
+        name = specification.get("name") if isinstance(specification, Mapping) else None
+        where = f"metrics[{position}]" if name is None else f"metrics[{position}] ({name})"
+        entry = _parse_entry(specification, where, type_names)
         if entry.name in entries:
             raise ValueError(
                 f"Two components are called {entry.name!r}. Names are unique: give one of them a `name` of its own."

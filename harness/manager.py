@@ -548,6 +548,12 @@ class MetricsManager(nn.Module):
         What was accumulated is dropped, with a warning, if the components have changed since. Coefficients are taken
         over unless the configured ones have changed since: then the new configuration wins, with a warning.
         """
+        missing = [key for key in self.get_extra_state() if key not in state]
+        if missing:
+            raise ValueError(
+                f"This is no state of harness.MetricsManager: it has {', '.join(map(str, state)) or 'nothing'}, but no "
+                f"{', '.join(missing)}. A checkpoint of another package's manager gives its weights, not its metrics."
+            )
         self.reset()
         if dict(state["configured_coeffs"]) == self._configured_coeffs:
             self.set_coeffs(state["coeffs"])

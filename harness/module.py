@@ -269,4 +269,7 @@ def _call(source: Callable[..., Any] | Mapping[str, Any], what: str, argument: A
         source = instantiate(source, _partial_=True)
     if not callable(source):
         raise TypeError(f"`{what}` is a callable or a config with a `_target_`, found {source!r}.")
-    return source(argument)
+    try:
+        return source(argument)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The {what} cannot be made from {source!r}: {error}") from error

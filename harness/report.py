@@ -10,7 +10,7 @@ from rich.table import Table
 from harness.components import WEIGHTED_SUM, MetricEntry
 from harness.fields import PerAtomModifier, PlainField, field_spec
 from harness.manager import MetricsManager
-from harness.metrics import HuberLoss, MeanSquaredError, RootMeanSquaredError, StratifiedHuberForceLoss
+from harness.metrics import ErrorMetric, HuberLoss, MeanSquaredError, RootMeanSquaredError, StratifiedHuberForceLoss
 
 __all__ = ["component_unit", "values_table"]
 
@@ -41,6 +41,8 @@ def values_table(title: str, manager: MetricsManager, values: Mapping[str, float
 
 def component_unit(entry: MetricEntry) -> str:
     """Unit of a component's value; empty where it is not known."""
+    if not isinstance(entry.metric, ErrorMetric):
+        return ""
     match entry.field:
         case PlainField(field=name):
             unit = field_spec(name).unit

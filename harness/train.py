@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import logging
 import os
 import sys
+import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -19,9 +22,11 @@ import hydra
 import torch
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from harness.callbacks import ParityPlot
@@ -33,7 +38,15 @@ from harness.report import values_table
 __all__ = ["build_module", "main", "train"]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
-_BAD_INPUT = (ValueError, TypeError, KeyError, FileNotFoundError, hydra.errors.InstantiationException)
+_BAD_INPUT = (
+    ValueError,
+    TypeError,
+    KeyError,
+    FileNotFoundError,
+    hydra.errors.InstantiationException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
 
 
 def _config_folder() -> str:
@@ -79,11 +92,15 @@ def train(config: DictConfig) -> dict[str, float]:
     datamodule.setup("fit")
     module = build_module(config, datamodule)
     _check_labels(module, datamodule)
+    _check_monitor(config.monitor, module)
+    module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
     if hasattr(datamodule, "describe"):
         console.print(datamodule.describe(), highlight=False)
 
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
+    if not loggers:  # it refuses to run without one
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: Trainer = instantiate(
         config.trainer,
         strategy=instantiate(config.strategy),
@@ -157,6 +174,19 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
                     )
 
 
+def _check_monitor(monitor: str, module: ForceFieldModule) -> None:
+    """Refuse to monitor an epoch value that nothing logs, before the first epoch has been trained in vain."""
+    managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
+    managers += [(f"val{index}_epoch", manager) for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
+    valid = [f"{stage}/{name}" for stage, manager in managers if manager is not None for name in manager.value_names]
+    if "_epoch/" in monitor and monitor not in valid:
+        close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
+        raise ValueError(
+            f"monitor={monitor} is not among the values of an epoch. Did you mean {' or '.join(close)}? "
+            f"All: {', '.join(valid)}."
+        )
+
+
 def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logger], callbacks: list[Callback]) -> None:
     console.print(f"output      {output_dir}", highlight=False)
     if best:
@@ -187,17 +217,31 @@ def _run(config: DictConfig) -> float | None:
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        cause = error.__cause__ if isinstance(error, hydra.errors.InstantiationException) else None
-        reason = cause or error
-        message = reason.args[0] if isinstance(reason, KeyError) and reason.args else reason
         if _global_rank() == 0:
-            print(f"\nerror: {message}\n(HYDRA_FULL_ERROR=1 shows where it was found)", file=sys.stderr)
+            print(f"\nerror: {_message(error)}\n(HYDRA_FULL_ERROR=1 shows where it was found)", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
 
 
+def _message(error: Exception) -> str:
+    """What a user needs to know of an error: its own words, and the config that Hydra was at."""
+    if isinstance(error, hydra.errors.InstantiationException):
+        place = str(error).splitlines()[0].removeprefix("Error ").rstrip(":")  # such as: in call to target 'x.Y'
+        return f"{_message(error.__cause__)} ({place})" if isinstance(error.__cause__, Exception) else str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{str(error).splitlines()[0]}. Give it on the command line, such as {error.full_key}=..."
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def _quieten() -> None:
+    """Leave out what libraries say at every start and no user of this command can act on."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+
+
 def main() -> None:
     """Command line of ``harness-train``."""
+    _quieten()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
