@@ -11,7 +11,7 @@ error for each atom type. The contestants take turns within the run, on the same
 * ``nequip``: the same loss of NequIP's ``MetricsManager``, where it is installed.
 
 Collectives, operators and host synchronisations are counted by torch's profiler on a step of their own; times are
-medians over rounds, with ranks starting each step together.
+medians over rounds in which all take turns, with ranks starting together.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from harness import EnergyForceLoss
 from harness.distributed import gradient_scale
 
 HOST_SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
-COLLECTIVES = ("c10d::", "gloo:", "nccl:")
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, Batch], Tensor]
 
@@ -157,22 +157,75 @@ def count(step: Step, preds: Batch, target: Batch) -> tuple[int, int, int]:
     return collectives, sum(name in HOST_SYNCS for name in names), sum(name.startswith("aten::") for name in names)
 
 
-def median_time(
-    steps: dict[str, Step], preds: Batch, target: Batch, rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each contestant's step; they take turns, and ranks start each step together."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+@dataclass
+class Contest:
+    """One loss over one batch, with what was seen of it."""
+
+    name: str
+    num_types: int
+    step: Step
+    preds: Batch
+    target: Batch
+    counts: tuple[int, int, int] = (0, 0, 0)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds)
+
+
+def contests(num_types: int, arguments: argparse.Namespace, rank: int, device: torch.device) -> list[Contest]:
+    """Contestants on the same batch, once they have been seen to compute the same loss."""
+    preds, target = make_batch(num_types, arguments.graphs, arguments.atoms, rank, device)
+    steps = {
+        "minimum": MinimumStep(num_types, device),
+        "harness": harness_step(num_types, device),
+        "nequip": nequip_step(num_types, device),
+    }
+    found = [Contest(name, num_types, step, preds, target) for name, step in steps.items() if step is not None]
+    losses = [[run_step(each.step, preds, target) for _ in range(3)][-1].item() for each in found]
+    for each, loss in zip(found, losses, strict=True):
+        if abs(loss - losses[0]) > 1e-5 * abs(losses[0]):
+            raise RuntimeError(f"{each.name} computes {loss}, the minimum {losses[0]}: not the same loss")
+        each.counts = count(each.step, preds, target)
+    return found
+
+
+def measure(found: list[Contest], rounds: int, device: torch.device) -> None:
+    """Time all contestants with all numbers of types in turns, so that none has a quieter machine than another."""
     for _ in range(rounds):
-        for name, step in steps.items():
-            repeats = 1 if name == "nequip" else 10
+        for each in found:
+            repeats = 1 if each.name == "nequip" else 10
             dist.barrier()
             start = time.perf_counter()
             for _ in range(repeats):
-                run_step(step, preds, target)
+                run_step(each.step, each.preds, each.target)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append((time.perf_counter() - start) / repeats)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            each.seconds.append((time.perf_counter() - start) / repeats)
+
+
+def report(found: list[Contest]) -> None:
+    """Print a table for each number of types, with the ratios."""
+    one_type = {each.name: each.median for each in reversed(found)}
+    for num_types in dict.fromkeys(each.num_types for each in found):
+        group = {each.name: each for each in found if each.num_types == num_types}
+        print(f"\n{num_types} types")
+        print(
+            " " * 9 + f"collectives  host syncs  aten ops      median  / minimum  / {found[0].num_types} type".rjust(67)
+        )
+        for name, each in group.items():
+            collectives, syncs, operators = each.counts
+            print(
+                f"{name:9}{collectives:>12}{syncs:>12}{operators:>10}{each.median * 1e3:>9.3f} ms"
+                f"{each.median / group['minimum'].median:>11.2f}{each.median / one_type[name]:>10.2f}"
+            )
+        if "nequip" in group:
+            faster = group["nequip"].median / group["harness"].median
+            print(f"harness is {faster:.0f} times as fast as nequip")
+        else:
+            print("NequIP is not installed: pip install nequip to compare with it.")
 
 
 def worker(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
@@ -186,42 +239,12 @@ def worker(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         world_size=arguments.ranks,
         timeout=datetime.timedelta(minutes=5),
     )
-    one_type: dict[str, float] = {}
-    last_ratio = ""
-    for num_types in arguments.types:
-        preds, target = make_batch(num_types, arguments.graphs, arguments.atoms, rank, device)
-        steps: dict[str, Step] = {
-            "minimum": MinimumStep(num_types, device),
-            "harness": harness_step(num_types, device),
-        }
-        nequip = nequip_step(num_types, device)
-        if nequip is not None:
-            steps["nequip"] = nequip
-        losses = {name: [run_step(step, preds, target) for _ in range(3)][-1].item() for name, step in steps.items()}
-        reference = losses["minimum"]
-        for name, loss in losses.items():
-            if abs(loss - reference) > 1e-5 * abs(reference):
-                raise RuntimeError(f"{name} computes {loss}, the minimum {reference}: not the same loss")
-        counts = {name: count(step, preds, target) for name, step in steps.items()}
-        times = median_time(steps, preds, target, arguments.rounds, device)
-        if rank:
-            continue
-        print(f"\n{num_types} types, {arguments.ranks} ranks, about {arguments.graphs * arguments.atoms} atoms a rank")
-        print(" " * 9 + "collectives  host syncs  aten ops      median  / minimum  / 1 type".rjust(67))
-        for name in steps:
-            one_type.setdefault(name, times[name])
-            collectives, syncs, operators = counts[name]
-            print(
-                f"{name:9}{collectives:>12}{syncs:>12}{operators:>10}{times[name] * 1e3:>9.3f} ms"
-                f"{times[name] / times['minimum']:>11.2f}{times[name] / one_type[name]:>10.2f}"
-            )
-        if "nequip" in times:
-            last_ratio = (
-                f"harness is {times['nequip'] / times['harness']:.0f} times as fast as nequip at {num_types} types"
-            )
-            print(last_ratio)
-    if rank == 0 and not last_ratio:
-        print("\nNequIP is not installed: pip install nequip to compare with it.")
+    found = [each for num_types in arguments.types for each in contests(num_types, arguments, rank, device)]
+    measure(found, arguments.rounds, device)
+    if rank == 0:
+        atoms = arguments.graphs * arguments.atoms
+        print(f"torch {torch.__version__}, {arguments.ranks} ranks on {arguments.device}, about {atoms} atoms a rank")
+        report(found)
     dist.destroy_process_group()
 
 
@@ -235,7 +258,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}  # the profiler is talkative
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (arguments, str(Path(folder) / "rendezvous")), nprocs=arguments.ranks)
 

@@ -437,7 +437,8 @@ class MetricsManager(nn.Module):
             deferred: values of the components that are not in the row, one for each group; None where unknown.
         """
         num_slots = self._num_additive_slots
-        sums, counts = row.additive[:num_slots], row.additive[num_slots : 2 * num_slots]
+        sums = row.additive[:num_slots]
+        counts = row.additive.detach()[num_slots : 2 * num_slots]  # of targets: no gradient, and none to be computed
         constants = self._constants_on(row.additive.device)
 
         values: list[Tensor] = []
