@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,17 +19,16 @@ from torchmetrics import Metric
 
 from harness.components import WEIGHTED_SUM, MetricEntry, check_coeff, check_type_names, parse_entries
 from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, global_rank
-from harness.fields import ATOM_TYPES, Batch, FieldModifier, take
+from harness.fields import ATOM_TYPES, Batch, take
 from harness.foreign import (
     DeferredMetric,
-    ForeignMetric,
     Part,
     detached,
     labelled_rows,
     whole_batches,
-    why_not_mergeable,
 )
-from harness.metrics import ErrorMetric, Value, check_same_shape
+from harness.layout import Layout, Reading, Values, identity
+from harness.metrics import ErrorMetric, check_same_shape
 from harness.statistics import Elements, Row, merge_rows_over_ranks
 
 __all__ = [
@@ -44,84 +43,12 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Values:
-    """Every value of one step or epoch, still on the device.
+class _Coefficients:
+    """Normalised coefficients on a device, in the layout's order; 0 outside of the weighted sum."""
 
-    Attributes:
-        names: names of the reported values, in the order of ``reported``.
-        order: the order in which users see them.
-        reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
-        weighted_sum: float64 scalar, or None if no component has a coefficient.
-        has_data: bool ``[num_values]``.
-    """
-
-    names: tuple[str, ...]
-    order: tuple[int, ...]
-    reported: Tensor
-    weighted_sum: Tensor | None
-    has_data: Tensor
-
-    def detach(self) -> Values:
-        """The same values without a graph."""
-        weighted_sum = None if self.weighted_sum is None else self.weighted_sum.detach()
-        return Values(self.names, self.order, self.reported.detach(), weighted_sum, self.has_data)
-
-    def as_dict(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
-        """Values by name, as scalar tensors on the device."""
-        scalars = self.reported.unbind()
-        values = {f"{prefix}{self.names[index]}{suffix}": scalars[index] for index in self.order}
-        if self.weighted_sum is not None:
-            values[f"{prefix}{WEIGHTED_SUM}{suffix}"] = self.weighted_sum
-        return values
-
-    def to_host(self, prefix: str = "", suffix: str = "") -> dict[str, float]:
-        """Values by name as Python numbers: one copy, and the only place where the host waits for the device."""
-        vector = self.reported.detach()
-        if self.weighted_sum is not None:
-            vector = torch.cat((vector, self.weighted_sum.detach().unsqueeze(0)))
-        numbers = vector.tolist()
-        values = {f"{prefix}{self.names[index]}{suffix}": numbers[index] for index in self.order}
-        if self.weighted_sum is not None:
-            values[f"{prefix}{WEIGHTED_SUM}{suffix}"] = numbers[-1]
-        return values
-
-
-@dataclass
-class _Reading:
-    """One distinct (field, ignore_nan, per_type), read once a step, and the components that want it."""
-
-    modifier: FieldModifier
-    ignore_nan: bool
-    per_type: bool
-    additive: list[int] = field(default_factory=list)
-    maxima: list[int] = field(default_factory=list)
-    others: list[int] = field(default_factory=list)
-
-    @property
-    def key(self) -> tuple[object, bool, bool]:
-        return _identity(self.modifier), self.ignore_nan, self.per_type
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Consecutive slots whose values come from one function."""
-
-    value: Value
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Constants:
-    """What evaluation needs on a device."""
-
-    slot_weights: Tensor
-    slot_component: Tensor
     coeffs: Tensor
     contributes: Tensor
     zero: Tensor
-    one: Tensor
-    nan: Tensor
 
 
 class MetricsManager(nn.Module):
@@ -176,7 +103,7 @@ class MetricsManager(nn.Module):
         """The ranks that share a batch, if a strategy splits the world; None for all."""
         self.entries = parse_entries(metrics, self.type_names)
         self._modules_by_name = nn.ModuleList(entry.metric for entry in self.entries.values())
-        self._build_layout()
+        self._layout = Layout(list(self.entries.values()), self.type_names)
         self.do_weighted_sum = False
         self.set_coeffs({})
         self._configured_coeffs = self.given_coeffs
@@ -232,7 +159,7 @@ class MetricsManager(nn.Module):
     @property
     def value_names(self) -> list[str]:
         """Names of everything that is reported: components, per-type values, and the weighted sum if there is one."""
-        names = [self._names[index] for index in self._order]
+        names = [self._layout.names[index] for index in self._layout.order]
         return [*names, WEIGHTED_SUM] if self.do_weighted_sum else names
 
     # --- coefficients ---
@@ -273,7 +200,7 @@ class MetricsManager(nn.Module):
             entry.coeff = weighted[name] / total if name in weighted else None
         self.do_weighted_sum = bool(weighted)
         self._everything_contributes = all(entry.coeff for entry in self.entries.values())
-        self._constants: dict[torch.device, _Constants] = {}
+        self._coefficients: dict[torch.device, _Coefficients] = {}
 
     def _entry(self, name: str) -> MetricEntry:
         try:
@@ -313,32 +240,27 @@ class MetricsManager(nn.Module):
 
     def _measure(self, preds: Batch, target: Batch) -> tuple[Row, _DeferredInputs]:
         """Local row, and the inputs of the components that are not in it."""
-        device = _device_of(preds)
-        sums: list[Tensor] = [_UNSET] * self._num_additive_components
-        counts: list[Tensor] = [_UNSET] * self._num_additive_components
-        maxima: list[Tensor] = [_UNSET] * self._num_maximum_components
-        foreign: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        device, layout = _device_of(preds), self._layout
+        sums: list[Tensor] = [_UNSET] * layout.num_sums
+        counts: list[Tensor] = [_UNSET] * layout.num_sums
+        maxima: list[Tensor] = [_UNSET] * layout.num_maxima
+        inputs: dict[int, list[Any]] = {}
         pairs: dict[object, tuple[Tensor, Tensor]] = {}
-        deferred: _DeferredInputs = {}
-
-        types = self._read_types(preds, target) if self._needs_types else None
-        for reading in self._readings:
+        types = self._read_types(preds, target) if any(reading.per_type for reading in layout.readings) else None
+        for reading in layout.readings:
             elements = self._read(reading, preds, target, types, pairs)
-            if reading.additive:
-                count = elements.counts()
-                for index in reading.additive:
-                    sums[index], counts[index] = elements.sums(self._errors(index, elements)), count
-            for index in reading.maxima:
-                maxima[index - self._num_additive_components] = elements.maxima(self._errors(index, elements))
-            for index in reading.others:
+            count = elements.counts() if reading.sums else _UNSET
+            for position in reading.sums:
+                sums[position], counts[position] = elements.sums(self._errors(position, elements)), count
+            for position in reading.maxima:
+                maxima[position - layout.num_sums] = elements.maxima(self._errors(position, elements))
+            for position in reading.others:
+                seen = elements if self._differentiable(position) else elements.detach()
                 groups = range(elements.num_groups) if reading.per_type else (None,)
-                elements = elements if self._differentiable(index) else elements.detach()
-                deferred[index] = [labelled_rows(elements, group) for group in groups]
-        for index in self._whole_batch_components:
-            deferred[index] = [whole_batches(preds, target)]
-        for index, metric in self._foreign.items():
-            foreign[index] = [metric.measure(inputs, device) for inputs in deferred.pop(index)]
-        pieces = [piece for index in self._foreign for piece in foreign[index]]
+                inputs[position] = [labelled_rows(seen, group) for group in groups]
+        for position in layout.whole_batches:
+            inputs[position] = [whole_batches(preds, target)]
+        pieces = [metric.measure(group, device) for at, metric in layout.foreign.items() for group in inputs[at]]
         row = Row.of(
             [*sums, *counts, *(additive for additive, _ in pieces)],
             [*maxima, *(piece for _, piece in pieces)],
@@ -346,35 +268,35 @@ class MetricsManager(nn.Module):
         )
         if torch.is_grad_enabled() and not row.requires_grad:
             row = self._anchored(row, preds, pairs)
-        return row, deferred
+        return row, {position: inputs[position] for position in layout.deferred}
 
     def _anchored(self, row: Row, preds: Batch, pairs: Mapping[object, tuple[Tensor, Tensor]]) -> Row:
         """The row, hung on the predictions if gradients flow through those: a rank without data is no validation."""
         read = [prediction for prediction, _ in pairs.values()]
-        if self._whole_batch_components:
+        if self._layout.whole_batches:
             read += [value for value in preds.values() if isinstance(value, Tensor)]
         for prediction in read:
             if prediction.requires_grad:
                 return Row(row.additive + prediction.reshape(-1)[:0].sum(dtype=torch.float64), row.maxima)
         return row
 
-    def _differentiable(self, index: int) -> bool:
+    def _differentiable(self, position: int) -> bool:
         """Whether gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
-        return not self.do_weighted_sum or bool(self._ordered[index].coeff)
+        return not self.do_weighted_sum or bool(self._layout.components[position].coeff)
 
-    def _errors(self, index: int, elements: Elements) -> Tensor:
-        prediction = elements.prediction if self._differentiable(index) else elements.prediction.detach()
-        return cast(ErrorMetric, self._ordered[index].metric).measure(prediction, elements.target)
+    def _errors(self, position: int, elements: Elements) -> Tensor:
+        prediction = elements.prediction if self._differentiable(position) else elements.prediction.detach()
+        return cast(ErrorMetric, self._layout.components[position].metric).measure(prediction, elements.target)
 
     def _read(
         self,
-        reading: _Reading,
+        reading: Reading,
         preds: Batch,
         target: Batch,
         types: Tensor | None,
         pairs: dict[object, tuple[Tensor, Tensor]],
     ) -> Elements:
-        key = _identity(reading.modifier)
+        key = identity(reading.modifier)
         if key not in pairs:
             prediction, reference = pairs[key] = reading.modifier(preds, target)
             check_same_shape(prediction, reference, f"Field {str(reading.modifier)!r}")
@@ -425,7 +347,7 @@ class MetricsManager(nn.Module):
     @property
     def _wants_sync(self) -> bool:
         # NequIP's module asks through the metrics
-        return self.sync_on_step or any(entry.metric.dist_sync_on_step for entry in self._ordered)
+        return self.sync_on_step or any(entry.metric.dist_sync_on_step for entry in self.entries.values())
 
     # --- evaluation ---
 
@@ -436,70 +358,26 @@ class MetricsManager(nn.Module):
             row: statistics in this manager's layout.
             deferred: values of the components that are not in the row, one for each group; None where unknown.
         """
-        num_slots = self._num_additive_slots
-        sums = row.additive[:num_slots]
-        counts = row.additive.detach()[num_slots : 2 * num_slots]  # of targets: no gradient, and none to be computed
-        constants = self._constants_on(row.additive.device)
-
-        values: list[Tensor] = []
-        has_data: list[Tensor] = []
-        if num_slots:
-            counted = counts > 0
-            safe_counts = counts.clamp(min=1.0)
-            has_data.append(counted)
-            values.extend(
-                span.value(sums[span.start : span.stop], safe_counts[span.start : span.stop])
-                if len(self._spans) > 1
-                else span.value(sums, safe_counts)
-                for span in self._spans
-            )
-        if self._num_maximum_slots:
-            maxima = row.maxima[: self._num_maximum_slots]
-            found = maxima != -math.inf
-            has_data.append(found)
-            values.append(torch.where(found, maxima, 0.0))
-        if self._foreign or self._deferred:
-            others = self._evaluate_others(row, deferred or {})
-            zero = row.additive.new_zeros(())
-            values.append(torch.stack([zero if other is None else other.to(zero.device) for other in others]))
-            has_data.append(torch.tensor([other is not None for other in others], device=zero.device))
-        slots, slot_has_data = _join(values), _join(has_data)
-
-        if self._one_slot_each:
-            components, component_has_data = slots, slot_has_data
-            reported, reported_has_data = slots, slot_has_data
-        else:
-            weights = constants.slot_weights * slot_has_data
-            empty = slots.new_zeros(len(self._ordered))
-            norm = empty.index_add(0, constants.slot_component, weights)
-            component_has_data = norm > 0
-            components = empty.index_add(0, constants.slot_component, weights * slots)
-            components = components / torch.where(component_has_data, norm, constants.one)
-            reported = torch.cat((components, slots))
-            reported_has_data = torch.cat((component_has_data, slot_has_data))
-
+        evaluated = self._layout.evaluate(row, deferred or {})
         weighted_sum = None
         if self.do_weighted_sum:
-            # the values of components and types without data are 0 here
-            terms = components
+            weights = self._coefficients_on(evaluated.components.device)
+            terms = evaluated.components
             if not self._everything_contributes:
-                terms = torch.where(constants.contributes, components, constants.zero)
-            weighted_sum = torch.dot(constants.coeffs, terms)
-        reported = torch.where(reported_has_data, reported, constants.nan)
-        return Values(self._names, self._order, reported, weighted_sum, reported_has_data)
+                terms = torch.where(weights.contributes, terms, weights.zero)
+            weighted_sum = torch.dot(weights.coeffs, terms)
+        return Values(self._layout.names, self._layout.order, evaluated.reported, weighted_sum, evaluated.has_data)
 
-    def _evaluate_others(self, row: Row, deferred: Mapping[int, list[Tensor | None]]) -> list[Tensor | None]:
-        """Value of each slot of the metrics that are not ours; None without data."""
-        scalars: list[Tensor | None] = []
-        additive, maxima = 2 * self._num_additive_slots, self._num_maximum_slots
-        for index, foreign in self._foreign.items():
-            for _ in range(self._groups(self._ordered[index])):
-                additive_end, maxima_end = additive + foreign.num_additive, maxima + foreign.num_maxima
-                scalars.append(foreign.value(row.additive[additive:additive_end], row.maxima[maxima:maxima_end]))
-                additive, maxima = additive_end, maxima_end
-        for index, metrics in self._deferred.items():
-            scalars.extend(deferred.get(index, [None] * len(metrics)))
-        return scalars
+    def _coefficients_on(self, device: torch.device) -> _Coefficients:
+        if device not in self._coefficients:
+            coeffs = [entry.coeff or 0.0 for entry in self._layout.components]
+            with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
+                self._coefficients[device] = _Coefficients(
+                    torch.tensor(coeffs, dtype=torch.float64, device=device),
+                    torch.tensor([coeff > 0 for coeff in coeffs], device=device),
+                    torch.zeros((), dtype=torch.float64, device=device),
+                )
+        return self._coefficients[device]
 
     def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
         """Values over everything accumulated on all ranks since the last :meth:`reset`, as :meth:`forward` names them.
@@ -512,12 +390,12 @@ class MetricsManager(nn.Module):
     def reset(self) -> None:
         """Forget everything accumulated."""
         self._local = self._merged = None
-        for metrics in self._deferred.values():
-            for metric in metrics:
-                metric.reset()
+        for metric in self._deferred_metrics:
+            metric.reset()
 
-    def _neutral(self) -> Row:
-        return Row.neutral(self._num_additive_numbers, self._num_maximum_numbers)
+    @property
+    def _deferred_metrics(self) -> list[DeferredMetric]:
+        return [metric for metrics in self._layout.deferred.values() for metric in metrics]
 
     # --- checkpoints ---
 
@@ -527,20 +405,16 @@ class MetricsManager(nn.Module):
         On several ranks, call :func:`merge_accumulated` on all of them first: then every rank holds the same state,
         which any number of ranks may load.
         """
-        row = self._neutral()
+        row = self._layout.neutral()
         for part in (self._merged, self._local):
             row = row if part is None else row.merge(part)
         return {
-            "layout": self._layout,
+            "layout": list(self._layout.description),
             "coeffs": self.given_coeffs,
             "configured_coeffs": dict(self._configured_coeffs),
             "additive": row.additive,
             "maxima": row.maxima,
-            "deferred": [
-                [*metric.past, *filter(None, [metric.local_part()])]
-                for metrics in self._deferred.values()
-                for metric in metrics
-            ],
+            "deferred": [[*metric.past, *filter(None, [metric.local_part()])] for metric in self._deferred_metrics],
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -565,115 +439,20 @@ class MetricsManager(nn.Module):
                 stacklevel=2,
             )
         accumulated = Row(state["additive"].cpu(), state["maxima"].cpu())
-        if list(state["layout"]) != self._layout:
+        if list(state["layout"]) != self._layout.description:
             if bool((accumulated.additive != 0).any()):
                 warnings.warn(
                     f"The checkpoint's epoch was accumulated for other components: {list(state['layout'])}; these are "
-                    f"{self._layout}. The epoch in progress starts anew, later ones are not affected.",
+                    f"{self._layout.description}. The epoch in progress starts anew, later ones are not affected.",
                     stacklevel=2,
                 )
             return
         self._merged = accumulated
-        metrics = [metric for group in self._deferred.values() for metric in group]
-        for metric, parts in zip(metrics, state["deferred"], strict=True):
+        for metric, parts in zip(self._deferred_metrics, state["deferred"], strict=True):
             metric.past = list(parts)
 
-    # --- layout ---
-
-    def _build_layout(self) -> None:
-        """Fix the order of components in the row: sums, maxima, mergeable foreign metrics, deferred ones."""
-        own = [entry for entry in self.entries.values() if isinstance(entry.metric, ErrorMetric)]
-        sums = [entry for entry in own if cast(ErrorMetric, entry.metric).kind == "sum"]
-        functions = list(dict.fromkeys(cast(ErrorMetric, entry.metric).value for entry in sums))
-        sums.sort(key=lambda entry: functions.index(cast(ErrorMetric, entry.metric).value))
-        maxima = [entry for entry in own if cast(ErrorMetric, entry.metric).kind == "maximum"]
-        others = [entry for entry in self.entries.values() if not isinstance(entry.metric, ErrorMetric)]
-        reasons = {entry.name: why_not_mergeable(entry.metric) for entry in others}
-        others.sort(key=lambda entry: reasons[entry.name] is not None)
-        self._ordered = [*sums, *maxima, *others]
-        self._num_additive_components, self._num_maximum_components = len(sums), len(maxima)
-        self._num_additive_slots = sum(map(self._groups, sums))
-        self._num_maximum_slots = sum(map(self._groups, maxima))
-        self._one_slot_each = not any(entry.per_type for entry in self._ordered)
-        self._layout = [entry.describe() for entry in self._ordered] + list(self.type_names)
-
-        self._spans: list[_Span] = []
-        start = 0
-        for function in functions:
-            members = [entry for entry in sums if cast(ErrorMetric, entry.metric).value is function]
-            stop = start + sum(map(self._groups, members))
-            self._spans.append(_Span(function, start, stop))
-            start = stop
-
-        self._foreign: dict[int, ForeignMetric] = {}
-        self._deferred: dict[int, list[DeferredMetric]] = {}
-        self._num_additive_numbers = 2 * self._num_additive_slots
-        self._num_maximum_numbers = self._num_maximum_slots
-        for index, entry in enumerate(self._ordered):
-            if entry.name not in reasons:
-                continue
-            reason = reasons[entry.name]
-            if reason is None:
-                shape = getattr(entry.field, "shape", None)
-                foreign = self._foreign[index] = ForeignMetric(entry.metric, entry.name, shape)
-                self._num_additive_numbers += self._groups(entry) * foreign.num_additive
-                self._num_maximum_numbers += self._groups(entry) * foreign.num_maxima
-            else:
-                self._deferred[index] = [
-                    DeferredMetric(entry.metric.clone(), entry.name, reason) for _ in range(self._groups(entry))
-                ]
-        readings: dict[object, _Reading] = {}
-        for index, entry in enumerate(self._ordered):
-            if entry.field is None:
-                continue
-            reading = _Reading(entry.field, entry.ignore_nan, entry.per_type)
-            reading = readings.setdefault(reading.key, reading)
-            if index < len(sums):
-                reading.additive.append(index)
-            elif index < len(own):
-                reading.maxima.append(index)
-            else:
-                reading.others.append(index)
-        self._readings = list(readings.values())
-        self._whole_batch_components = [index for index, entry in enumerate(self._ordered) if entry.field is None]
-        self._needs_types = any(reading.per_type for reading in self._readings)
-
-        slot_names: list[str] = []
-        if not self._one_slot_each:
-            for entry in self._ordered:
-                slot_names += entry.type_keys(self.type_names) or [""]
-        component_names = [entry.name for entry in self._ordered]
-        self._names = (*component_names, *slot_names)
-        position = {name: index for index, name in enumerate(self._names)}
-        order: list[int] = []
-        for entry in self.entries.values():
-            order += [position[key] for key in entry.type_keys(self.type_names)]
-            order.append(position[entry.name])
-        self._order = tuple(order)
-
-    def _groups(self, entry: MetricEntry) -> int:
-        return len(self.type_names) if entry.per_type else 1
-
-    def _constants_on(self, device: torch.device) -> _Constants:
-        if device not in self._constants:
-            weights = [weight for entry in self._ordered for weight in self._slot_weights(entry)]
-            component = [index for index, entry in enumerate(self._ordered) for _ in range(self._groups(entry))]
-            coeffs = [entry.coeff or 0.0 for entry in self._ordered]
-            with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
-                self._constants[device] = _Constants(
-                    torch.tensor(weights, dtype=torch.float64, device=device),
-                    torch.tensor(component, dtype=torch.int64, device=device),
-                    torch.tensor(coeffs, dtype=torch.float64, device=device),
-                    torch.tensor([coeff > 0 for coeff in coeffs], device=device),
-                    *(torch.tensor(number, dtype=torch.float64, device=device) for number in (0.0, 1.0, torch.nan)),
-                )
-        return self._constants[device]
-
-    def _slot_weights(self, entry: MetricEntry) -> Sequence[float]:
-        return entry.per_type_coeffs or [1.0] * self._groups(entry)
-
     def _warn_of_types_without_data(self, values: Values) -> None:
-        if self._one_slot_each or self._warned_types:
+        if self._warned_types or not any(entry.per_type for entry in self.entries.values()):
             return
         present = dict(zip(values.names, values.has_data.tolist(), strict=True))
         type_keys = [key for entry in self.entries.values() for key in entry.type_keys(self.type_names)]
@@ -724,7 +503,7 @@ def step_together(loss: MetricsManager, *monitors: MetricsManager, preds: Batch,
             deferred = {
                 index: [
                     metric.update(group_inputs, local_value=not merged or num_ranks == 1, device=row.additive.device)
-                    for metric, group_inputs in zip(manager._deferred[index], inputs, strict=True)
+                    for metric, group_inputs in zip(manager._layout.deferred[index], inputs, strict=True)
                 ]
                 for index, inputs in deferred_inputs.items()
             }
@@ -740,14 +519,14 @@ def compute_together(managers: Sequence[MetricsManager]) -> list[Values]:
     if not managers:
         return []
     group = managers[0].process_group
-    locals_ = merge_rows_over_ranks([manager._local or manager._neutral() for manager in managers], group)
+    locals_ = merge_rows_over_ranks([manager._local or manager._layout.neutral() for manager in managers], group)
     parts = _gather_deferred(managers, group)
     results = []
     for manager, row in zip(managers, locals_, strict=True):
         total = row if manager._merged is None else row.merge(manager._merged)
         deferred = {
             index: [metric.value(parts.pop(0), total.additive.device) for metric in metrics]
-            for index, metrics in manager._deferred.items()
+            for index, metrics in manager._layout.deferred.items()
         }
         with torch.no_grad():
             values = manager.evaluate(total, deferred)
@@ -765,20 +544,19 @@ def merge_accumulated(managers: Sequence[MetricsManager]) -> None:
     if not managers:
         return
     group = managers[0].process_group
-    rows = merge_rows_over_ranks([manager._local or manager._neutral() for manager in managers], group)
+    rows = merge_rows_over_ranks([manager._local or manager._layout.neutral() for manager in managers], group)
     parts = _gather_deferred(managers, group)
     for manager, row in zip(managers, rows, strict=True):
         manager._merged = row if manager._merged is None else row.merge(manager._merged)
         manager._local = None
-        for metrics in manager._deferred.values():
-            for metric in metrics:
-                metric.past += parts.pop(0)
-                metric.metric.reset()
+        for metric in manager._deferred_metrics:
+            metric.past += parts.pop(0)
+            metric.metric.reset()
 
 
 def _gather_deferred(managers: Sequence[MetricsManager], group: ProcessGroup | None) -> list[list[Part]]:
     """Stretches of every deferred metric of every manager, from all ranks; no collective if there is none."""
-    mine = [metric.local_part() for manager in managers for metrics in manager._deferred.values() for metric in metrics]
+    mine = [metric.local_part() for manager in managers for metric in manager._deferred_metrics]
     if not mine:
         return []
     gathered = gather_objects(mine, group)
@@ -788,8 +566,8 @@ def _gather_deferred(managers: Sequence[MetricsManager], group: ProcessGroup | N
 def _refuse_deferred_loss(loss: MetricsManager, row: Row) -> None:
     if not row.requires_grad:
         return
-    for index, metrics in loss._deferred.items():
-        entry = loss._ordered[index]
+    for position, metrics in loss._layout.deferred.items():
+        entry = loss._layout.components[position]
         if entry.coeff is not None:
             raise ValueError(
                 f"Component {entry.name!r} has the coefficient {entry.given_coeff} in a loss on several ranks, but "
@@ -801,19 +579,6 @@ def _refuse_deferred_loss(loss: MetricsManager, row: Row) -> None:
 _DeferredInputs = dict[int, list[Any]]
 """Inputs of each deferred component by group; None for a group without data."""
 _UNSET = torch.empty(0)
-
-
-def _join(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _identity(modifier: FieldModifier) -> object:
-    """Key under which a modifier's result is shared: its content where it has one, else itself."""
-    try:
-        hash(modifier)
-    except TypeError:
-        return id(modifier)
-    return modifier
 
 
 def _device_of(preds: Batch) -> torch.device:
