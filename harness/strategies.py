@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["auto_strategy", "data_parallel"]
 
@@ -21,4 +23,7 @@ def data_parallel(**options: Any) -> Strategy:
     Buffers (energy shifts, basis functions) are the same on all ranks and never change, so that sending them before
     every forward pass would only cost time. Gradients live in DDP's buckets.
     """
-    return DDPStrategy(**{"broadcast_buffers": False, "gradient_as_bucket_view": True, **options})
+    known = inspect.signature(DistributedDataParallel).parameters
+    # the name of the option from torch 2.13 on, and before
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPStrategy(**{sync_buffers: False, "gradient_as_bucket_view": True, **options})

@@ -236,6 +236,8 @@ def _message(error: Exception) -> str:
 def _quieten() -> None:
     """Leave out what libraries say at every start and no user of this command can act on."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # of the strides of dimensions of size 1, which mean nothing
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 
 
