@@ -9,6 +9,7 @@ from commands import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 import harness
@@ -50,6 +51,13 @@ def test_every_experiment_builds_its_module(path: Path) -> None:
     assert module.loss.type_names == tuple(data.type_names)
     assert config.monitor.partition("/")[2] in module.val_metrics[0].value_names
     assert config.callbacks.checkpoint.monitor == config.callbacks.progress.monitor == config.monitor
+
+
+def test_callbacks_are_added_to_the_default_ones() -> None:
+    callbacks = composed("callbacks=[default,ema,early_stopping]").callbacks
+    assert {"checkpoint", "progress", "ema", "early_stopping"} <= set(callbacks)
+    assert callbacks.early_stopping.monitor == "val0_epoch/weighted_sum"
+    assert isinstance(instantiate(callbacks.ema), EMAWeightAveraging)
 
 
 def test_a_file_needs_a_name() -> None:
