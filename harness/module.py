@@ -222,11 +222,18 @@ class ForceFieldModule(LightningModule):
         """Complete the managers' states: ranks have accumulated different data since the last merge."""
         managers = self._managers_by_key
         merge_accumulated(list(managers.values()))
+        checkpoint["type_names"] = self.type_names
         states = checkpoint.get("state_dict", {})
         states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load a checkpoint with other metrics than it was made with: the old ones are dropped, new ones start anew."""
+        trained = checkpoint.get("type_names")
+        if trained is not None and self.type_names is not None and trained != self.type_names:
+            raise ValueError(
+                f"The checkpoint was trained with the atom types {trained}, these are {self.type_names}: an index "
+                f"would mean another element. Give the data the checkpoint's type_names."
+            )
         managers = self._managers_by_key
         rooms = ("loss.", "train_metrics.", "val_metrics.", "test_metrics.")
         states = checkpoint.get("state_dict", {})
@@ -272,4 +279,7 @@ def _call(source: Callable[..., Any] | Mapping[str, Any], what: str, argument: A
     try:
         return source(argument)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The {what} cannot be made from {source!r}: {error}") from error
+        target = getattr(source, "func", source)
+        options = getattr(source, "keywords", {})
+        name = getattr(getattr(target, "target", target), "__name__", repr(target))
+        raise ValueError(f"The {what}, {name} with {dict(options)}, cannot be made: {error}") from error

@@ -85,6 +85,7 @@ def train(config: DictConfig) -> dict[str, float]:
     console = Console(quiet=_global_rank() != 0)
     if not console.is_terminal:
         console.width = 140  # a log file has room for every column
+    _check_settings(config)
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
 
@@ -92,12 +93,12 @@ def train(config: DictConfig) -> dict[str, float]:
     datamodule.setup("fit")
     module = build_module(config, datamodule)
     _check_labels(module, datamodule)
-    _check_monitor(config.monitor, module)
+    callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
+    _check_monitors(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
     if hasattr(datamodule, "describe"):
         console.print(datamodule.describe(), highlight=False)
 
-    callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
@@ -112,12 +113,14 @@ def train(config: DictConfig) -> dict[str, float]:
     for logger in loggers:
         logger.log_hyperparams(settings)  # type: ignore[arg-type]
 
-    trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path, weights_only=True)
-    results = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    checkpoint = trainer.checkpoint_callback
-    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    results: dict[str, float] = {}
+    best = config.ckpt_path
+    if config.train:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path, weights_only=True)
+        results = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        best = _best_checkpoint(callbacks, config.ckpt_path)
     if config.test and module.test_metrics:
-        trainer.test(module, datamodule=datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
+        trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
         results |= {key: float(value) for key, value in trainer.callback_metrics.items()}
         for index, manager in enumerate(module.test_metrics):
             prefix = f"test{index}_epoch/"
@@ -132,7 +135,12 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
     """The Lightning module of a config; type names, number of sets and statistics come from the data."""
     type_names = getattr(datamodule, "type_names", None)
     offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
-    wanted = inspect.signature(get_object(config.model._target_)).parameters
+    try:
+        wanted = inspect.signature(get_object(config.model._target_)).parameters
+    except Exception as error:  # whatever the import of a user's module raises
+        raise ValueError(
+            f"model._target_={config.model._target_} cannot be imported: {error}. Is its folder on PYTHONPATH?"
+        ) from error
     model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
     return ForceFieldModule(
         model=model,
@@ -170,21 +178,63 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
                 if not entry.ignore_nan:
                     raise ValueError(
                         f"{what}: {missing} of the {total} frames of {data_set} have no {name}, which component "
-                        f"{entry.name!r} would turn into NaN. Set {what}.ignore_nan.{name}=true to leave them out."
+                        f"{entry.name!r} would turn into NaN. Leave them out with "
+                        f"{'loss' if what == 'loss' else 'metrics'}.ignore_nan.{name}=true."
                     )
 
 
-def _check_monitor(monitor: str, module: ForceFieldModule) -> None:
+def _check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
     """Refuse to monitor an epoch value that nothing logs, before the first epoch has been trained in vain."""
     managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
     managers += [(f"val{index}_epoch", manager) for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
     valid = [f"{stage}/{name}" for stage, manager in managers if manager is not None for name in manager.value_names]
-    if "_epoch/" in monitor and monitor not in valid:
-        close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
+    monitors = {"monitor": config.monitor, "lr_scheduler.monitor": (config.lr_scheduler or {}).get("monitor")}
+    monitors |= {f"the monitor of {type(each).__name__}": getattr(each, "monitor", None) for each in callbacks}
+    for where, monitor in monitors.items():
+        if monitor and "_epoch/" in monitor and monitor not in valid:
+            close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
+            raise ValueError(
+                f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "
+                f"They begin with {', '.join(dict.fromkeys(name.partition('/')[0] + '/' for name in valid))}."
+            )
+
+
+def _check_settings(config: DictConfig) -> None:
+    """Refuse what the trainer or a library would answer much later, or with words of its own."""
+    for key in ("max_epochs", "seed"):
+        if isinstance(config[key], bool) or not isinstance(config[key], int):
+            raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
+    if isinstance(config.cutoff, bool) or not isinstance(config.cutoff, int | float):
+        raise ValueError(f"cutoff is a number of Å, found {config.cutoff!r}.")
+    if config.ckpt_path and not Path(config.ckpt_path).is_file():
+        raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
+    if not config.train and not config.ckpt_path:
+        raise ValueError("train=false only tests: give it a checkpoint with ckpt_path=...")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    asked = config.trainer.get("devices")
+    if isinstance(asked, int) and asked != started:
         raise ValueError(
-            f"monitor={monitor} is not among the values of an epoch. Did you mean {' or '.join(close)}? "
-            f"All: {', '.join(valid)}."
+            f"trainer.devices={asked}, but {started} rank(s) have been started on this node. Use a launcher: "
+            f"torchrun --nproc-per-node {asked} -m harness.train ..."
         )
+
+
+def _best_checkpoint(callbacks: list[Callback], resumed_from: str | None) -> str | None:
+    """The checkpoint with the best monitored value, of this run or of the one that it continues."""
+    monitoring = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
+    if not monitoring:
+        return None
+    best = monitoring[0]
+    found: list[tuple[float, str]] = []
+    if best.best_model_path and best.best_model_score is not None:
+        found.append((float(best.best_model_score), best.best_model_path))
+    if resumed_from:
+        before = torch.load(resumed_from, weights_only=True, map_location="cpu")["callbacks"].get(best.state_key, {})
+        if before.get("best_model_score") is not None and Path(before["best_model_path"]).is_file():
+            found.append((float(before["best_model_score"]), before["best_model_path"]))
+    if not found:
+        return None
+    return (min if best.mode == "min" else max)(found)[1]
 
 
 def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logger], callbacks: list[Callback]) -> None:

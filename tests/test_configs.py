@@ -50,12 +50,12 @@ def test_every_experiment_builds_its_module(path: Path) -> None:
     module = build_module(config, data)
     assert module.loss.type_names == tuple(data.type_names)
     assert config.monitor.partition("/")[2] in module.val_metrics[0].value_names
-    assert config.callbacks.checkpoint.monitor == config.callbacks.progress.monitor == config.monitor
+    assert config.callbacks.best.monitor == config.callbacks.progress.monitor == config.monitor
 
 
 def test_callbacks_are_added_to_the_default_ones() -> None:
     callbacks = composed("callbacks=[default,ema,early_stopping]").callbacks
-    assert {"checkpoint", "progress", "ema", "early_stopping"} <= set(callbacks)
+    assert {"best", "last", "progress", "ema", "early_stopping"} <= set(callbacks)
     assert callbacks.early_stopping.monitor == "val0_epoch/weighted_sum"
     assert isinstance(instantiate(callbacks.ema), EMAWeightAveraging)
 

@@ -93,11 +93,11 @@ class AtomsDataModule(LightningDataModule):
         unknown = sorted(set(self.split) - {"val", "test"})
         if unknown:
             raise KeyError(f"unknown sets {unknown} in the split; valid are ['val', 'test'], the rest is for training")
-        if not cutoff > 0:
-            raise ValueError(f"cutoff must be a positive number of Å, found {cutoff}")
+        if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
+            raise ValueError(f"cutoff must be a positive number of Å, found {cutoff!r}")
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_train", num_train)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number, at least 1, found {value!r}")
         self.cutoff = float(cutoff)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -206,7 +206,7 @@ class AtomsDataModule(LightningDataModule):
                 f"types: {', '.join(self.type_names)}",
                 f"neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom",
                 f"RMS of the force components: {statistics.force_rms:.4f} eV/Å",
-                f"fitted energy shifts in eV: {shifts}",
+                f"energies of the types in eV by least squares (energy_shifts=fit): {shifts}",
             )
         )
 
