@@ -35,7 +35,7 @@ from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.report import values_table
 
-__all__ = ["build_module", "main", "train"]
+__all__ = ["build_module", "main", "run_job", "train"]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
 _BAD_INPUT = (
@@ -259,8 +259,8 @@ def _global_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _run(config: DictConfig) -> float | None:
-    """Hydra's job: returns the monitored value, for sweeps."""
+def run_job(config: DictConfig) -> float | None:
+    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message instead of a traceback."""
     config.output_dir = str(Path(config.output_dir).absolute())
     try:
         results = train(config)
@@ -304,7 +304,7 @@ def main() -> None:
         os.environ[_RUN_STAMP] = agree("run_stamp", _now())  # each rank's clock would give it a folder of its own
         if _global_rank() != 0:  # only rank 0 writes
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(_run)()
+    hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
 
 
 if __name__ == "__main__":

@@ -208,6 +208,15 @@ def test_any_model_that_maps_batches_to_predictions(data: EmbeddedAlloyDataModul
     assert "train_loss_epoch/F_huber_Cu" in fit.callback_metrics
 
 
+def test_a_checkpoint_of_other_types_is_refused(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    module, fit = build(data), trainer(tmp_path, max_steps=1, max_epochs=-1)
+    fit.fit(module, datamodule=data)
+    fit.save_checkpoint(tmp_path / "step.ckpt")
+    renamed = build(data, type_names=["H", "C", "N", "O"], loss=harness.EnergyForceLoss)
+    with pytest.raises(ValueError, match="another element"):
+        trainer(tmp_path).fit(renamed, datamodule=data, ckpt_path=tmp_path / "step.ckpt", weights_only=True)
+
+
 def test_mistakes(data: EmbeddedAlloyDataModule) -> None:
     with pytest.raises(ValueError, match="nothing to minimise"):
         build(data, loss=harness.EnergyForceMetrics(coeffs={}))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from commands import SHARED, TINY, read_csv, read_wandb, same, train
+import torch
+from commands import ROOT, SHARED, TINY, read_csv, read_wandb, same, train
+from hydra import compose, initialize_config_dir
+
+from harness.train import run_job
 
 STRESS = ("loss=energy_force_stress", "metrics=energy_force_stress")
 DOUBLE = ("data.dtype=float64", "trainer.precision=64-true")
@@ -121,16 +124,38 @@ def test_what_stands_on_the_screen_in_the_end(two_ranks: Path) -> None:
     assert re.search(r"Epoch 1: 100%.*weighted_sum=0\.\d+", screen)  # the progress bar
 
 
-def test_the_loss_falls_and_a_run_continues_from_its_checkpoint(one_rank: Path, tmp_path: Path) -> None:
+def test_the_loss_falls(one_rank: Path) -> None:
     losses = [row["train_loss_epoch/weighted_sum"] for row in read_csv(one_rank) if "loss_coeff/forces_mse" in row]
     assert losses[-1] < losses[0]
-    checkpoint = tmp_path / "last.ckpt"
-    shutil.copy(one_rank / "checkpoints" / "last.ckpt", checkpoint)
-    arguments = [*TINY, *STRESS, *DOUBLE, "logger=csv", "max_epochs=3", "trainer.max_epochs=3", "lr_scheduler=none"]
-    done = train(*arguments, f"ckpt_path={checkpoint}", folder=tmp_path)
-    assert done.code == 0, done.err[-4000:]
-    epochs = {row["epoch"] for row in read_csv(done.runs[0]) if "train_loss_epoch/weighted_sum" in row}
-    assert epochs == {2}
+
+
+def test_a_run_continues_from_its_last_epoch_and_remembers_the_best(tmp_path: Path) -> None:
+    """The second epoch is made worse than the first by a huge learning rate: best and last are not the same."""
+    arguments = [*TINY, "logger=csv", "lr_scheduler=none", "optimizer.lr=0.5", "callbacks.parity=null"]
+    first = train(*arguments, "hydra.run.dir=first", folder=tmp_path)
+    assert first.code == 0, first.err[-4000:]
+    checkpoints = tmp_path / "first" / "checkpoints"
+    epochs = {name: torch.load(checkpoints / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")}
+    scores = [
+        row["val0_epoch/weighted_sum"] for row in read_csv(tmp_path / "first") if "val0_epoch/weighted_sum" in row
+    ]
+    assert epochs == {"best": scores.index(min(scores)), "last": 1}
+
+    resume = [*arguments, "max_epochs=3", f"ckpt_path={checkpoints / 'last.ckpt'}", "hydra.run.dir=second"]
+    second = train(*resume, folder=tmp_path)
+    assert second.code == 0, second.err[-4000:]
+    rows = read_csv(tmp_path / "second")
+    assert {row["epoch"] for row in rows if "train_loss_epoch/weighted_sum" in row} == {2}
+    scores += [row["val0_epoch/weighted_sum"] for row in rows if "val0_epoch/weighted_sum" in row]
+    best = "first" if scores.index(min(scores)) < 2 else "second"
+    assert f"{best}/checkpoints/best.ckpt" in second.out
+
+    alone = train(*arguments, "train=false", f"ckpt_path={checkpoints / 'best.ckpt'}", folder=tmp_path / "alone")
+    assert alone.code == 0, alone.err[-4000:]
+    tested, again = (
+        [line for line in done.out.splitlines() if line.startswith("│ forces_rmse ")] for done in (first, alone)
+    )
+    assert tested == again != []
 
 
 def test_logger_none_writes_no_logs(tmp_path: Path) -> None:
@@ -146,6 +171,26 @@ def test_logger_none_writes_no_logs(tmp_path: Path) -> None:
     [
         (["loss.coeffs.force=1"], ["force"]),
         (["+loss.coeffs.force=1"], ["'force'", "Valid keys: total_energy, forces"]),
+        (["data=nothing"], ["nothing", "embedded", "file"]),
+        (["data.batch_size=1", "data.split={val: 4, test: 4}", "ranks=2"], ["1", "2"]),
+    ],
+)
+def test_mistakes_on_the_command_line(overrides: list[str], words: list[str], tmp_path: Path) -> None:
+    ranks = 2 if "ranks=2" in overrides else 1
+    overrides = [override for override in overrides if override != "ranks=2"]
+    sizes = [each for each in TINY if "data=nothing" not in overrides or not each.startswith("data.")]
+    done = train(*sizes, "logger=none", *overrides, folder=tmp_path, ranks=ranks)
+    assert done.code != 0
+    for word in words:
+        assert word in done.err, done.err[-3000:]
+    assert done.err.count("error: ") <= 1  # said by one rank
+    assert "Epoch 0" not in done.out + done.err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
         (["loss.coeffs.forces=-1"], ["forces_mse", "not negative", "-1"]),
         (["loss.coeffs={total_energy: null, forces: null}"], ["nothing to minimise", "coeff"]),
         (["+loss.per_type_forces_coeffs={Cu: 1}"], ["Pd", "missing"]),
@@ -153,24 +198,42 @@ def test_logger_none_writes_no_logs(tmp_path: Path) -> None:
         (["data=file"], ["data.train="]),
         (["callbacks.progress.components=[forces]"], ["'forces'", "forces_mse"]),
         (["data.split={val: 30, test: 4}"], ["30", "24"]),
-        (["data.batch_size=1", "data.split={val: 4, test: 4}", "ranks=2"], ["1", "2"]),
-        (["model.cutof=3"], ["cutof"]),
         (["monitor=val0_epoch/force_rmse"], ["val0_epoch/force_rmse", "Did you mean", "val0_epoch/forces_rmse"]),
         (["optimizer.lr=abc"], ["optimizer", "Adam", "abc"]),
+        (["max_epochs=many"], ["max_epochs", "'many'"]),
+        (["cutoff=5A"], ["cutoff", "'5A'"]),
+        (["data.batch_size=8.5"], ["batch_size", "8.5"]),
+        (["ckpt_path=nope.ckpt"], ["nope.ckpt"]),
+        (["train=false"], ["ckpt_path"]),
+        (["trainer.devices=2"], ["torchrun --nproc-per-node 2"]),
+        (["model._target_=my_model.make"], ["my_model", "PYTHONPATH"]),
         (["model.energy_scales=nothing"], ["nothing", "force_rms", "schnet_force_field"]),
-        (["data=nothing"], ["nothing", "embedded", "file"]),
+        (
+            ["callbacks=[default,early_stopping]", "callbacks.early_stopping.monitor=val0_epoch/f_rms"],
+            ["EarlyStopping", "val0_epoch/f_rms", "val0_epoch/forces_rmse"],
+        ),
     ],
 )
-def test_mistakes_are_told_before_training(overrides: list[str], words: list[str], tmp_path: Path) -> None:
-    ranks = 2 if "ranks=2" in overrides else 1
-    overrides = [override for override in overrides if override != "ranks=2"]
+def test_mistakes_are_told_before_training(
+    overrides: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     sizes = [each for each in TINY if "data=file" not in overrides or not each.startswith("data.")]
-    done = train(*sizes, "logger=none", *overrides, folder=tmp_path, ranks=ranks)
-    assert done.code != 0
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [*sizes, "logger=none", f"output_dir={tmp_path}", *overrides])
+    with pytest.raises(SystemExit) as ended:
+        run_job(config)
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.err.count("error: ") == 1
     for word in words:
-        assert word in done.err, done.err[-3000:]
-    assert "Epoch 0" not in done.out + done.err
-    assert not list(tmp_path.rglob("*.ckpt"))
+        assert word in said.err
+    assert "Epoch 0" not in said.out + said.err
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:
