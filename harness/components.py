@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.metric import CompositionalMetric
 
 from harness.fields import FieldModifier, as_modifier
 from harness.metrics import ErrorMetric, MeanSquaredError
@@ -51,13 +53,19 @@ class MetricEntry:
 
     def describe(self) -> str:
         """What the component's part of a row means; rows are only merged between equal descriptions."""
+        metric = self.metric
         parameters = {
-            key: value
-            for key, value in sorted(vars(self.metric).items())
-            if key not in _EVERY_METRIC_HAS and not key.startswith("_") and isinstance(value, int | float | str | tuple)
+            key: value.tolist() if isinstance(value, Tensor) else value
+            for key, value in sorted(vars(metric).items())
+            if key not in _EVERY_METRIC_HAS
+            and not key.startswith("_")
+            and isinstance(value, int | float | str | tuple | list | dict | Tensor | None)
         }
+        if isinstance(metric, ErrorMetric):
+            parameters["parameters"] = metric.parameters_of_errors
+        field = repr(self.field) if dataclasses.is_dataclass(self.field) else field_label(self.field)
         return (
-            f"{self.name}: {type(self.metric).__name__}{parameters} of {field_label(self.field)}"
+            f"{self.name}: {type(metric).__name__}{parameters} of {field}"
             f"{' per type' if self.per_type else ''}{' ignoring NaN' if self.ignore_nan else ''}"
         )
 
@@ -133,7 +141,8 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
 
     name = given.get("name")
     if name is None:
-        metric_name = str(metric) if isinstance(metric, ErrorMetric) else type(metric).__name__
+        named = isinstance(metric, ErrorMetric) and type(metric).__str__ is not object.__str__
+        metric_name = str(metric) if named else type(metric).__name__
         name = metric_name if modifier is None else f"{field_label(modifier)}_{metric_name}"
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: `name` is a non-empty string, found {name!r}.")
@@ -174,12 +183,19 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
 def _check_metric(metric: object, where: str) -> Metric:
     if isinstance(metric, type) and issubclass(metric, Metric):
         try:
-            return metric()
+            return _check_metric(metric(), where)
         except TypeError as error:
             raise TypeError(
                 f"{where}: the class {metric.__name__} needs arguments ({error}). Give an instance instead."
             ) from error
     if isinstance(metric, Metric):
+        children = [type(each).__name__ for each in metric.modules() if each is not metric and isinstance(each, Metric)]
+        if isinstance(metric, CompositionalMetric) or children or not metric._defaults:
+            inner = f"holds other metrics ({', '.join(children)})" if children else "has no states of its own"
+            raise ValueError(
+                f"{where}: {type(metric).__name__} {inner}, and what it has seen cannot be merged over batches and "
+                f"ranks. Give plain metrics, each as a component, and combine their values."
+            )
         return metric.clone()  # one metric may stand in several components
     hint = " Is `_target_` missing, or was the list not instantiated?" if isinstance(metric, Mapping) else ""
     raise TypeError(f"{where}: `metric` is a torchmetrics.Metric or a class of them, found {metric!r}.{hint}")

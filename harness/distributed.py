@@ -20,7 +20,6 @@ ProcessGroup = dist.ProcessGroup
 __all__ = [
     "ProcessGroup",
     "agree",
-    "broadcast_object",
     "data_parallel_size",
     "gather_objects",
     "global_rank",
@@ -127,15 +126,6 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     gathered: list[Any] = [None] * data_parallel_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def broadcast_object(value: Any, group: ProcessGroup | None = None) -> Any:
-    """``value`` of rank 0 on every rank."""
-    if data_parallel_size(group) == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, group_src=0, group=group)
-    return box[0]
 
 
 def agree(key: str, proposal: str) -> str:

@@ -88,7 +88,7 @@ _REGISTRY: dict[str, FieldSpec] = {
 def register_field(
     name: str, level: Level, unit: str = "", abbreviation: str = "", shape: Sequence[int] | None = None
 ) -> FieldSpec:
-    """Make a field known to losses and metrics.
+    """Make a field known to losses and metrics, or add to what is known of it.
 
     Args:
         name: key of the field in batches and predictions.
@@ -107,7 +107,14 @@ def register_field(
     known = _REGISTRY.get(name)
     if known is not None and known.level != level:
         raise ValueError(f"Field {name!r} is registered as a {known.level} field; it cannot become a {level} field.")
-    spec = FieldSpec(name, level, unit, abbreviation, None if shape is None else tuple(shape))
+    before = known or FieldSpec(name, level)
+    spec = FieldSpec(
+        name,
+        level,
+        unit or before.unit,
+        abbreviation or before.abbreviation,
+        before.shape if shape is None else tuple(shape),
+    )
     _REGISTRY[name] = spec
     return spec
 

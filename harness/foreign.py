@@ -43,8 +43,14 @@ Part = dict[str, Any]
 """States of a metric from one stretch of data on one rank, by name: tensors, or lists of tensors."""
 
 
-def why_not_mergeable(metric: Metric) -> str | None:
-    """Why a metric's states cannot travel in a row; None if they can."""
+def why_not_mergeable(metric: Metric, shape: tuple[int, ...] | None = None) -> str | None:
+    """Why a metric's states cannot travel in a row; None if they can.
+
+    Args:
+        metric: the metric, whose states are scratch space.
+        shape: of one row of its inputs, if that is known; then its update is tried out on made-up rows, since a metric
+            that looks back at earlier batches (a running average) need not say so.
+    """
     states, reductions = metric._defaults, metric._reductions
     if not states:
         return "it has no states"
@@ -57,7 +63,39 @@ def why_not_mergeable(metric: Metric) -> str | None:
             return f"its state {name!r} is reduced by neither sum, mean, max nor min"
         if default.is_complex():
             return f"its state {name!r} is complex"
+    if shape is not None and not _adds_up(metric, shape):
+        return "its update depends on the batches before"
     return None
+
+
+def _adds_up(metric: Metric, shape: tuple[int, ...]) -> bool:
+    """Whether the states after two batches are those of each batch, merged; True where that cannot be tried."""
+    trial = _widen(metric.clone())
+    rows = torch.linspace(0.1, 1, 8 * math.prod(shape), dtype=torch.float64, device=trial.device).reshape(8, *shape)
+    batches = [(rows[:5], rows[:5] ** 2), (rows[5:], rows[5:].sqrt())]
+    merge: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+    try:
+        apart = []
+        for batch in batches:
+            trial.reset()
+            _update(trial, *batch)
+            apart.append({name: getattr(trial, name) for name in trial._defaults})
+        trial.reset()
+        for batch in batches:
+            _update(trial, *batch)
+        for name, default in trial._defaults.items():
+            reduction = _MERGEABLE[trial._reductions[name]]
+            if (
+                reduction == "mean"
+            ):  # torchmetrics itself takes the mean over batches in one place, over ranks in another
+                continue
+            merged = merge[reduction](apart[0][name], apart[1][name])
+            merged = merged - cast(Tensor, default) if reduction == "sum" else merged
+            if not torch.allclose(merged.double(), getattr(trial, name).double(), rtol=1e-6, equal_nan=True):
+                return False
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        return True  # its own message comes with the first real batch
+    return True
 
 
 @dataclass(frozen=True)
@@ -104,7 +142,7 @@ class ForeignMetric:
                 torch.full((self.num_maxima,), -math.inf, dtype=torch.float64, device=device),
             )
         self._prepare(device)
-        getattr(type(self.metric), "update")(self.metric, *inputs)  # noqa: B009 the class's own: see _compute
+        _update(self.metric, *inputs)
         additive = [self._contribution(state, device) for state in self._additive]
         additive.append(torch.ones(1, dtype=torch.float64, device=device))
         maxima = [self._contribution(state, device) for state in self._extremal]
@@ -129,8 +167,17 @@ class ForeignMetric:
             case "min":
                 return -value
 
-    def value(self, additive: Tensor, maxima: Tensor) -> Tensor | None:
-        """Value from merged row pieces: a float64 scalar; None without data, or with too little for the metric."""
+    def value(self, additive: Tensor, maxima: Tensor, needed: bool = False) -> Tensor | None:
+        """Value from merged row pieces: a float64 scalar; None without data, or with too little for the metric.
+
+        Args:
+            additive: the metric's part of the row, ``[num_additive]``.
+            maxima: likewise, ``[num_maxima]``.
+            needed: whether the value is a term of the weighted sum: then what the metric refuses is an error.
+
+        Raises:
+            ValueError: the metric refuses to compute a value that is needed.
+        """
         updates = additive[-1]
         if not bool(updates > 0):
             return None
@@ -152,6 +199,8 @@ class ForeignMetric:
         try:
             value = _as_scalar(_compute(self.metric), self.metric, self.name)
         except ValueError as error:
+            if needed:
+                raise ValueError(f"Component {self.name!r} of the weighted sum cannot be computed: {error}") from error
             if not self._warned:
                 warnings.warn(f"Component {self.name!r} has no value: {error}", stacklevel=2)
                 self._warned = True
@@ -195,7 +244,7 @@ class DeferredMetric:
         if not local_value:
             return None
         self._scratch.reset()
-        getattr(type(self._scratch), "update")(self._scratch, *inputs)  # noqa: B009 as in _compute
+        _update(self._scratch, *inputs)
         self._scratch._update_count = 1
         value = _as_scalar(_compute(self._scratch), self.metric, self.name)
         self._scratch.reset()
@@ -270,6 +319,11 @@ def _widen(metric: Metric) -> Metric:
     return metric
 
 
+def _update(metric: Metric, *inputs: Any) -> None:
+    """The class's own ``update``: that of the instance switches gradients off."""
+    getattr(type(metric), "update")(metric, *inputs)  # noqa: B009 mypy takes the class attribute for a string
+
+
 def _compute(metric: Metric) -> Any:
     """The class's own ``compute``: that of the instance synchronises, caches and counts updates."""
     return getattr(type(metric), "compute")(metric)  # noqa: B009 mypy takes the class attribute for a string
@@ -279,7 +333,7 @@ def _grown_states(metric: Metric, shape: tuple[int, ...]) -> dict[str, torch.Siz
     """Shapes of the states after a batch of made-up rows; none if the metric does not take such rows."""
     rows = torch.linspace(0, 1, 4 * math.prod(shape), dtype=torch.float64, device=metric.device).reshape(4, *shape)
     try:
-        getattr(type(metric), "update")(metric, rows, rows**2)  # noqa: B009 as in _compute
+        _update(metric, rows, rows**2)
         return {
             name: getattr(metric, name).shape
             for name, default in metric._defaults.items()

@@ -74,9 +74,9 @@ class Reading:
     modifier: FieldModifier
     ignore_nan: bool
     per_type: bool
-    sums: list[int] = field(default_factory=list)
-    maxima: list[int] = field(default_factory=list)
-    others: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    counted: bool = False
+    """Whether errors of it are summed, so that their number is needed."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Layout:
         sums = [[entry for entry, m in own if m.kind == "sum" and m.value is function] for function in functions]
         maxima = [entry for entry, metric in own if metric.kind == "maximum"]
         reasons = {
-            entry.name: why_not_mergeable(entry.metric)
+            entry.name: why_not_mergeable(entry.metric, getattr(entry.field, "shape", None))
             for entry in entries
             if not isinstance(entry.metric, ErrorMetric)
         }
@@ -194,12 +194,8 @@ class Layout:
                 continue
             key = identity(entry.field), entry.ignore_nan, entry.per_type
             reading = readings.setdefault(key, Reading(entry.field, entry.ignore_nan, entry.per_type))
-            if position < self.num_sums:
-                reading.sums.append(position)
-            elif position < self.num_sums + self.num_maxima:
-                reading.maxima.append(position)
-            else:
-                reading.others.append(position)
+            reading.positions.append(position)
+            reading.counted |= position < self.num_sums
         return list(readings.values())
 
     def _name_values(self, entries: Sequence[MetricEntry]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -265,7 +261,8 @@ class Layout:
         for position, foreign in self.foreign.items():
             for _ in range(self.groups(self.components[position])):
                 additive_end, maxima_end = additive + foreign.num_additive, maxima + foreign.num_maxima
-                scalars.append(foreign.value(row.additive[additive:additive_end], row.maxima[maxima:maxima_end]))
+                pieces = row.additive[additive:additive_end], row.maxima[maxima:maxima_end]
+                scalars.append(foreign.value(*pieces, needed=bool(self.components[position].coeff)))
                 additive, maxima = additive_end, maxima_end
         for position, metrics in self.deferred.items():
             scalars.extend(deferred.get(position, [None] * len(metrics)))

@@ -98,11 +98,13 @@ class MetricsManager(nn.Module):
     ) -> None:
         super().__init__()
         self.type_names = check_type_names(type_names)
+        if not isinstance(sync_on_step, bool):
+            raise TypeError(f"`sync_on_step` is true or false, found {sync_on_step!r}.")
         self.sync_on_step = sync_on_step
         self.process_group: ProcessGroup | None = None
         """The ranks that share a batch, if a strategy splits the world; None for all."""
         self.entries = parse_entries(metrics, self.type_names)
-        self._modules_by_name = nn.ModuleList(entry.metric for entry in self.entries.values())
+        self._metrics = nn.ModuleList(entry.metric for entry in self.entries.values())
         self._layout = Layout(list(self.entries.values()), self.type_names)
         self.do_weighted_sum = False
         self.set_coeffs({})
@@ -189,7 +191,7 @@ class MetricsManager(nn.Module):
             self._entry(name)
             given[name] = check_coeff(coeff, name)
         weighted = {name: coeff for name, coeff in given.items() if coeff is not None}
-        total = math.fsum(weighted.values())
+        total = sum(weighted.values())
         if weighted and not 0 < total < math.inf:
             raise ValueError(
                 f"The coefficients {weighted} sum to {total}; at least one must be above 0. To leave a component out "
@@ -247,46 +249,55 @@ class MetricsManager(nn.Module):
         inputs: dict[int, list[Any]] = {}
         pairs: dict[object, tuple[Tensor, Tensor]] = {}
         types = self._read_types(preds, target) if any(reading.per_type for reading in layout.readings) else None
+        watched: list[Tensor] = []
         for reading in layout.readings:
             elements = self._read(reading, preds, target, types, pairs)
-            count = elements.counts() if reading.sums else _UNSET
-            for position in reading.sums:
-                sums[position], counts[position] = elements.sums(self._errors(position, elements)), count
-            for position in reading.maxima:
-                maxima[position - layout.num_sums] = elements.maxima(self._errors(position, elements))
-            for position in reading.others:
-                seen = elements if self._differentiable(position) else elements.detach()
-                groups = range(elements.num_groups) if reading.per_type else (None,)
-                inputs[position] = [labelled_rows(seen, group) for group in groups]
+            cut = elements
+            if not all(map(self._differentiable, reading.positions)):
+                cut = elements.detach()
+                watched.append(elements.prediction)
+            count = elements.counts() if reading.counted else _UNSET
+            for position in reading.positions:
+                seen = elements if self._differentiable(position) else cut
+                if position < layout.num_sums:
+                    sums[position], counts[position] = seen.sums(self._errors(position, seen)), count
+                elif position < layout.num_sums + layout.num_maxima:
+                    maxima[position - layout.num_sums] = seen.maxima(self._errors(position, seen))
+                else:
+                    groups = range(elements.num_groups) if reading.per_type else (None,)
+                    inputs[position] = [labelled_rows(seen, group) for group in groups]
         for position in layout.whole_batches:
-            inputs[position] = [whole_batches(preds, target)]
+            differentiable = self._differentiable(position)
+            inputs[position] = [whole_batches(preds if differentiable else detached(preds), target)]
+            if not differentiable:
+                watched += [value for value in preds.values() if isinstance(value, Tensor)]
         pieces = [metric.measure(group, device) for at, metric in layout.foreign.items() for group in inputs[at]]
         row = Row.of(
             [*sums, *counts, *(additive for additive, _ in pieces)],
             [*maxima, *(piece for _, piece in pieces)],
             device,
         )
-        if torch.is_grad_enabled() and not row.requires_grad:
-            row = self._anchored(row, preds, pairs)
+        if torch.is_grad_enabled():
+            if not row.requires_grad:  # a rank without data is no validation: it takes part in the merge
+                watched = [prediction for prediction, _ in pairs.values()]
+                watched += [value for value in preds.values() if layout.whole_batches and isinstance(value, Tensor)]
+            row = _hung_on(row, watched)
         return row, {position: inputs[position] for position in layout.deferred}
-
-    def _anchored(self, row: Row, preds: Batch, pairs: Mapping[object, tuple[Tensor, Tensor]]) -> Row:
-        """The row, hung on the predictions if gradients flow through those: a rank without data is no validation."""
-        read = [prediction for prediction, _ in pairs.values()]
-        if self._layout.whole_batches:
-            read += [value for value in preds.values() if isinstance(value, Tensor)]
-        for prediction in read:
-            if prediction.requires_grad:
-                return Row(row.additive + prediction.reshape(-1)[:0].sum(dtype=torch.float64), row.maxima)
-        return row
 
     def _differentiable(self, position: int) -> bool:
         """Whether gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
         return not self.do_weighted_sum or bool(self._layout.components[position].coeff)
 
     def _errors(self, position: int, elements: Elements) -> Tensor:
-        prediction = elements.prediction if self._differentiable(position) else elements.prediction.detach()
-        return cast(ErrorMetric, self._layout.components[position].metric).measure(prediction, elements.target)
+        entry = self._layout.components[position]
+        errors = cast(ErrorMetric, entry.metric).measure(elements.prediction, elements.target)
+        if errors.shape != elements.target.shape:
+            raise ValueError(
+                f"Component {entry.name!r}: {type(entry.metric).__name__}.measure returned errors of shape "
+                f"{list(errors.shape)} for a target of shape {list(elements.target.shape)}; expected one error for "
+                f"each element."
+            )
+        return errors
 
     def _read(
         self,
@@ -298,7 +309,7 @@ class MetricsManager(nn.Module):
     ) -> Elements:
         key = identity(reading.modifier)
         if key not in pairs:
-            prediction, reference = pairs[key] = reading.modifier(preds, target)
+            prediction, reference = pairs[key] = _check_pair(reading.modifier(preds, target), reading.modifier)
             check_same_shape(prediction, reference, f"Field {str(reading.modifier)!r}")
             if not prediction.dim():
                 raise ValueError(
@@ -307,23 +318,25 @@ class MetricsManager(nn.Module):
         prediction, reference = pairs[key]
         if not reading.per_type:
             return Elements.read(prediction, reference, ignore_nan=reading.ignore_nan)
-        assert_types = cast(Tensor, types)
-        if assert_types.shape != prediction.shape[:1]:
+        row_types = cast(Tensor, types)
+        if row_types.shape != prediction.shape[:1]:
             raise ValueError(
                 f"Field {str(reading.modifier)!r} has shape {list(prediction.shape)}, but {ATOM_TYPES!r} has shape "
-                f"{list(assert_types.shape)}; expected one type for each row."
+                f"{list(row_types.shape)}; expected one type for each row."
             )
         return Elements.read(
             prediction,
             reference,
             ignore_nan=reading.ignore_nan,
-            types=assert_types,
+            types=row_types,
             num_groups=len(self.type_names),
         )
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
         types = (target[ATOM_TYPES] if ATOM_TYPES in target else take(preds, ATOM_TYPES, "target")).reshape(-1)
-        if not self._checked_types:  # the one look at data, in the first step only: it makes the host wait
+        if (
+            not self._checked_types and not torch.compiler.is_compiling()
+        ):  # the one look at data, in the first step only: it makes the host wait
             if types.is_floating_point() or types.is_complex() or types.dtype == torch.bool:
                 raise TypeError(f"{ATOM_TYPES!r} has dtype {types.dtype}; expected integers, such as torch.int64.")
             if types.numel():
@@ -579,6 +592,26 @@ def _refuse_deferred_loss(loss: MetricsManager, row: Row) -> None:
 _DeferredInputs = dict[int, list[Any]]
 """Inputs of each deferred component by group; None for a group without data."""
 _UNSET = torch.empty(0)
+
+
+def _hung_on(row: Row, predictions: Sequence[Tensor]) -> Row:
+    """The row plus zeros that hang on predictions, so that these get a gradient of exactly 0 instead of none.
+
+    DDP waits for a gradient of every parameter, also of those that only a component outside of the sum depends on.
+    """
+    zeros = [each.reshape(-1)[:0].sum(dtype=torch.float64) for each in predictions if each.requires_grad]
+    return Row(row.additive + sum(zeros), row.maxima) if zeros else row
+
+
+def _check_pair(pair: object, modifier: object) -> tuple[Tensor, Tensor]:
+    """What a modifier returned, if it is a prediction and a target that can be subtracted."""
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair)):
+        raise TypeError(
+            f"Field {str(modifier)!r}: a modifier returns two tensors, prediction and target; found {pair!r}."
+        )
+    if any(each.dtype == torch.bool for each in pair):
+        raise TypeError(f"Field {str(modifier)!r} is boolean; errors are of numbers.")
+    return pair[0], pair[1]
 
 
 def _device_of(preds: Batch) -> torch.device:

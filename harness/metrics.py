@@ -41,27 +41,27 @@ Value = Callable[[Tensor, Tensor], Tensor]
 1 where there is none, where the result is discarded."""
 
 
-def mean(total: Tensor, count: Tensor) -> Tensor:
+def mean(accumulated: Tensor, count: Tensor) -> Tensor:
     """Sum divided by count."""
-    return total / count
+    return accumulated / count
 
 
-def root_mean(total: Tensor, count: Tensor) -> Tensor:
+def root_mean(accumulated: Tensor, count: Tensor) -> Tensor:
     """Square root of sum divided by count; the gradient at 0, where the root has none, is 0."""
-    ratio = total / count
+    ratio = accumulated / count
     # `ratio == 0` rather than `ratio > 0` lets a NaN through
     perfect = ratio == 0
     return torch.where(perfect, 0.0, torch.where(perfect, 1.0, ratio).sqrt())
 
 
-def total(total: Tensor, count: Tensor) -> Tensor:
+def total(accumulated: Tensor, count: Tensor) -> Tensor:
     """The sum itself."""
-    return total
+    return accumulated
 
 
-def largest(maximum: Tensor, count: Tensor) -> Tensor:
+def largest(accumulated: Tensor, count: Tensor) -> Tensor:
     """The maximum itself."""
-    return maximum
+    return accumulated
 
 
 class ErrorMetric(Metric, ABC):
@@ -93,6 +93,7 @@ class ErrorMetric(Metric, ABC):
         super().__init__(**kwargs)
         # ``MetricCollection`` takes metrics for the same whose states have the same names and, once, the same values:
         # the name tells apart those that measure different errors.
+        self.parameters_of_errors = parameters
         definition = f"{type(self).__name__}{parameters}"
         self._accumulated = f"{self.kind}_{type(self).__name__}_{zlib.crc32(definition.encode()):08x}"
         start, reduction = (0.0, "sum") if self.kind == "sum" else (-math.inf, "max")

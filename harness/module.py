@@ -144,14 +144,15 @@ class ForceFieldModule(LightningModule):
         weighted_sum = values[0].weighted_sum
         if weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
-        if self._logs_this_step:
+        if self._logs_step_of(batch_idx):
             self._log_step(values)
         return weighted_sum * gradient_scale(self.process_group)
 
-    @property
-    def _logs_this_step(self) -> bool:
+    def _logs_step_of(self, batch_idx: int) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return bool(every) and (self.trainer.global_step + 1) % every == 0
+        if not every or (self.trainer.global_step + 1) % every:
+            return False
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0  # the last micro-batch of the step
 
     def _log_step(self, values: tuple[Values, ...]) -> None:
         if not self.trainer.is_global_zero:

@@ -112,7 +112,7 @@ class Elements:
         Both sides are replaced by 0 where masked, *before* any arithmetic, so that neither a NaN nor its gradient
         gets through; boolean indexing would synchronise host and device.
         """
-        if not ignore_nan:
+        if not ignore_nan or not target.is_floating_point():  # integers have no NaN
             return cls(prediction, target, None, types, num_groups)
         labelled = ~target.isnan()
         return cls(

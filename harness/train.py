@@ -22,7 +22,7 @@ import hydra
 import torch
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -100,6 +100,8 @@ def train(config: DictConfig) -> dict[str, float]:
         console.print(datamodule.describe(), highlight=False)
 
     loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
+    if not config.trainer.enable_progress_bar:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: Trainer = instantiate(
@@ -120,7 +122,12 @@ def train(config: DictConfig) -> dict[str, float]:
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
         best = _best_checkpoint(callbacks, config.ckpt_path)
     if config.test and module.test_metrics:
-        trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        if best:
+            # not by the trainer: an averaging callback would put back the weights that are not averaged
+            checkpoint = torch.load(best, weights_only=True, map_location="cpu")
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+        trainer.test(module, datamodule=datamodule, verbose=False)
         results |= {key: float(value) for key, value in trainer.callback_metrics.items()}
         for index, manager in enumerate(module.test_metrics):
             prefix = f"test{index}_epoch/"
@@ -248,7 +255,7 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
     for logger in loggers:
         if isinstance(logger, WandbLogger) and _global_rank() == 0:
             run = logger.experiment
-            folder, offline = Path(run.dir).parent, run.settings._offline
+            folder, offline = Path(run.dir).parent, run.offline
             run.finish()
             console.print(f"W&B run     {folder if offline else run.url}", highlight=False)
             if offline:
@@ -260,7 +267,7 @@ def _global_rank() -> int:
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message instead of a traceback."""
+    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback."""
     config.output_dir = str(Path(config.output_dir).absolute())
     try:
         results = train(config)

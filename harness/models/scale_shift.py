@@ -176,7 +176,8 @@ def resolve_scales(energy_scales: Mapping[str, float] | str | float, statistics:
         if not (math.isfinite(statistics.force_rms) and statistics.force_rms > 0):
             raise ValueError(
                 f"energy_scales='force_rms' needs training forces that are not all zero, their RMS is "
-                f"{statistics.force_rms}; give a number of eV instead, for instance energy_scales=1.0"
+                f"{statistics.force_rms}. Are the label keys of the data right? Otherwise give a number of eV, such as "
+                f"energy_scales=1.0"
             )
         return [float(statistics.force_rms)] * len(type_names)
     if isinstance(energy_scales, (int, float)) and not isinstance(energy_scales, bool):
