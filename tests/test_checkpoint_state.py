@@ -249,3 +249,15 @@ def test_a_restart_on_another_number_of_ranks(ranks_before, ranks_after):
     results = spawn(ranks_after, resume, states[-1], shares)
     assert all(result == results[0] for result in results)
     assert_close(results[0], as_floats(uninterrupted.compute()))
+
+
+def test_a_modifier_with_another_factor_is_another_component():
+    def build_scaled(factor):
+        field = harness.PerAtomModifier("total_energy", factor)
+        return harness.MetricsManager([{"name": "energy", "field": field, "metric": harness.MeanAbsoluteError()}])
+
+    batch = {"total_energy": torch.ones(2, 1), "num_atoms": torch.tensor([2, 4])}
+    manager = build_scaled(None)
+    manager(batch, {**batch, "total_energy": torch.zeros(2, 1)})
+    with pytest.warns(UserWarning, match="other components"):
+        build_scaled(1000.0).load_state_dict(manager.state_dict())

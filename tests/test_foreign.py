@@ -15,6 +15,7 @@ from torchmetrics import CosineSimilarity, Metric, PearsonCorrCoef, R2Score, Spe
 from torchmetrics.regression import MeanAbsolutePercentageError
 
 import harness
+from harness.foreign import why_not_mergeable
 
 TYPES = ("H", "C", "O")
 
@@ -335,3 +336,69 @@ def test_spawn_tells_which_rank_failed_and_recovers():
     with pytest.raises(RankFailedError, match=r"(?s)Rank 1 failed.*a mistake.*Ranks \[0\] did not answer"):
         spawn(2, fail_on, 1)
     assert spawn(2, fail_on, None) == [None, None]
+
+
+class RunningAverage(Metric):
+    """Looks back at earlier batches, and does not say so: torchmetrics' default for `full_state_update` is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("average", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, preds, target):
+        self.average = 0.9 * self.average + 0.1 * (preds - target).abs().mean()
+
+    def compute(self):
+        return self.average
+
+
+class PlainSum(Metric):
+    """A user's metric with the defaults of torchmetrics."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, preds, target):
+        self.total = self.total + (preds - target).abs().sum()
+
+    def compute(self):
+        return self.total
+
+
+def test_a_metric_that_looks_back_does_not_merge_and_is_still_right():
+    assert "batches before" in why_not_mergeable(RunningAverage(), (3,))
+    assert why_not_mergeable(PlainSum(), (3,)) is None
+    manager = harness.MetricsManager([{"name": "running", "field": "forces", "metric": RunningAverage()}])
+    alone = RunningAverage()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        prediction, target = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+        manager({"forces": prediction}, {"forces": target})
+        alone.update(prediction, target)
+    torch.testing.assert_close(manager.compute()["running"], alone.compute().double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        torchmetrics.MeanSquaredError() + torchmetrics.MeanAbsoluteError(),
+        torchmetrics.MinMaxMetric(torchmetrics.MeanSquaredError()),
+        torchmetrics.wrappers.Running(torchmetrics.MeanSquaredError(), 2),
+    ],
+)
+def test_metrics_that_hold_other_metrics_are_refused(metric):
+    with pytest.raises(ValueError, match="Give plain metrics"):
+        harness.MetricsManager([{"name": "nested", "field": "forces", "metric": metric}])
+
+
+def test_a_term_of_the_sum_that_cannot_be_computed_is_an_error():
+    one = {"total_energy": torch.ones(1, 1)}
+    watched = harness.MetricsManager([{"name": "r2", "field": "total_energy", "metric": torchmetrics.R2Score()}])
+    with pytest.warns(UserWarning, match="'r2' has no value"):
+        assert watched(one, one)["r2"].isnan()
+    needed = harness.MetricsManager(
+        [{"name": "r2", "field": "total_energy", "metric": torchmetrics.R2Score(), "coeff": 1}]
+    )
+    with pytest.raises(ValueError, match="'r2' of the weighted sum"):
+        needed(one, one)

@@ -158,6 +158,24 @@ def test_a_run_continues_from_its_last_epoch_and_remembers_the_best(tmp_path: Pa
     assert tested == again != []
 
 
+def test_averaged_weights_are_those_that_are_tested(tmp_path: Path) -> None:
+    arguments = [*TINY, "logger=none", "callbacks.parity=null"]
+    averaged = ["callbacks=[default,ema]", "callbacks.ema.decay=0.5", "optimizer.lr=0.05", "hydra.run.dir=ema"]
+    done = train(*arguments, *averaged, folder=tmp_path)
+    assert done.code == 0, done.err[-4000:]
+    best = tmp_path / "ema" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(best, weights_only=True)
+    assert any(
+        not torch.equal(value, checkpoint["current_model_state"][name])
+        for name, value in checkpoint["state_dict"].items()
+        if isinstance(value, torch.Tensor)
+    )
+    alone = train(*arguments, "train=false", f"ckpt_path={best}", folder=tmp_path)
+    tables = [[line for line in each.out.splitlines() if line.startswith("│")] for each in (done, alone)]
+    assert tables[0] == tables[1]
+    assert len(tables[0]) > 10
+
+
 def test_logger_none_writes_no_logs(tmp_path: Path) -> None:
     done = train(*TINY, "logger=none", "max_epochs=1", folder=tmp_path)
     assert done.code == 0, done.err[-4000:]
