@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, SHARED, TINY, read_csv, read_wandb, same, train
+from commands import ROOT, SHARED, TINY, read_csv, read_wandb, run, same, train
 from hydra import compose, initialize_config_dir
 
 from harness.train import run_job
@@ -122,6 +123,13 @@ def test_what_stands_on_the_screen_in_the_end(two_ranks: Path) -> None:
     assert (two_ranks / "checkpoints" / "best.ckpt").is_file()
     assert str(plot) in screen.replace("\n", "")
     assert re.search(r"Epoch 1: 100%.*weighted_sum=0\.\d+", screen)  # the progress bar
+
+
+def test_a_trained_model_predicts(two_ranks: Path) -> None:
+    done = run([sys.executable, str(ROOT / "examples" / "use_trained.py"), str(two_ranks)], two_ranks.parent)
+    assert done.code == 0, done.err[-3000:]
+    assert re.search(r"energy -?\d+\.\d+ eV", done.out)
+    assert done.out.count("Cu force") == 4
 
 
 def test_the_loss_falls(one_rank: Path) -> None:
