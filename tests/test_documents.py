@@ -109,7 +109,14 @@ def test_every_module_is_in_the_reference() -> None:
         for page in (ROOT / "docs" / "api").glob("*.md")
         for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), flags=re.MULTILINE)
     }
-    internal = {"harness.train", "harness.report", "harness.components", "harness.foreign", "harness.strategies"}
+    internal = {
+        "harness.train",
+        "harness.report",
+        "harness.components",
+        "harness.foreign",
+        "harness.preflight",
+        "harness.strategies",
+    }
     modules = {
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for file in (ROOT / "harness").glob("**/*.py")

@@ -1,0 +1,78 @@
+"""What is checked before anything is trained or written: mistakes that would cost an epoch, or be told in riddles."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningDataModule
+from omegaconf import DictConfig
+
+from harness.manager import MetricsManager
+from harness.module import ForceFieldModule
+
+__all__ = ["check_labels", "check_monitors", "check_settings"]
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what the trainer or a library would answer much later, or with words of its own."""
+    for key in ("max_epochs", "seed"):
+        if isinstance(config[key], bool) or not isinstance(config[key], int):
+            raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
+    if isinstance(config.cutoff, bool) or not isinstance(config.cutoff, int | float):
+        raise ValueError(f"cutoff is a number of Å, found {config.cutoff!r}.")
+    if config.ckpt_path and not Path(config.ckpt_path).is_file():
+        raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
+    if not config.train and not config.ckpt_path:
+        raise ValueError("train=false only tests: give it a checkpoint with ckpt_path=...")
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    asked = config.trainer.get("devices")
+    if isinstance(asked, int) and asked != started:
+        raise ValueError(
+            f"trainer.devices={asked}, but {started} rank(s) have been started on this node. Use a launcher: "
+            f"torchrun --nproc-per-node {asked} -m harness.train ..."
+        )
+
+
+def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> None:
+    """Refuse a loss or monitored metric of labels that the data does not have, before any training."""
+    if not hasattr(datamodule, "missing_labels"):
+        return
+    managers: list[tuple[str, MetricsManager, str]] = [("loss", module.loss, "train")]
+    managers += [("val_metrics", manager, f"val{index}") for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
+    for what, manager, data_set in managers:
+        for name, (missing, total) in datamodule.missing_labels(data_set).items():
+            for entry in manager.entries.values():
+                reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
+                if name not in reads or entry.coeff is None or not missing:
+                    continue
+                if missing == total:
+                    raise ValueError(
+                        f"{what}: component {entry.name!r} has the coefficient {entry.given_coeff}, but none of the "
+                        f"{total} frames of {data_set} has {name}. Are the label keys right (data.keys)? Otherwise set "
+                        f"its coefficient to null, or choose a loss and metrics without it, such as loss=energy_force "
+                        f"metrics=energy_force."
+                    )
+                if not entry.ignore_nan:
+                    raise ValueError(
+                        f"{what}: {missing} of the {total} frames of {data_set} have no {name}, which component "
+                        f"{entry.name!r} would turn into NaN. Leave them out with "
+                        f"{'loss' if what == 'loss' else 'metrics'}.ignore_nan.{name}=true."
+                    )
+
+
+def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
+    """Refuse to monitor an epoch value that nothing logs, before the first epoch has been trained in vain."""
+    managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
+    managers += [(f"val{index}_epoch", manager) for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
+    valid = [f"{stage}/{name}" for stage, manager in managers if manager is not None for name in manager.value_names]
+    monitors = {"monitor": config.monitor, "lr_scheduler.monitor": (config.lr_scheduler or {}).get("monitor")}
+    monitors |= {f"the monitor of {type(each).__name__}": getattr(each, "monitor", None) for each in callbacks}
+    for where, monitor in monitors.items():
+        if monitor and "_epoch/" in monitor and monitor not in valid:
+            close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
+            raise ValueError(
+                f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "
+                f"They begin with {', '.join(dict.fromkeys(name.partition('/')[0] + '/' for name in valid))}."
+            )
