@@ -249,16 +249,15 @@ class MetricsManager(nn.Module):
         inputs: dict[int, list[Any]] = {}
         pairs: dict[object, tuple[Tensor, Tensor]] = {}
         types = self._read_types(preds, target) if any(reading.per_type for reading in layout.readings) else None
-        watched: list[Tensor] = []
+        reached: set[object] = set()  # readings that gradients flow to
         for reading in layout.readings:
             elements = self._read(reading, preds, target, types, pairs)
-            cut = elements
-            if not all(map(self._differentiable, reading.positions)):
-                cut = elements.detach()
-                watched.append(elements.prediction)
+            cut = elements if all(map(self._differentiable, reading.positions)) else elements.detach()
             count = elements.counts() if reading.counted else _UNSET
             for position in reading.positions:
                 seen = elements if self._differentiable(position) else cut
+                if seen is elements:
+                    reached.add(identity(reading.modifier))
                 if position < layout.num_sums:
                     sums[position], counts[position] = seen.sums(self._errors(position, seen)), count
                 elif position < layout.num_sums + layout.num_maxima:
@@ -267,10 +266,8 @@ class MetricsManager(nn.Module):
                     groups = range(elements.num_groups) if reading.per_type else (None,)
                     inputs[position] = [labelled_rows(seen, group) for group in groups]
         for position in layout.whole_batches:
-            differentiable = self._differentiable(position)
-            inputs[position] = [whole_batches(preds if differentiable else detached(preds), target)]
-            if not differentiable:
-                watched += [value for value in preds.values() if isinstance(value, Tensor)]
+            seen_whole = preds if self._differentiable(position) else detached(preds)
+            inputs[position] = [whole_batches(seen_whole, target)]
         pieces = [metric.measure(group, device) for at, metric in layout.foreign.items() for group in inputs[at]]
         row = Row.of(
             [*sums, *counts, *(additive for additive, _ in pieces)],
@@ -278,10 +275,12 @@ class MetricsManager(nn.Module):
             device,
         )
         if torch.is_grad_enabled():
-            if not row.requires_grad:  # a rank without data is no validation: it takes part in the merge
-                watched = [prediction for prediction, _ in pairs.values()]
-                watched += [value for value in preds.values() if layout.whole_batches and isinstance(value, Tensor)]
-            row = _hung_on(row, watched)
+            # Predictions that no gradient flows to, because their terms are outside of the sum or this rank has no data
+            # for them, hang on the row all the same: the rank takes part in the merge as in a training step.
+            cut_off = [pair[0] for key, pair in pairs.items() if key not in reached or not row.requires_grad]
+            if layout.whole_batches:
+                cut_off += [value for value in preds.values() if isinstance(value, Tensor)]
+            row = _hung_on(row, cut_off)
         return row, {position: inputs[position] for position in layout.deferred}
 
     def _differentiable(self, position: int) -> bool:
@@ -334,9 +333,8 @@ class MetricsManager(nn.Module):
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
         types = (target[ATOM_TYPES] if ATOM_TYPES in target else take(preds, ATOM_TYPES, "target")).reshape(-1)
-        if (
-            not self._checked_types and not torch.compiler.is_compiling()
-        ):  # the one look at data, in the first step only: it makes the host wait
+        # the one look at data, in the first step only: it makes the host wait
+        if not self._checked_types and not torch.compiler.is_compiling():
             if types.is_floating_point() or types.is_complex() or types.dtype == torch.bool:
                 raise TypeError(f"{ATOM_TYPES!r} has dtype {types.dtype}; expected integers, such as torch.int64.")
             if types.numel():
