@@ -1,5 +1,7 @@
 """Losses and error metrics for training interatomic potentials, exact on any number of ranks."""
 
+from typing import TYPE_CHECKING, Any
+
 from harness.fields import (
     FieldSpec,
     MappedFieldModifier,
@@ -27,6 +29,9 @@ from harness.presets import (
     EnergyOnlyMetrics,
 )
 
+if TYPE_CHECKING:
+    from harness.module import ForceFieldModule
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -38,6 +43,7 @@ __all__ = [
     "EnergyOnlyMetrics",
     "ErrorMetric",
     "FieldSpec",
+    "ForceFieldModule",
     "HuberLoss",
     "MappedFieldModifier",
     "MaximumAbsoluteError",
@@ -55,3 +61,12 @@ __all__ = [
     "registered_fields",
     "step_together",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Lightning module on first use: losses and metrics alone need no Lightning."""
+    if name == "ForceFieldModule":
+        from harness.module import ForceFieldModule
+
+        return ForceFieldModule
+    raise AttributeError(f"module 'harness' has no attribute {name!r}. Public names: {', '.join(__all__)}.")

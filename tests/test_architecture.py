@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
+from hydra.utils import get_object
 
 import harness
 
@@ -36,6 +37,16 @@ def test_only_one_module_uses_torch_distributed(path: Path) -> None:
 def test_public_names_are_there_and_sorted() -> None:
     assert all(hasattr(harness, name) for name in harness.__all__)
     assert harness.__all__ == sorted(harness.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in harness.__all__ if name[0].isupper()])
+def test_public_classes_are_targets(name: str) -> None:
+    assert get_object(f"harness.{name}") is getattr(harness, name)
+
+
+def test_unknown_names_are_answered_with_the_valid_ones() -> None:
+    with pytest.raises(AttributeError, match="ForceFieldModule"):
+        harness.ForceField  # noqa: B018
 
 
 def test_the_core_imports_without_the_heavy_libraries() -> None:
