@@ -85,9 +85,8 @@ def _adds_up(metric: Metric, shape: tuple[int, ...]) -> bool:
             _update(trial, *batch)
         for name, default in trial._defaults.items():
             reduction = _MERGEABLE[trial._reductions[name]]
-            if (
-                reduction == "mean"
-            ):  # torchmetrics itself takes the mean over batches in one place, over ranks in another
+            # torchmetrics itself takes a mean over batches in one place and over ranks in another
+            if reduction == "mean":
                 continue
             merged = merge[reduction](apart[0][name], apart[1][name])
             merged = merged - cast(Tensor, default) if reduction == "sum" else merged
