@@ -7,10 +7,10 @@ STRICT := fields distributed statistics foreign metrics components layout manage
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test lint types imports docs benchmark ci clean
+.PHONY: help install train test test-slow test-all lint types imports docs benchmark ci clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## make .venv with the package and everything for its development
 
@@ -24,8 +24,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: install  ## train and test a force field on the embedded alloy, on RANKS=2 ranks; ARGS="..." are Hydra overrides
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(ARGS)
 
-test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+test: install  ## the test suite but for what is marked slow
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow  ## every test
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
@@ -44,7 +49,7 @@ docs: install  ## build the documentation into site/
 benchmark: install  ## cost of a loss step beside NequIP and a hand-packed minimum
 	$(BIN)/python benchmarks/step.py
 
-ci: lint types imports docs test  ## everything that CI runs
+ci: lint types imports docs test-all  ## everything that CI runs
 
 clean:  ## remove what make has made, but not outputs/
 	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

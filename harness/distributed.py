@@ -7,6 +7,8 @@ it does what one rank would do.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -21,10 +23,13 @@ __all__ = [
     "ProcessGroup",
     "agree",
     "data_parallel_size",
+    "exchange",
     "gather_objects",
     "global_rank",
     "gradient_scale",
     "is_distributed",
+    "launched_rank",
+    "launched_ranks",
     "merge_over_ranks",
 ]
 
@@ -128,6 +133,16 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     return gathered
 
 
+def launched_ranks() -> int:
+    """Number of ranks that a launcher has started, before there is a process group; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number among :func:`launched_ranks`."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def agree(key: str, proposal: str) -> str:
     """The proposal of whichever rank came first, on every rank, before there is a process group.
 
@@ -135,12 +150,37 @@ def agree(key: str, proposal: str) -> str:
     ``MASTER_ADDR`` and ``MASTER_PORT``), which outlives restarts of the ranks: a restarted job agrees on the same.
     Without a launcher it is the proposal itself.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_ranks() == 1:
         return proposal
+    return cast(bytes, _job_store().compare_set(f"harness/{key}", "", proposal)).decode()
+
+
+def exchange(key: str, value: str, timeout: timedelta = timedelta(minutes=5)) -> list[str]:
+    """``value`` of every rank, in rank order, on every rank, before there is a process group.
+
+    Each key is used once in the life of a process. A restarted rank does not see what was exchanged before.
+
+    Raises:
+        TimeoutError: some ranks did not come; they are named.
+    """
+    if launched_ranks() == 1:
+        return [value]
+    store, attempt = _job_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"harness/{key}/{attempt}/{rank}" for rank in range(launched_ranks())]
+    store.set(keys[launched_rank()], value)
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        absent = [rank for rank, each in enumerate(keys) if not store.check([each])]
+        raise TimeoutError(
+            f"Rank {launched_rank()} waited {timeout.total_seconds():.0f} s for rank(s) {', '.join(map(str, absent))} "
+            f"to arrive at {key!r}. Have they been started, and do they run the same command?"
+        ) from None
+    return [cast(bytes, store.get(each)).decode() for each in keys]
+
+
+@cache
+def _job_store() -> Any:
+    """Where the ranks of a launcher meet; kept for the life of the process, which may serve it to the others."""
     store, _, _ = next(iter(rendezvous("env://")))
-    _STORES.append(store)
-    return cast(bytes, store.compare_set(f"harness/{key}", "", proposal)).decode()
-
-
-_STORES: list[Any] = []
-"""Keeps a store that this process serves alive for the other ranks."""
+    return store

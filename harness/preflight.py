@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import socket
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule
 from omegaconf import DictConfig
 
+from harness.distributed import exchange, launched_ranks
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 
-__all__ = ["check_labels", "check_monitors", "check_settings"]
+__all__ = ["check_labels", "check_monitors", "check_settings", "refusal"]
 
 
 def check_settings(config: DictConfig) -> None:
@@ -76,3 +79,19 @@ def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceF
                 f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "
                 f"They begin with {', '.join(dict.fromkeys(name.partition('/')[0] + '/' for name in valid))}."
             )
+
+
+def refusal(error: str | None, stage: str = "start") -> str | None:
+    """Why the job cannot start, the same text on all ranks, or None if it can on each of them.
+
+    Args:
+        error: what is wrong on this rank.
+        stage: name of the moment, used once in a process.
+    """
+    found = [json.loads(each) for each in exchange(stage, json.dumps([socket.gethostname(), error]))]
+    wrong = [(rank, host, text) for rank, (host, text) in enumerate(found) if text]
+    if not wrong:
+        return None
+    rank, host, text = wrong[0]
+    everywhere = len({text for _, _, text in wrong}) == 1 and len(wrong) == launched_ranks()
+    return text if everywhere else f"on rank {rank} (host {host}): {text}"

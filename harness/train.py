@@ -10,12 +10,16 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import os
 import sys
 import warnings
-from datetime import datetime
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
+from threading import Event
 
 import hydra
 import torch
@@ -23,19 +27,20 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from harness.callbacks import ParityPlot
-from harness.distributed import agree
+from harness.distributed import agree, launched_rank, launched_ranks
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_labels, check_monitors, check_settings
+from harness.preflight import check_labels, check_monitors, check_settings, refusal
 from harness.report import values_table
 
-__all__ = ["build_module", "main", "run_job", "train"]
+__all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
 _BAD_INPUT = (
@@ -75,14 +80,30 @@ def _register_resolvers() -> None:
 _register_resolvers()
 
 
+@dataclass
+class Job:
+    """A training that is made and checked; nothing has been written yet."""
+
+    config: DictConfig
+    console: Console
+    datamodule: LightningDataModule
+    module: ForceFieldModule
+    callbacks: list[Callback]
+    strategy: Strategy | str
+
+
 def train(config: DictConfig) -> dict[str, float]:
     """Train and test as configured.
 
     Returns:
         The last validation's and the test's values by log key.
     """
-    output_dir = Path(config.output_dir)
-    console = Console(quiet=_global_rank() != 0)
+    return execute(prepare(config))
+
+
+def prepare(config: DictConfig) -> Job:
+    """Make data, model, loss and the rest, and refuse what cannot be trained, before anything is written or sent."""
+    console = Console(quiet=launched_rank() != 0)
     if not console.is_terminal:
         console.width = 140  # a log file has room for every column
     check_settings(config)
@@ -96,17 +117,28 @@ def train(config: DictConfig) -> dict[str, float]:
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     check_monitors(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
-    if hasattr(datamodule, "describe"):
-        console.print(datamodule.describe(), highlight=False)
-
-    loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
+    strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    return Job(config, console, datamodule, module, callbacks, strategy)
+
+
+def execute(job: Job) -> dict[str, float]:
+    """Train and test.
+
+    Returns:
+        The last validation's and the test's values by log key.
+    """
+    config, console, datamodule, module, callbacks = job.config, job.console, job.datamodule, job.module, job.callbacks
+    output_dir = Path(config.output_dir)
+    if hasattr(datamodule, "describe"):
+        console.print(datamodule.describe(), highlight=False)
+    loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: Trainer = instantiate(
-        config.trainer,
-        strategy=instantiate(config.strategy),
+        {key: value for key, value in config.trainer.items() if key != "timeout"},  # of the strategy
+        strategy=job.strategy,
         callbacks=callbacks,
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
@@ -190,7 +222,7 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and _global_rank() == 0:
+        if isinstance(logger, WandbLogger) and launched_rank() == 0:
             run = logger.experiment
             folder, offline = Path(run.dir).parent, run.offline
             run.finish()
@@ -199,20 +231,27 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
                 console.print(f"            upload it with: wandb sync {folder}", highlight=False)
 
 
-def _global_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def run_job(config: DictConfig) -> float | None:
     """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback."""
+    _COMPOSED.set()
     config.output_dir = str(Path(config.output_dir).absolute())
+    job, mistake = None, None
     try:
-        results = train(config)
+        job = prepare(config)
+    except _BAD_INPUT as error:
+        mistake = error
+    refused = refusal(None if mistake is None else _message(mistake))
+    try:
+        if mistake is not None:
+            raise mistake
+        if job is None or refused:
+            raise ValueError(refused)
+        results = execute(job)
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if _global_rank() == 0:
-            print(f"\nerror: {_message(error)}\n(HYDRA_FULL_ERROR=1 shows where it was found)", file=sys.stderr)
+        if launched_rank() == 0:
+            print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
 
@@ -238,7 +277,7 @@ def _quieten() -> None:
 def main() -> None:
     """Command line of ``harness-train``."""
     _quieten()
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks = launched_ranks()
     if num_ranks > 1:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
             sys.exit(
@@ -246,9 +285,43 @@ def main() -> None:
                 f"a sweep without torchrun."
             )
         os.environ[_RUN_STAMP] = agree("run_stamp", _now())  # each rank's clock would give it a folder of its own
-        if _global_rank() != 0:  # only rank 0 writes
+        if launched_rank() != 0:  # only rank 0 writes
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
+    _COMPOSED.clear()
+    said = io.StringIO()
+    try:
+        with redirect_stderr(_UntilComposed(said)):
+            hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
+    except SystemExit:
+        if not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+            refused = refusal(said.getvalue().strip() or "the configuration cannot be composed")
+            if launched_rank() == 0:
+                print(refused, file=sys.stderr)
+        raise
+
+
+class _UntilComposed(io.TextIOBase):
+    """Standard error that keeps to itself what Hydra says of a wrong configuration: one rank is to say it."""
+
+    def __init__(self, kept: io.StringIO) -> None:
+        self._kept, self._stderr = kept, sys.stderr
+
+    def write(self, text: str) -> int:
+        return (self._stderr if _COMPOSED.is_set() else self._kept).write(text)
+
+    def flush(self) -> None:
+        self._stderr.flush()
+
+    def isatty(self) -> bool:
+        return self._stderr.isatty()
+
+    def fileno(self) -> int:
+        return self._stderr.fileno()
+
+
+_COMPOSED = Event()
+"""Set once Hydra has composed the configuration and calls the job."""
+_HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 
 if __name__ == "__main__":
