@@ -26,7 +26,7 @@ import torch
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +35,7 @@ from rich.console import Console
 
 from harness.callbacks import ParityPlot
 from harness.distributed import agree, launched_rank, launched_ranks
+from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import check_labels, check_monitors, check_settings, refusal
@@ -222,13 +223,10 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and launched_rank() == 0:
-            run = logger.experiment
-            folder, offline = Path(run.dir).parent, run.offline
-            run.finish()
-            console.print(f"W&B run     {folder if offline else run.url}", highlight=False)
-            if offline:
-                console.print(f"            upload it with: wandb sync {folder}", highlight=False)
+        if isinstance(logger, WandbLogger) and (place := logger.finish()):
+            console.print(f"W&B run     {place}", highlight=False)
+            if Path(place).is_dir():
+                console.print(f"            upload it with: wandb sync {Path(place).parent}", highlight=False)
 
 
 def run_job(config: DictConfig) -> float | None:
