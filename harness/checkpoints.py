@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["AtomicCheckpointIO", "keep_previous", "newest_valid", "why_invalid"]
+__all__ = ["AtomicCheckpointIO", "keep_previous", "newest_valid", "step_of", "why_invalid"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -122,6 +122,13 @@ def why_invalid(path: Path) -> str | None:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'unreadable'}"
     missing = [key for key in ("state_dict", "loops", "global_step") if key not in checkpoint]
     return f"it has no {', '.join(missing)}" if missing else None
+
+
+def step_of(path: Path) -> int:
+    """Number of optimizer steps that a checkpoint has behind it."""
+    if path.is_dir():  # DeepSpeed's
+        path = path / "checkpoint" / "mp_rank_00_model_states.pt"
+    return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
 
 
 def newest_valid(paths: Iterable[Path]) -> Path | None:

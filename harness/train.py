@@ -28,7 +28,7 @@ from filelock import FileLock
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -36,8 +36,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from harness.callbacks import REQUEUE_EXIT_CODE, ParityPlot, Preempted, ResumeCheckpoint
-from harness.checkpoints import AtomicCheckpointIO
+from harness.checkpoints import AtomicCheckpointIO, step_of
 from harness.distributed import agree, exchange, launched_rank, launched_ranks
+from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import check_labels, check_monitors, check_settings, refusal
@@ -164,6 +165,8 @@ def execute(job: Job) -> dict[str, float]:
     )
     settings = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
+        if job.resume_from and hasattr(logger, "resume_from"):
+            logger.resume_from(step_of(Path(job.resume_from)))
         logger.log_hyperparams(settings)  # type: ignore[arg-type]
 
     results: dict[str, float] = {}
@@ -241,13 +244,10 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and launched_rank() == 0:
-            run = logger.experiment
-            folder, offline = Path(run.dir).parent, run.offline
-            run.finish()
-            console.print(f"W&B run     {folder if offline else run.url}", highlight=False)
-            if offline:
-                console.print(f"            upload it with: wandb sync {folder}", highlight=False)
+        if isinstance(logger, WandbLogger) and (place := logger.finish()):
+            console.print(f"W&B run     {place}", highlight=False)
+            if Path(place).is_dir():
+                console.print(f"            upload it with: wandb sync {Path(place).parent}", highlight=False)
 
 
 def run_job(config: DictConfig) -> float | None:
