@@ -33,8 +33,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
+from harness.agreement import facts
 from harness.callbacks import ParityPlot
-from harness.distributed import agree, launched_rank, launched_ranks
+from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
+from harness.faults import Whereabouts, reported
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import check_labels, check_monitors, check_settings, refusal
@@ -90,6 +92,7 @@ class Job:
     module: ForceFieldModule
     callbacks: list[Callback]
     strategy: Strategy | str
+    whereabouts: Whereabouts
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -120,7 +123,7 @@ def prepare(config: DictConfig) -> Job:
     strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    return Job(config, console, datamodule, module, callbacks, strategy)
+    return Job(config, console, datamodule, module, callbacks, strategy, Whereabouts())
 
 
 def execute(job: Job) -> dict[str, float]:
@@ -139,7 +142,7 @@ def execute(job: Job) -> dict[str, float]:
     trainer: Trainer = instantiate(
         {key: value for key, value in config.trainer.items() if key != "timeout"},  # of the strategy
         strategy=job.strategy,
-        callbacks=callbacks,
+        callbacks=[*callbacks, job.whereabouts],
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
     )
@@ -234,19 +237,30 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
 def run_job(config: DictConfig) -> float | None:
     """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback."""
     _COMPOSED.set()
-    config.output_dir = str(Path(config.output_dir).absolute())
-    job, mistake = None, None
+    try:
+        return _run_job(config)
+    except RankAbsentError as error:
+        _say_absent(error)
+        sys.exit(1)
+
+
+def _run_job(config: DictConfig) -> float | None:
+    config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
+    job, mistake, shown = None, None, None
     try:
         job = prepare(config)
-    except _BAD_INPUT as error:
-        mistake = error
-    refused = refusal(None if mistake is None else _message(mistake))
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        mistake, shown = error, _message(error) if isinstance(error, _BAD_INPUT) else f"{type(error).__name__}: {error}"
+    limit = _time_limit(config)
+    in_common = facts(config, job.datamodule if job else None) if launched_ranks() > 1 else None
+    refused = refusal(shown, in_common, limit)
     try:
         if mistake is not None:
             raise mistake
         if job is None or refused:
             raise ValueError(refused)
-        results = execute(job)
+        with reported(job.whereabouts, limit):
+            results = execute(job)
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -254,6 +268,17 @@ def run_job(config: DictConfig) -> float | None:
             print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
+
+
+def _say_absent(error: RankAbsentError) -> None:
+    if str(error).startswith(f"Rank {launched_rank()} "):  # not if it is what another rank has said
+        print(f"\nerror: {error}", file=sys.stderr)
+
+
+def _time_limit(config: DictConfig) -> timedelta:
+    """How long ranks wait for each other, also where ``trainer.timeout`` itself is wrong."""
+    seconds = config.trainer.get("timeout")
+    return timedelta(seconds=seconds) if isinstance(seconds, int | float) and seconds > 0 else START_LIMIT
 
 
 def _message(error: Exception) -> str:
@@ -277,6 +302,14 @@ def _quieten() -> None:
 def main() -> None:
     """Command line of ``harness-train``."""
     _quieten()
+    try:
+        _main()
+    except RankAbsentError as error:
+        _say_absent(error)
+        sys.exit(1)
+
+
+def _main() -> None:
     num_ranks = launched_ranks()
     if num_ranks > 1:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
@@ -287,6 +320,7 @@ def main() -> None:
         os.environ[_RUN_STAMP] = agree("run_stamp", _now())  # each rank's clock would give it a folder of its own
         if launched_rank() != 0:  # only rank 0 writes
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+            sys.argv += ["hydra.run.dir=."]  # a folder that is there: Hydra would make one on this rank's node too
     _COMPOSED.clear()
     said = io.StringIO()
     try:
@@ -294,6 +328,8 @@ def main() -> None:
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
     except SystemExit:
         if not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+            if launched_rank() == 0:
+                share("output_dir", "")  # which ranks that found none are waiting for
             refused = refusal(said.getvalue().strip() or "the configuration cannot be composed")
             if launched_rank() == 0:
                 print(refused, file=sys.stderr)
