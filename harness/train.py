@@ -177,6 +177,10 @@ def execute(job: Job) -> dict[str, float]:
     results: dict[str, float] = {}
     best = config.ckpt_path
     if config.train:
+        # before the weights of a checkpoint are loaded, which float32 parameters would round
+        trainer.precision_plugin.convert_module(module)
+        if resumed_from:
+            console.print(f"goes on from {resumed_from}", highlight=False)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
         best = _best_checkpoint(callbacks, resumed_from)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,27 @@ def run(command: list[str], folder: Path, timeout: float = 180, **environment: s
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         out, err = process.communicate()
         raise TimeoutError(f"{command} did not end within {timeout} s:\n{out[-2000:]}\n{err[-4000:]}") from None
     return Finished(process.returncode, out, err, folder)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all below it: torchrun gives each of its ranks a session of its own."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            child, parent = stat.parent.name, stat.read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it has ended
+            continue
+        parents.setdefault(int(parent), []).append(int(child))
+    doomed = [pid]
+    for each in doomed:
+        doomed += parents.get(each, [])
+    for each in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def train(*overrides: str, folder: Path, ranks: int = 1, timeout: float = 180, **environment: str) -> Finished:
@@ -147,7 +164,7 @@ def started(*overrides: str, folder: Path, ranks: int, **environment: str) -> It
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_tree(process.pid)
             process.wait()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import BIN, ROOT, TINY, Finished, read_csv, run, same, started, train, wait_for
+from commands import BIN, ROOT, TINY, Finished, kill_tree, read_csv, run, same, started, train, wait_for
 
 TESTS = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
 # 16 frames in batches of 4: 4 steps in each of 3 epochs; the learning rate is halved after the second
@@ -78,6 +78,7 @@ def test_kill_9_of_one_rank_under_torchrun(undisturbed: Path, tmp_path: Path) ->
     assert done.code == 0, done.err[-4000:]
     assert (tmp_path / "done.1").is_file()
     (folder,) = done.runs  # the restarted ranks write to the same directory
+    assert f"goes on from {folder}/checkpoints/last.ckpt" in done.out
     assert_same_run(folder, undisturbed)
 
 
@@ -91,6 +92,7 @@ def test_kill_9_of_the_whole_job(undisturbed: Path, tmp_path: Path) -> None:
     again = under_torchrun(fault, folder=tmp_path)
     assert again.code == 0, again.err[-4000:]
     assert again.runs == [folder]
+    assert f"goes on from {folder}/checkpoints/last.ckpt" in again.out
     assert_same_run(folder, undisturbed)
     assert '"finished"' in (folder / "run.json").read_text()
 
@@ -114,6 +116,7 @@ def test_sigterm_saves_within_the_step_and_the_same_command_goes_on(
     with started(*arguments, folder=tmp_path, ranks=2, **TESTS) as processes:
         codes = [process.wait(timeout=120) for process in processes]
     assert codes == [0, 0], (tmp_path / "stderr.0").read_text()[-3000:]
+    assert f"goes on from {folder}/checkpoints/last.ckpt" in (tmp_path / "stdout.0").read_text()
     assert_same_run(folder, undisturbed)
 
 
@@ -130,6 +133,7 @@ def test_a_restart_on_another_number_of_ranks(ranks: int, undisturbed: Path, tmp
     again = under_torchrun(fault, without_noise, folder=tmp_path / "stopped", ranks=ranks)
     assert again.code == 0, again.err[-4000:]
     (folder,) = again.runs
+    assert "goes on from" in again.out
     assert_same_run(folder, whole.runs[0], 1e-9)
 
 
@@ -147,12 +151,13 @@ def test_sigterm_to_torchrun(undisturbed: Path, tmp_path: Path) -> None:
             assert agent.wait(timeout=60) != 0
         finally:
             if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
-                agent.wait()
+                kill_tree(agent.pid)
+            agent.wait()
     (folder,) = sorted(tmp_path.glob("outputs/*/*"))
     assert '"preempted"' in (folder / "run.json").read_text(), (tmp_path / "log").read_text()[-3000:]
     done = run(command, tmp_path, **TESTS)
     assert done.code == 0, done.err[-4000:]
+    assert "goes on from" in done.out
     assert_same_run(folder, undisturbed)
 
 
@@ -211,6 +216,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     (warning,) = [line for line in done.err.splitlines() if "is damaged" in line]
     assert f"{checkpoints}/last.ckpt" in warning
     assert f"{checkpoints}/previous.ckpt" in warning
+    assert f"goes on from {checkpoints}/previous.ckpt" in done.out
     assert_same_run(folder, undisturbed_alone)
 
 
