@@ -201,9 +201,9 @@ def _plan(sizes: NDArray[np.int64], budget: int) -> tuple[int, int]:
         else:
             too_few = middle
 
-    # Among samples of very different sizes more can be had: half of the mean number leaves the orders random.
+    # Among samples of very different sizes more can be had. Less than the mean number leaves the orders random.
     fewest = fewest_for(enough)
-    more = num_samples // enough // 2
+    more = 3 * num_samples // enough // 4
     while more > fewest and not fits(enough, more):
-        more //= 2
+        more = 2 * more // 3
     return enough, max(fewest, more)
