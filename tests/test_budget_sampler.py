@@ -421,7 +421,8 @@ BY_BUDGET = (
     "data.dtype=float64",
     "trainer.precision=64-true",
     "trainer.log_every_n_steps=1",
-    "max_epochs=3",
+    "max_epochs=2",
+    "test=false",
     "logger=csv",
     "lr_scheduler=none",
     "callbacks.parity=null",
@@ -438,10 +439,11 @@ def values(folder: Path) -> dict[tuple[int, str], float]:
         (int(row["step"]), key): value
         for row in read_csv(folder)
         for key, value in row.items()
-        if key.startswith(("train_loss", "val0", "test0"))
+        if key.startswith(("train_loss", "val0"))
     }
 
 
+@pytest.mark.timeout(600)  # three trainings
 def test_a_training_by_budget_on_two_ranks_and_its_continuation_on_one(tmp_path):
     together = train(*BY_BUDGET, KEEP_STEPS, "hydra.run.dir=two", ranks=2, folder=tmp_path)
     assert together.code == 0, together.err[-4000:]
@@ -454,14 +456,14 @@ def test_a_training_by_budget_on_two_ranks_and_its_continuation_on_one(tmp_path)
         assert same(found[key], value, 1e-8), (key, found[key], value)
 
     num_steps = len(list((tmp_path / "steps").glob("*.ckpt")))
-    assert num_steps % 3 == 0
-    done = num_steps // 3 + 2  # in the middle of the second epoch
-    assert done < 2 * num_steps // 3
+    done = num_steps // 2 + 2  # in the middle of the second epoch
+    assert num_steps % 2 == 0
+    assert done < num_steps
     checkpoint = tmp_path / "steps" / f"{done}.ckpt"
     resumed = train(*BY_BUDGET, f"ckpt_path={checkpoint}", "hydra.run.dir=rest", folder=tmp_path)
     assert resumed.code == 0, resumed.err[-4000:]
     rest = values(tmp_path / "rest")
-    assert rest.keys() >= {key for key in expected if key[0] > done and not key[1].startswith("test0")}
+    assert rest.keys() >= {key for key in expected if key[0] > done}
     for key, value in rest.items():
         # 1e-6: Lightning loads weights before it makes the model one of float64, and so rounds them to float32
         assert same(value, expected[key], 1e-6), (key, value, expected[key])
