@@ -113,6 +113,7 @@ def test_the_number_of_batches_and_their_fewest_samples(case):
     if budget > largest:  # as many are enough for any order (Graham)
         assert len(sampler) <= max(math.ceil(total / budget), math.ceil((total - largest) / (budget - largest)))
     assert sampler.fewest >= min(budget // largest, len(sizes) // len(sampler))
+    assert sampler.batch_size == len(sizes) // len(sampler)  # DeepSpeed asks for it
     for epoch in range(3):
         sampler.set_epoch(epoch)
         assert len(list(sampler)) == len(sampler)  # every epoch: Lightning asks for the length once
