@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from harness.data.budget import BudgetBatchSampler, EvaluationBudgetSampler
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
 from harness.data.loader import ResumableDataLoader
 from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_fingerprint, read_frames
-from harness.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
+from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.distributed import data_parallel_size, global_rank
@@ -34,7 +36,8 @@ PathLike = str | os.PathLike[str]
 class AtomsDataModule(LightningDataModule):
     """Training, validation and test batches from files that ASE reads.
 
-    Batch sizes are those of all ranks together: a run on more ranks sees the same batches, each rank a part of them.
+    Batch sizes and budgets are those of all ranks together: a run on more ranks sees the same batches, each rank a part
+    of them. One of ``batch_size``, ``max_atoms`` and ``max_edges`` says what a training batch holds.
     Training batches hold every frame once an epoch, evaluation neither pads nor drops. :meth:`setup` may be called
     before there is a trainer or a process group; then ``type_names``, ``statistics``, ``train_set``, ``val_sets`` and
     ``test_sets`` are there. Use it with ``Trainer(use_distributed_sampler=False)``.
@@ -48,7 +51,12 @@ class AtomsDataModule(LightningDataModule):
         num_train: largest number of training frames.
         cutoff: of the neighbour lists, in Å.
         batch_size: frames in a training step, of all ranks together.
-        eval_batch_size: frames in an evaluation step, of all ranks together; ``batch_size`` if None.
+        max_atoms: atoms in a training step, of all ranks together, at most; batches of similar numbers of atoms, ranks
+            with similar shares: see :class:`~harness.data.budget.BudgetBatchSampler`.
+        max_edges: likewise for edges. Makes the neighbour lists of all frames before the first step.
+        balance: with ``batch_size``, what the ranks get similar numbers of, ``atoms`` or ``edges``; if None, they get
+            similar numbers of frames. Budgets are balanced by what they limit.
+        eval_batch_size: frames in an evaluation step, of all ranks together; if None, ``batch_size``, or the budget.
         seed: of the order of the training frames.
         split_seed: of the split, to keep it while the seed changes; ``seed`` if None.
         keys: names of the labels in the files; see :class:`~harness.data.reading.LabelKeys`.
@@ -71,7 +79,10 @@ class AtomsDataModule(LightningDataModule):
         test: PathLike | Sequence[PathLike] | None = None,
         *,
         cutoff: float,
-        batch_size: int,
+        batch_size: int | None = None,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+        balance: str | None = None,
         eval_batch_size: int | None = None,
         split: Mapping[str, int | float] | None = None,
         num_train: int | None = None,
@@ -96,11 +107,30 @@ class AtomsDataModule(LightningDataModule):
             raise KeyError(f"unknown sets {unknown} in the split; valid are ['val', 'test'], the rest is for training")
         if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
             raise ValueError(f"cutoff must be a positive number of Å, found {cutoff!r}")
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_train", num_train)):
+        limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
+        for name, value in {**limits, "eval_batch_size": eval_batch_size, "num_train": num_train}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, found {value!r}")
+        given = {name: value for name, value in limits.items() if value is not None}
+        if len(given) != 1:
+            found = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
+            raise ValueError(
+                f"exactly one of {', '.join(limits)} must say what a training batch of all ranks holds, found {found}; "
+                "for a budget of atoms or edges set batch_size to None (data.batch_size=null), otherwise leave them out"
+            )
+        if balance is not None and balance not in ("atoms", "edges"):
+            raise ValueError(f"balance must be 'atoms', 'edges' or None, found {balance!r}")
+        if balance is not None and batch_size is None:
+            raise ValueError(
+                f"balance={balance!r} is for batches of batch_size frames, found {next(iter(given))}, by which "
+                "ranks are balanced already; leave balance out, or give batch_size"
+            )
         self.cutoff = float(cutoff)
+        ((self._limited, self._limit),) = given.items()
         self.batch_size = batch_size
+        self.max_atoms = max_atoms
+        self.max_edges = max_edges
+        self.balance = balance
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_train = num_train
         self.seed = seed
@@ -150,10 +180,7 @@ class AtomsDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableDataLoader:
         """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch."""
         self.setup()
-        sampler = TrainingBatchSampler(
-            len(self.train_set), self.batch_size, global_rank(), data_parallel_size(), seed=self.seed
-        )
-        return ResumableDataLoader(self.train_set, sampler, **self._loader_options())
+        return ResumableDataLoader(self.train_set, self._training_sampler(), **self._loader_options())
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """This rank's part of each validation set, every frame on exactly one rank."""
@@ -235,8 +262,30 @@ class AtomsDataModule(LightningDataModule):
     def _dataset(self, frames: Sequence[Frame]) -> AtomsDataset:
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
 
+    def _training_sampler(self) -> GlobalBatchSampler:
+        dataset, rank, num_ranks = self.train_set, global_rank(), data_parallel_size()
+        if self._limited == "batch_size":
+            sizes = None if self.balance is None else _sizes_of(dataset, self.balance)
+            return TrainingBatchSampler(len(dataset), self._limit, rank, num_ranks, seed=self.seed, sizes=sizes)
+        unit = self._limited.removeprefix("max_")
+        return BudgetBatchSampler(
+            _sizes_of(dataset, unit),
+            self._limit,
+            rank,
+            num_ranks,
+            seed=self.seed,
+            unit=unit,
+            name_of=lambda index: dataset.frames[index].location,
+        )
+
     def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, global_rank(), data_parallel_size())
+        rank, num_ranks = global_rank(), data_parallel_size()
+        sampler: EvaluationBatchSampler | EvaluationBudgetSampler
+        if self.eval_batch_size is not None:
+            sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, rank, num_ranks)
+        else:
+            sizes = _sizes_of(dataset, self._limited.removeprefix("max_"))
+            sampler = EvaluationBudgetSampler(sizes, self._limit, rank, num_ranks)
         # A rank without frames gets one batch of no graphs: Lightning skips a loop that has no batches, and with it the
         # end of the epoch, where the other ranks wait for this one.
         batches: Any = sampler if len(sampler) else [[]]
@@ -311,6 +360,10 @@ def _checked_type_names(type_names: Sequence[str] | None) -> list[str] | None:
     if repeated:
         raise ValueError(f"type_names must be different, {repeated} is repeated in {names}")
     return names
+
+
+def _sizes_of(dataset: AtomsDataset, unit: str) -> NDArray[np.int64]:
+    return dataset.num_atoms() if unit == "atoms" else dataset.num_edges()
 
 
 def _sizes(datasets: Sequence[AtomsDataset]) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from harness.data.samplers import TrainingBatchSampler
+from harness.data.samplers import GlobalBatchSampler
 
 __all__ = ["ResumableDataLoader"]
 
 
 class ResumableDataLoader(DataLoader[Any]):
-    """Batches of a :class:`~harness.data.samplers.TrainingBatchSampler`, continued in mid-epoch after a restart.
+    """Batches of a :class:`~harness.data.samplers.GlobalBatchSampler`, continued in mid-epoch after a restart.
 
     The state counts the batches that the consumer was given, not those that workers have fetched ahead. Lightning
     saves and restores it with the training loop; it is the same on all ranks and fits any number of them.
@@ -24,9 +24,9 @@ class ResumableDataLoader(DataLoader[Any]):
         options: any other argument of :class:`torch.utils.data.DataLoader`.
     """
 
-    batch_sampler: TrainingBatchSampler
+    batch_sampler: GlobalBatchSampler
 
-    def __init__(self, dataset: Dataset[Any], batch_sampler: TrainingBatchSampler, **options: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], batch_sampler: GlobalBatchSampler, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self._num_batches_done = 0
         self._epoch = batch_sampler.epoch
@@ -43,7 +43,7 @@ class ResumableDataLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data; see :meth:`~harness.data.samplers.TrainingBatchSampler.state_dict`."""
+        """Position in the data; see :meth:`~harness.data.samplers.GlobalBatchSampler.state_dict`."""
         # between two epochs the sampler is in the next already, and the count still that of the one before
         counted = self._epoch == self.batch_sampler.epoch
         return self.batch_sampler.state_dict(self._num_batches_done if counted else None)
