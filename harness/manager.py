@@ -481,7 +481,9 @@ class MetricsManager(nn.Module):
         return "\n".join(f"{entry.describe()}, coeff={entry.coeff}" for entry in self.entries.values())
 
 
-def step_together(loss: MetricsManager, *monitors: MetricsManager, preds: Batch, target: Batch) -> tuple[Values, ...]:
+def step_together(
+    loss: MetricsManager, *monitors: MetricsManager, preds: Batch, target: Batch, signals: Tensor | None = None
+) -> tuple[Values, ...]:
     """Compute and accumulate a batch in several managers over one merge: the loss, and metrics that only watch.
 
     Gradients flow through the first manager only. The others see detached predictions.
@@ -491,6 +493,8 @@ def step_together(loss: MetricsManager, *monitors: MetricsManager, preds: Batch,
         monitors: managers without gradients.
         preds: predictions by field name.
         target: labels by field name.
+        signals: numbers of this rank, ``[num_signals]`` float64, that travel with the rows; they are replaced by their
+            sums over the ranks where the rows are merged.
 
     Returns:
         Values of each manager.
@@ -507,7 +511,11 @@ def step_together(loss: MetricsManager, *monitors: MetricsManager, preds: Batch,
     if merged:
         if num_ranks > 1:
             _refuse_deferred_loss(loss, rows[0])
-        rows = merge_rows_over_ranks(rows, loss.process_group)
+        if signals is None:
+            rows = merge_rows_over_ranks(rows, loss.process_group)
+        else:
+            *rows, carried = merge_rows_over_ranks([*rows, Row.of([signals], [], signals.device)], loss.process_group)
+            signals.copy_(carried.additive.detach())
     values = []
     for manager, row, (_, deferred_inputs) in zip(managers, rows, measured, strict=True):
         with torch.set_grad_enabled(torch.is_grad_enabled() and manager is loss):

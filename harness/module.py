@@ -87,6 +87,9 @@ class ForceFieldModule(LightningModule):
         self._lr_scheduler = lr_scheduler
         self.latest: dict[str, float] = {}
         """Loss values of the last step that was logged, for progress bars."""
+        self.wants_to_leave = False
+        """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
+        self._leaving = _LateNumber()
 
     def _build(self, source: ManagerSource, what: str) -> MetricsManager:
         if isinstance(source, MetricsManager):
@@ -140,13 +143,23 @@ class ForceFieldModule(LightningModule):
             # of the epoch that a checkpoint has ended, but its batches are counted on.
             for manager in self._train_managers:
                 manager.reset()
-        values = step_together(*self._train_managers, preds=self(batch), target=batch)
+        leaving = torch.full((1,), float(self.wants_to_leave), dtype=torch.float64, device=self.device)
+        values = step_together(*self._train_managers, preds=self(batch), target=batch, signals=leaving)
+        self._leaving.send(leaving)
         weighted_sum = values[0].weighted_sum
         if weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
         if self._logs_step_of(batch_idx):
             self._log_step(values)
         return weighted_sum * gradient_scale(self.process_group)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether any rank wanted to leave when it took the last step: the same on all ranks, after each step.
+
+        On a GPU it is the step before the last, for which the host need not wait.
+        """
+        return self._leaving.read() > 0
 
     def _logs_step_of(self, batch_idx: int) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -269,6 +282,32 @@ class ForceFieldModule(LightningModule):
             options = {"scheduler": self._lr_scheduler}
         options["scheduler"] = _call(options["scheduler"], "lr_scheduler", optimizer)
         return {"optimizer": optimizer, "lr_scheduler": options}
+
+
+class _LateNumber:
+    """A number of a step on the host, without making it wait: on a GPU it is read one step later."""
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[Tensor, torch.cuda.Event | None]] = []
+
+    def send(self, number: Tensor) -> None:
+        """Start to copy a step's number, ``[1]``."""
+        if number.is_cuda:
+            host = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._sent = [*self._sent[-1:], (host, arrived)]
+        else:
+            self._sent = [(number, None)]
+
+    def read(self) -> float:
+        """The newest number that need not be waited for; 0 before there is one."""
+        if not self._sent or (self._sent[0][1] is not None and len(self._sent) < 2):
+            return 0.0
+        number, arrived = self._sent[0]
+        if arrived is not None:
+            arrived.synchronize()  # of the step before: long past, unless the host runs ahead of the device
+        return float(number.numpy()[0])
 
 
 def _call(source: Callable[..., Any] | Mapping[str, Any], what: str, argument: Any) -> Any:

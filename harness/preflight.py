@@ -25,6 +25,8 @@ def check_settings(config: DictConfig) -> None:
             raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
     if isinstance(config.cutoff, bool) or not isinstance(config.cutoff, int | float):
         raise ValueError(f"cutoff is a number of Å, found {config.cutoff!r}.")
+    if config.resume not in ("restart", "auto", None):
+        raise ValueError(f"resume is restart, auto or null, found {config.resume!r}.")
     if config.ckpt_path and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
     if not config.train and not config.ckpt_path:

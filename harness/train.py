@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import logging
 import os
 import sys
 import warnings
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from threading import Event
 
 import hydra
 import torch
+from filelock import FileLock
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
@@ -33,13 +35,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from harness.callbacks import ParityPlot
-from harness.distributed import agree, launched_rank, launched_ranks
+from harness.callbacks import REQUEUE_EXIT_CODE, ParityPlot, Preempted, ResumeCheckpoint
+from harness.checkpoints import AtomicCheckpointIO, step_of
+from harness.distributed import agree, exchange, launched_rank, launched_ranks
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import check_labels, check_monitors, check_settings, refusal
 from harness.report import values_table
+from harness.runs import claim, interrupted_run, record
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
 
@@ -63,6 +67,15 @@ def _config_folder() -> str:
 
 def _now() -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _interrupted_stamp() -> str | None:
+    """Last part of the output directory of the interrupted run that this command continues, if there is one."""
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if not requeued and "resume=auto" not in sys.argv:
+        return None
+    interrupted = interrupted_run(_overrides(), Path("outputs"))
+    return None if interrupted is None else interrupted.name
 
 
 def _register_resolvers() -> None:
@@ -91,6 +104,10 @@ class Job:
     module: ForceFieldModule
     callbacks: list[Callback]
     strategy: Strategy | str
+    resume_from: str | None = None
+    """Checkpoint of an interrupted run in the same output directory."""
+    lock: FileLock | None = None
+    """Of the output directory, on rank 0, for the life of the process."""
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -132,6 +149,7 @@ def execute(job: Job) -> dict[str, float]:
     """
     config, console, datamodule, module, callbacks = job.config, job.console, job.datamodule, job.module, job.callbacks
     output_dir = Path(config.output_dir)
+    resumed_from = job.resume_from or config.ckpt_path
     if hasattr(datamodule, "describe"):
         console.print(datamodule.describe(), highlight=False)
     loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
@@ -143,17 +161,20 @@ def execute(job: Job) -> dict[str, float]:
         callbacks=callbacks,
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
+        plugins=[AtomicCheckpointIO()],
     )
     settings = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
+        if job.resume_from and hasattr(logger, "resume_from"):
+            logger.resume_from(step_of(Path(job.resume_from)))
         logger.log_hyperparams(settings)  # type: ignore[arg-type]
 
     results: dict[str, float] = {}
     best = config.ckpt_path
     if config.train:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path, weights_only=True)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        best = _best_checkpoint(callbacks, config.ckpt_path)
+        best = _best_checkpoint(callbacks, resumed_from)
     if config.test and module.test_metrics:
         if best:
             # not by the trainer: an averaging callback would put back the weights that are not averaged
@@ -230,21 +251,23 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback."""
+    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback.
+
+    A run that is told to leave exits with :data:`~harness.callbacks.REQUEUE_EXIT_CODE`.
+    """
     _COMPOSED.set()
     config.output_dir = str(Path(config.output_dir).absolute())
-    job, mistake = None, None
+    refused = None
     try:
-        job = prepare(config)
-    except _BAD_INPUT as error:
-        mistake = error
-    refused = refusal(None if mistake is None else _message(mistake))
-    try:
-        if mistake is not None:
-            raise mistake
-        if job is None or refused:
+        job, refused = _started(config)
+        if job is None:
             raise ValueError(refused)
-        results = execute(job)
+        with record(Path(config.output_dir), _overrides()) if launched_rank() == 0 else nullcontext():
+            results = execute(job)
+    except Preempted as told:
+        if launched_rank() == 0:
+            print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
+        sys.exit(REQUEUE_EXIT_CODE)
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -252,6 +275,51 @@ def run_job(config: DictConfig) -> float | None:
             print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
+
+
+def _started(config: DictConfig) -> tuple[Job | None, str | None]:
+    """The job, ready on all ranks, in an output directory of its own; or why it cannot start.
+
+    Raises:
+        Exception: what is wrong on this rank.
+    """
+    job, mistake = None, None
+    try:
+        job = prepare(config)
+    except _BAD_INPUT as error:
+        mistake = error
+    refused = refusal(None if mistake is None else _message(mistake))
+    if mistake is not None:
+        raise mistake
+    if job is None or refused:
+        return None, refused
+    found: dict[str, str | None] = {}
+    if launched_rank() == 0:  # one rank looks for all: they must go on from the same
+        try:
+            job.lock = claim(Path(config.output_dir))
+            found["checkpoint"] = _checkpoint_to_resume(config, job.callbacks)
+        except _BAD_INPUT as error:
+            found["error"] = _message(error)
+    found = json.loads(exchange("resume", json.dumps(found))[0])
+    job.resume_from = found.get("checkpoint")
+    return (None, found["error"]) if found.get("error") else (job, None)
+
+
+def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback]) -> str | None:
+    """The newest whole checkpoint of an interrupted run in this output directory, if it is to be continued."""
+    restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if not config.train or not (config.resume == "auto" or (config.resume == "restart" and restarts > 0)):
+        return None
+    for callback in callbacks:
+        if isinstance(callback, ResumeCheckpoint):
+            newest = callback.newest()
+            return None if newest is None else str(newest)
+    return None
+
+
+def _overrides() -> list[str]:
+    """What the user has typed: the identity of a command that is given again."""
+    return [argument for argument in sys.argv[1:] if argument not in _QUIET_RANK]
 
 
 def _message(error: Exception) -> str:
@@ -282,9 +350,13 @@ def main() -> None:
                 f"error: --multirun under a launcher would run the whole sweep on each of the {num_ranks} ranks. Start "
                 f"a sweep without torchrun."
             )
-        os.environ[_RUN_STAMP] = agree("run_stamp", _now())  # each rank's clock would give it a folder of its own
         if launched_rank() != 0:  # only rank 0 writes
-            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+            sys.argv += _QUIET_RANK
+    stamp = _interrupted_stamp()
+    if num_ranks > 1:
+        stamp = agree("run_stamp", stamp or _now())  # each rank's clock would give it a folder of its own
+    if stamp:
+        os.environ[_RUN_STAMP] = stamp
     _COMPOSED.clear()
     said = io.StringIO()
     try:
@@ -319,6 +391,7 @@ class _UntilComposed(io.TextIOBase):
 
 _COMPOSED = Event()
 """Set once Hydra has composed the configuration and calls the job."""
+_QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 _HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 
