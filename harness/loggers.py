@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import lightning.pytorch.loggers as lightning_loggers
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -347,10 +347,12 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._first_row: int | None = None
         self._place: str | None = None
         self._files = Path()
+        self._resumed_step: int | None = None
+        self._journal: IO[str] | None = None
         self._warn = _OneWarning()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_warn", "_experiment"}
+        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_warn", "_journal", "_experiment"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -378,8 +380,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
     def resume_from(self, step: int) -> None:
         """Continue the run of before, from a checkpoint of ``step`` optimizer steps.
 
-        What the run has of later steps stays in it, and is not logged again when that work is done again.
+        What the run has of later steps stays in it, and is not logged again when that work is done again. What it lacks
+        of earlier ones, because W&B was killed before it wrote them, is logged now. Call it before anything is logged.
         """
+        if self._worker is None:
+            self._resumed_step = step
         self._begin()
 
     @rank_zero_only
@@ -499,6 +504,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
             try:
                 self._experiment.finish()  # type: ignore[union-attr]
                 self._check_files(ended=True)
+                if self._journal and self._warn.said is None:  # all is written
+                    self._journal.close()
+                    Path(self._journal.name).unlink()
             except BaseException as error:
                 self._warn(f"W&B failed to finish ({_one_line(error)}); the run in {self.save_dir} may miss values.")
                 self._lost.set()
@@ -519,13 +527,14 @@ class WandbLogger(lightning_loggers.WandbLogger):
             number = run.starting_step
             self._logged = Counter()
         self._first_row = number or None
+        self._log_missing(folder / "wandb" / "rows.jsonl")
 
     def _start_run(self) -> Any:
         """The run as it is asked for, or on disk if that cannot be had."""
         try:
             return cast(Any, super()).experiment
         except Exception as error:
-            if self._wandb_init.get("mode") == "offline":
+            if self._wandb_init.get("mode") == "offline" or self._lost.is_set():  # or given up meanwhile
                 raise
             _leave_service()  # which has the id in use
             self._wandb_init["mode"] = "offline"
@@ -575,17 +584,46 @@ class WandbLogger(lightning_loggers.WandbLogger):
             os.replace(part, file)
         number = 0
         for log in sorted((folder / "wandb").glob(f"*run-*-{self._id}/run-{self._id}.wandb")):
-            for row in _rows_of(log, self.start_timeout):
+            text = _inspected(log, self.start_timeout)
+            if '"type":"run"' not in text:  # killed before anything was written: `wandb sync` would stop at it
+                log.rename(log.with_suffix(".empty"))
+            for row in _rows_of(text):
                 number = max(number, int(row.pop("_step", 0)) + 1)
                 self._logged[_row_key(row, row.get("trainer/global_step"))] += 1
         return number
 
+    def _log_missing(self, path: Path) -> None:
+        """Log what was handed to W&B and not written; keep a journal for the next time.
+
+        W&B keeps what it is given in memory for a while, and loses it when the training is killed.
+        """
+        kept = [] if self._resumed_step is None else _read_journal(path, self._resumed_step)
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        os.replace(part, path)
+        self._journal = path.open("a", buffering=1)  # a line at a time
+        known = self._logged.copy()
+        for row, step in kept:
+            key = _row_key(row, step)
+            known[key] -= 1
+            if known[key] < 0:
+                self._send(row, step)
+
     def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
-        row = dict(metrics) if step is None else {**metrics, "trainer/global_step": step}
-        known = _row_key(row, step)
-        if self._logged[known]:
+        known = _row_key(metrics, step)
+        if self._logged[known] > 0:
             self._logged[known] -= 1
             return
+        row = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        if self._journal and all(isinstance(value, int | float | str) for value in row.values()):
+            try:
+                self._journal.write(f"{json.dumps([row, step])}\n")
+            except OSError as error:
+                self._warn(f"{self._journal.name} cannot be written ({error}); the training goes on.")
+        self._send(row, step)
+
+    def _send(self, metrics: dict[str, Any], step: int | None) -> None:
+        row = metrics if step is None else {**metrics, "trainer/global_step": step}
         if self._first_row is None:
             super().log_metrics(metrics, step)
             return
@@ -627,12 +665,22 @@ def _row_key(row: Mapping[str, Any], step: Any) -> tuple[int, frozenset[str]]:
     """What tells a row from others: its step and the names in it."""
     media = {name.removesuffix("._type") for name in row if name.endswith("._type")}  # stored as several values
     names = {name for name in row if name.rpartition(".")[0] not in media and not name.startswith("_")}
+    names.discard("trainer/global_step")
     return -1 if step is None else int(step), frozenset(names | media)
 
 
-def _rows_of(log: Path, timeout: float) -> list[dict[str, Any]]:
-    """Rows in a file of W&B's, as far as it is whole."""
-    lines = (line for line in _inspected(log, timeout).splitlines() if '"type":"history"' in line)
+def _read_journal(path: Path, step: int) -> list[tuple[dict[str, Any], int | None]]:
+    """Rows that were handed to W&B before a step; the last line may have been torn."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("]\n")]
+    entries = [json.loads(line) for line in lines]
+    return [(row, at) for row, at in entries if at is None or at < step]
+
+
+def _rows_of(text: str) -> list[dict[str, Any]]:
+    """Rows among what is in a file of W&B's, as far as it is whole."""
+    lines = (line for line in text.splitlines() if '"type":"history"' in line)
     records = [json.loads(line) for line in lines]
     return [record["history"]["item"] for record in records if record["type"] == "history"]
 
@@ -663,7 +711,7 @@ def _leave_service(patience: float = 2.0) -> None:
         from wandb.sdk.lib.service import service_token
 
         setup = cast(Any, wandb_setup.singleton())
-        if setup._connection is None or setup._active_runs and not setup._connection.owns_service:
+        if setup._connection is None or not setup._connection.owns_service:
             return
         connection, setup._connection = setup._connection, None  # the next run in this process gets a new one
         connection._cleanup()  # of what is called when Python exits

@@ -47,13 +47,34 @@ class DisturbService(Callback):
             print(f"disturbed {process}", flush=True)
 
 
-class ResumeLoggers(Callback):
-    """Tells the loggers where a training continues."""
+class FillDisk(Callback):
+    """Fills the file system of a folder after a step.
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step:
-            for logger in trainer.loggers:
-                logger.resume_from(trainer.global_step)  # type: ignore[attr-defined]
+    Args:
+        folder: a folder on it.
+        step: number of the step.
+    """
+
+    def __init__(self, folder: str, step: int = 1) -> None:
+        self.folder = Path(folder)
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            fill(self.folder)
+
+
+def fill(folder: Path) -> None:
+    """Write until there is no room."""
+    with (folder / "ballast").open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            while True:
+                try:
+                    file.write(bytes(size))
+                except OSError:
+                    break
 
 
 class Interrupt(Callback):
@@ -66,14 +87,15 @@ class Interrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step:
-            if "wandb" in type(trainer.loggers[0]).__name__.lower():
-                _wait_until_written(trainer)
+            _wait_until_written(trainer)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _wait_until_written(trainer: Trainer) -> None:
     """Give W&B the time that steps of a real training take: these ones are over before it has started."""
     logger = trainer.loggers[0]
+    if not hasattr(logger, "_tasks"):
+        return
     _ = logger.experiment.id
     while not logger._tasks.empty():  # type: ignore[attr-defined]
         time.sleep(0.05)
