@@ -370,7 +370,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         one. Off rank 0, and when W&B did not start, it is a dummy that takes every call.
         """
         if not _is_rank_zero():
-            return DummyExperiment()
+            return _Nothing()
         if threading.current_thread() is self._worker:
             return super().experiment
         self._begin()
@@ -645,13 +645,32 @@ class _Run:
     def _get(self) -> Any:
         logger = object.__getattribute__(self, "_logger")
         logger._started.wait(logger.start_timeout + _GRACE)
-        return DummyExperiment() if logger._lost.is_set() or logger._experiment is None else logger._experiment
+        return _Nothing() if logger._lost.is_set() or logger._experiment is None else logger._experiment
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._get(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._get(), name, value)
+
+
+class _Nothing:
+    """Stands for a run that could not start: takes every call and every value."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> _Nothing:
+        return self
+
+    def __getitem__(self, key: Any) -> _Nothing:
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
 
 
 def _copied(item: Any) -> Any:
@@ -708,12 +727,15 @@ def _leave_service(patience: float = 2.0) -> None:
     """
     with suppress(Exception):  # private names of W&B: without them W&B ends as it likes
         from wandb.sdk import wandb_setup
+        from wandb.sdk.lib.module import unset_globals
         from wandb.sdk.lib.service import service_token
 
         setup = cast(Any, wandb_setup.singleton())
         if setup._connection is None or not setup._connection.owns_service:
             return
         connection, setup._connection = setup._connection, None  # the next run in this process gets a new one
+        setup._active_runs.clear()
+        unset_globals()
         connection._cleanup()  # of what is called when Python exits
         service_token.clear_service_in_env()
 
