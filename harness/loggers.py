@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -587,6 +588,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
             text = _inspected(log, self.start_timeout)
             if '"type":"run"' not in text:  # killed before anything was written: `wandb sync` would stop at it
                 log.rename(log.with_suffix(".empty"))
+            elif '"type":"exit"' not in text:  # killed
+                _mend(log)
             for row in _rows_of(text):
                 number = max(number, int(row.pop("_step", 0)) + 1)
                 self._logged[_row_key(row, row.get("trainer/global_step"))] += 1
@@ -695,6 +698,29 @@ def _read_journal(path: Path, step: int) -> list[tuple[dict[str, Any], int | Non
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("]\n")]
     entries = [json.loads(line) for line in lines]
     return [(row, at) for row, at in entries if at is None or at < step]
+
+
+def _mend(log: Path) -> None:
+    """Cut a file of W&B's that was torn after its last whole record: ``wandb sync`` would stop there, short of others.
+
+    It is a log in LevelDB's format: blocks of 32 KiB of chunks with a checksum, a length and a kind, 1 for a whole
+    record and 2, 3, 4 for the beginning, the middle and the end of one.
+    """
+    data, block, header = log.read_bytes(), 32768, 7
+    position = end = header  # of the file, as long as that of a chunk
+    while position + header <= len(data):
+        left = block - position % block
+        if left < header:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        position += header + length
+        if kind not in (1, 2, 3, 4) or position > len(data):
+            break
+        if kind in (1, 4):
+            end = position
+    if end < len(data):
+        os.truncate(log, end)
 
 
 def _rows_of(text: str) -> list[dict[str, Any]]:

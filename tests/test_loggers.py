@@ -24,7 +24,7 @@ import torch
 from commands import BIN, TINY, Finished, train
 from disturbances import fill, service_of
 
-from harness.loggers import CSVLogger, WandbLogger, without_secrets
+from harness.loggers import CSVLogger, WandbLogger, _mend, without_secrets
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 SMALL = (*TINY, "max_epochs=3", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false")
@@ -194,6 +194,27 @@ def test_wandb_of_a_second_start_has_each_step_once(tmp_path: Path) -> None:
     assert [row["_step"] for row in rows] == list(range(16))  # one run, and not row 0 twice
     assert sorted(row["loss"] for row in rows if "loss" in row) == list(range(15))
     assert [row["trainer/global_step"] for row in rows if "other" in row] == [8]
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 40_000])
+def test_wandb_file_that_was_torn_is_mended(cut: int, tmp_path: Path) -> None:
+    """What W&B's own reader finds in it stays, and the reader does not complain any more."""
+    first = offline(tmp_path)
+    for step in range(60):
+        first.log_metrics({f"value{number}": step + number / 7 for number in range(50)}, step)
+    first.finish()
+    (log,) = (tmp_path / "wandb").rglob("*.wandb")
+    content = log.read_bytes()
+    assert len(content) > 70_000  # several blocks
+    log.write_bytes(content[:-cut])
+    inspect = [str(BIN / "wandb"), "leet", "inspect", "--json", str(log)]
+    torn = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+    assert "incomplete" in torn.stderr
+    _mend(log)
+    mended = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+    assert mended.stdout == torn.stdout
+    assert log.stat().st_size > len(content) - cut - 40_000
+    print(mended.stderr)
 
 
 def test_wandb_that_stops_answering_costs_one_warning_and_no_time(
