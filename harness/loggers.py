@@ -23,7 +23,7 @@ import uuid
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -78,7 +78,7 @@ def _masked(value: Any, secrets: list[str]) -> Any:
             key: MASK if _names_a_secret(key) and item not in (None, "") else _masked(item, secrets)
             for key, item in value.items()
         }
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_masked(item, secrets) for item in value]
     text = str(value) if isinstance(value, str | int | float | bytes | Path) else ""
     return MASK if any(secret in text for secret in secrets) else value
@@ -565,7 +565,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _check_files(self, ended: bool = False) -> None:
         """Find out whether W&B can write: it says nothing of a full disk, and goes on as if all were well."""
-        if os.statvfs(self._files).f_bavail == 0:
+        disk = os.statvfs(self._files)
+        if disk.f_bavail * disk.f_frsize < _SMALLEST_SPACE:
             self._warn(f"No space is left on the disk of {self._files}: W&B loses values. The training goes on.")
         if ended and self._warn.said is None and (log := next(self._files.glob("*.wandb"), None)):
             with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):  # not with W&B's older versions
@@ -635,6 +636,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self.experiment.log(row, step=number, commit=True)
 
 
+_SMALLEST_SPACE = 2**16
+"""Bytes on a disk below which W&B, which writes blocks of 32 KiB, cannot go on."""
 _GRACE = 5.0
 """Seconds that W&B gets beyond a time limit of its own to say so."""
 
