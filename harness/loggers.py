@@ -11,6 +11,7 @@ import atexit
 import csv
 import io
 import json
+import logging
 import os
 import queue
 import re
@@ -521,6 +522,10 @@ class WandbLogger(lightning_loggers.WandbLogger):
         wandb.setup()
         atexit.register(self.finish)  # after W&B's own: called before it
         run = self._start_run()
+        for handler in logging.getLogger(
+            "wandb"
+        ).handlers:  # of its debug.log: a traceback for each line it cannot write
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         offline = bool(run.offline)
         self._files = Path(run.dir).parent
         self._place = str(Path(run.dir).parent) if offline else run.url
