@@ -6,12 +6,14 @@ import difflib
 import json
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule
 from omegaconf import DictConfig
 
-from harness.distributed import exchange, launched_ranks
+from harness.agreement import Facts, difference
+from harness.distributed import START_LIMIT, decide, launched_rank, share
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 
@@ -31,6 +33,9 @@ def check_settings(config: DictConfig) -> None:
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
     if not config.train and not config.ckpt_path:
         raise ValueError("train=false only tests: give it a checkpoint with ckpt_path=...")
+    timeout = config.trainer.timeout
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        raise ValueError(f"trainer.timeout is a positive number of seconds, found {timeout!r}.")
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     asked = config.trainer.get("devices")
     if isinstance(asked, int) and asked != started:
@@ -83,17 +88,52 @@ def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceF
             )
 
 
-def refusal(error: str | None, stage: str = "start") -> str | None:
+def refusal(
+    error: str | None, facts: Facts | None = None, timeout: timedelta = START_LIMIT, stage: str = "start"
+) -> str | None:
     """Why the job cannot start, the same text on all ranks, or None if it can on each of them.
+
+    Each rank compares itself with rank 0, and tells rank 0 what is wrong, which makes one verdict of it.
 
     Args:
         error: what is wrong on this rank.
+        facts: what this rank must have in common with the others.
+        timeout: how long ranks wait for each other.
         stage: name of the moment, used once in a process.
+
+    Raises:
+        RankAbsentError: some ranks did not come; they are named.
     """
-    found = [json.loads(each) for each in exchange(stage, json.dumps([socket.gethostname(), error]))]
-    wrong = [(rank, host, text) for rank, (host, text) in enumerate(found) if text]
+    host = socket.gethostname()
+    first_host, first_facts = json.loads(share(f"{stage}/facts", json.dumps([host, facts or {}]), timeout))
+    differs = difference(first_facts, facts or {})
+    told = None
+    if differs:
+        what, name, first, own = differs
+        told = (
+            f"the ranks disagree on the {what} {name}:\n  {first} on rank 0 (host {first_host})\n"
+            f"  {own} on rank {launched_rank()} (host {host})\n{_AGREE[what]}"
+        )
+    return decide(stage, json.dumps([host, told, error]), _verdict, timeout) or None
+
+
+def _verdict(answers: list[str]) -> str:
+    """What rank 0 makes of ``[host, disagreement, error]`` of every rank: the disagreement may explain the error."""
+    found = [json.loads(each) for each in answers]
+    differing = [told for _, told, _ in found if told]
+    if differing:
+        count = len(differing)
+        return differing[0] + (f"\n{count} of {len(found)} ranks disagree with rank 0." if count > 1 else "")
+    wrong = [(rank, host, text) for rank, (host, _, text) in enumerate(found) if text]
     if not wrong:
-        return None
+        return ""
     rank, host, text = wrong[0]
-    everywhere = len({text for _, _, text in wrong}) == 1 and len(wrong) == launched_ranks()
+    everywhere = len({text for _, _, text in wrong}) == 1 and len(wrong) == len(found)
     return text if everywhere else f"on rank {rank} (host {host}): {text}"
+
+
+_AGREE = {
+    "version": "Install the same environment on all nodes, or start from one checkout that all nodes see.",
+    "setting": "Start all nodes with the same command line and config directory.",
+    "data": "Give all nodes the same files: a shared file system, or fresh copies.",
+}

@@ -6,10 +6,14 @@ import inspect
 import os
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["auto_strategy", "data_parallel"]
+from harness.distributed import join, launched_ranks
+
+__all__ = ["auto_strategy", "connect", "data_parallel"]
 
 
 def auto_strategy(**options: Any) -> Strategy | str:
@@ -27,3 +31,17 @@ def data_parallel(**options: Any) -> Strategy:
     # the name of the option from torch 2.13 on, and before
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(**{sync_buffers: False, "gradient_as_bucket_view": True, **options})
+
+
+def connect(trainer: Trainer) -> None:
+    """Make the process group that the trainer's strategy would make, in a way that restarts of the ranks do not upset.
+
+    See :func:`harness.distributed.join`. Strategies take a group that is there as it is.
+    """
+    strategy: Any = trainer.strategy
+    if launched_ranks() == 1 or not hasattr(strategy, "_get_process_group_backend"):
+        return
+    device = strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    join(strategy._get_process_group_backend(), strategy._timeout, device)

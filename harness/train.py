@@ -35,15 +35,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from harness.callbacks import REQUEUE_EXIT_CODE, ParityPlot, Preempted, ResumeCheckpoint
+from harness.agreement import facts
+from harness.callbacks import ParityPlot, Preempted, ResumeCheckpoint
 from harness.checkpoints import AtomicCheckpointIO, step_of
-from harness.distributed import agree, exchange, launched_rank, launched_ranks
+from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
+from harness.faults import Whereabouts, reported
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import check_labels, check_monitors, check_settings, refusal
 from harness.report import values_table
 from harness.runs import claim, interrupted_run, record
+from harness.strategies import connect
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
 
@@ -104,6 +107,7 @@ class Job:
     module: ForceFieldModule
     callbacks: list[Callback]
     strategy: Strategy | str
+    whereabouts: Whereabouts
     resume_from: str | None = None
     """Checkpoint of an interrupted run in the same output directory."""
     lock: FileLock | None = None
@@ -138,7 +142,7 @@ def prepare(config: DictConfig) -> Job:
     strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    return Job(config, console, datamodule, module, callbacks, strategy)
+    return Job(config, console, datamodule, module, callbacks, strategy, Whereabouts())
 
 
 def execute(job: Job) -> dict[str, float]:
@@ -158,11 +162,12 @@ def execute(job: Job) -> dict[str, float]:
     trainer: Trainer = instantiate(
         {key: value for key, value in config.trainer.items() if key != "timeout"},  # of the strategy
         strategy=job.strategy,
-        callbacks=callbacks,
+        callbacks=[*callbacks, job.whereabouts],
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
         plugins=[AtomicCheckpointIO()],
     )
+    connect(trainer)
     settings = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
         if job.resume_from and hasattr(logger, "resume_from"):
@@ -256,18 +261,30 @@ def run_job(config: DictConfig) -> float | None:
     A run that is told to leave exits with :data:`~harness.callbacks.REQUEUE_EXIT_CODE`.
     """
     _COMPOSED.set()
-    config.output_dir = str(Path(config.output_dir).absolute())
+    try:
+        return _run_job(config)
+    except RankAbsentError as error:
+        _say_absent(error)
+        sys.exit(1)
+
+
+def _run_job(config: DictConfig) -> float | None:
+    config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
+    limit = _time_limit(config)
     refused = None
     try:
-        job, refused = _started(config)
+        job, refused = _started(config, limit)
         if job is None:
             raise ValueError(refused)
-        with record(Path(config.output_dir), _overrides()) if launched_rank() == 0 else nullcontext():
+        with (
+            record(Path(config.output_dir), _overrides()) if launched_rank() == 0 else nullcontext(),
+            reported(job.whereabouts, limit),
+        ):
             results = execute(job)
     except Preempted as told:
         if launched_rank() == 0:
             print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
-        sys.exit(REQUEUE_EXIT_CODE)
+        raise
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -277,18 +294,19 @@ def run_job(config: DictConfig) -> float | None:
     return results.get(config.monitor)
 
 
-def _started(config: DictConfig) -> tuple[Job | None, str | None]:
+def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | None]:
     """The job, ready on all ranks, in an output directory of its own; or why it cannot start.
 
     Raises:
         Exception: what is wrong on this rank.
     """
-    job, mistake = None, None
+    job, mistake, shown = None, None, None
     try:
         job = prepare(config)
-    except _BAD_INPUT as error:
-        mistake = error
-    refused = refusal(None if mistake is None else _message(mistake))
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        mistake, shown = error, _message(error) if isinstance(error, _BAD_INPUT) else f"{type(error).__name__}: {error}"
+    in_common = facts(config, job.datamodule if job else None) if launched_ranks() > 1 else None
+    refused = refusal(shown, in_common, limit)
     if mistake is not None:
         raise mistake
     if job is None or refused:
@@ -300,7 +318,7 @@ def _started(config: DictConfig) -> tuple[Job | None, str | None]:
             found["checkpoint"] = _checkpoint_to_resume(config, job.callbacks)
         except _BAD_INPUT as error:
             found["error"] = _message(error)
-    found = json.loads(exchange("resume", json.dumps(found))[0])
+    found = json.loads(share("resume", json.dumps(found), limit))
     job.resume_from = found.get("checkpoint")
     return (None, found["error"]) if found.get("error") else (job, None)
 
@@ -320,6 +338,17 @@ def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback]) -> str 
 def _overrides() -> list[str]:
     """What the user has typed: the identity of a command that is given again."""
     return [argument for argument in sys.argv[1:] if argument not in _QUIET_RANK]
+
+
+def _say_absent(error: RankAbsentError) -> None:
+    if str(error).startswith(f"Rank {launched_rank()} "):  # not if it is what another rank has said
+        print(f"\nerror: {error}", file=sys.stderr)
+
+
+def _time_limit(config: DictConfig) -> timedelta:
+    """How long ranks wait for each other, also where ``trainer.timeout`` itself is wrong."""
+    seconds = config.trainer.get("timeout")
+    return timedelta(seconds=seconds) if isinstance(seconds, int | float) and seconds > 0 else START_LIMIT
 
 
 def _message(error: Exception) -> str:
@@ -343,6 +372,14 @@ def _quieten() -> None:
 def main() -> None:
     """Command line of ``harness-train``."""
     _quieten()
+    try:
+        _main()
+    except RankAbsentError as error:
+        _say_absent(error)
+        sys.exit(1)
+
+
+def _main() -> None:
     num_ranks = launched_ranks()
     if num_ranks > 1:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
@@ -352,9 +389,9 @@ def main() -> None:
             )
         if launched_rank() != 0:  # only rank 0 writes
             sys.argv += _QUIET_RANK
-    stamp = _interrupted_stamp()
-    if num_ranks > 1:
-        stamp = agree("run_stamp", stamp or _now())  # each rank's clock would give it a folder of its own
+    stamp = _interrupted_stamp() if launched_rank() == 0 else None
+    if num_ranks > 1:  # each rank's clock would give it a folder of its own
+        stamp = share("run_stamp", agree("run_stamp", stamp or _now()) if launched_rank() == 0 else "")
     if stamp:
         os.environ[_RUN_STAMP] = stamp
     _COMPOSED.clear()
@@ -364,6 +401,8 @@ def main() -> None:
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
     except SystemExit:
         if not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+            if launched_rank() == 0:
+                share("output_dir", "")  # which ranks that found none are waiting for
             refused = refusal(said.getvalue().strip() or "the configuration cannot be composed")
             if launched_rank() == 0:
                 print(refused, file=sys.stderr)
@@ -391,7 +430,8 @@ class _UntilComposed(io.TextIOBase):
 
 _COMPOSED = Event()
 """Set once Hydra has composed the configuration and calls the job."""
-_QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+# hydra.run.dir is a folder that is there: Hydra would make one on this rank's node too
+_QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
 _HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 

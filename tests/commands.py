@@ -7,8 +7,12 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,3 +106,56 @@ def read_wandb(run_folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def same(left: float, right: float, tolerance: float) -> bool:
     """Equal to a relative or absolute tolerance, NaN to NaN."""
     return (math.isnan(left) and math.isnan(right)) or math.isclose(left, right, rel_tol=tolerance, abs_tol=tolerance)
+
+
+@contextmanager
+def started(*overrides: str, folder: Path, ranks: int, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """The ranks of a training as processes of their own, without a launcher above them; none is left behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "TORCHELASTIC"))}
+    processes = []
+    for rank in range(ranks):
+        env = {
+            **inherited,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "COLUMNS": "140",
+            **environment,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "harness.train", *overrides],
+                cwd=folder,
+                env=env,
+                stdout=(folder / f"stdout.{rank}").open("w"),
+                stderr=(folder / f"stderr.{rank}").open("w"),
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> Any:
+    """What ``condition`` returns, once it is true."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(f"{what} did not happen within {timeout} s")

@@ -27,8 +27,18 @@ REQUEUE_EXIT_CODE = 75
 _RANDOM_STATES = "random_states"
 
 
-class Preempted(Exception):
-    """The training was told to leave and has saved where it is; the same command continues it."""
+class Preempted(SystemExit):
+    """The training was told to leave and has saved where it is; the same command continues it.
+
+    The process exits with :data:`REQUEUE_EXIT_CODE` unless somebody catches it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(REQUEUE_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ResumeCheckpoint(Checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
 from harness.data.loader import ResumableDataLoader
-from harness.data.reading import Frame, LabelKeys, chemical_symbols, read_frames
+from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_fingerprint, read_frames
 from harness.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
@@ -138,6 +139,7 @@ class AtomsDataModule(LightningDataModule):
         if type_names is None:
             symbols = set().union(*(chemical_symbols(part) for part in (chosen["train"], *val, *test)))
             type_names = sorted(symbols, key=lambda symbol: atomic_numbers[symbol])
+        self._indices = indices
         self.type_names: list[str] = type_names
         self.train_set = self._dataset(chosen["train"])
         self.val_sets = [self._dataset(part) for part in val]
@@ -183,6 +185,23 @@ class AtomsDataModule(LightningDataModule):
             field: (sum(value is None or bool(np.isnan(value).any()) for value in values), len(frames))
             for field, values in labels.items()
         }
+
+    def fingerprint(self) -> dict[str, str]:
+        """What makes the same batches of two data modules, by name: content of the files, split, types, cutoff.
+
+        The ranks of a job compare it before the first step. Where the files are makes no difference.
+        """
+        self.setup()
+        files = {
+            f"{name} file {number}": path
+            for name, paths in (("train", self.train_files), ("val", self.val_files), ("test", self.test_files))
+            for number, path in enumerate(paths, start=1)
+        }
+        found = {name: file_fingerprint(path.expanduser()) for name, path in files.items()}
+        for part, indices in self._indices.items():
+            digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
+            found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
+        return found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
 
     def describe(self) -> str:
         """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""

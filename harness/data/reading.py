@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-__all__ = ["Frame", "LabelKeys", "read_frames"]
+__all__ = ["Frame", "LabelKeys", "chemical_symbols", "file_fingerprint", "read_frames"]
 
 # Results and information that are no labels; left out where the keys of a file are listed.
 _NOT_LABELS = frozenset({"numbers", "positions", "key_value_pairs", "data", "unique_id"})
@@ -275,3 +276,12 @@ def _symmetric_matrix(numbers: NDArray[np.float64], key: str, label: str, locati
 def chemical_symbols(frames: Sequence[Frame]) -> set[str]:
     """Symbols of all elements in ``frames``."""
     return set().union(*(frame.atoms.get_chemical_symbols() for frame in frames))
+
+
+def file_fingerprint(path: Path) -> str:
+    """Name, size and SHA-256 of the content of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"{path.name}, {path.stat().st_size} bytes, sha256 {digest.hexdigest()}"
