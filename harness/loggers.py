@@ -11,9 +11,11 @@ import atexit
 import csv
 import io
 import json
+import logging
 import os
 import queue
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -22,10 +24,10 @@ import uuid
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import lightning.pytorch.loggers as lightning_loggers
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -77,7 +79,7 @@ def _masked(value: Any, secrets: list[str]) -> Any:
             key: MASK if _names_a_secret(key) and item not in (None, "") else _masked(item, secrets)
             for key, item in value.items()
         }
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_masked(item, secrets) for item in value]
     text = str(value) if isinstance(value, str | int | float | bytes | Path) else ""
     return MASK if any(secret in text for secret in secrets) else value
@@ -96,7 +98,11 @@ def _arguments_have_secrets() -> bool:
     )
 
 
-# --- one warning ---
+# --- shared ---
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class _OneWarning:
@@ -121,9 +127,9 @@ class _OneWarning:
 class CSVLogger(lightning_loggers.CSVLogger):
     """Lightning's CSV logger, ``metrics.csv`` and ``hparams.yaml``, for jobs that are interrupted and for full disks.
 
-    Rows are appended as they come; only a new column writes the file again. A process that is killed leaves at most one
-    torn line at the end, which is dropped when the file is continued. If a write fails, a warning says so once, the rows
-    wait in memory, and are written as soon as there is room.
+    Rows are appended as they come; only a new column writes the file again. A process that is killed leaves at most
+    one torn line at the end, which is dropped when the file is continued. If a write fails, a warning says so once, the
+    rows wait in memory, and are written when there is room again.
 
     A file of before is continued after :meth:`resume_from`. Without it the job starts at its beginning: the file of
     before is kept beside the new one as ``metrics.1.csv``.
@@ -139,7 +145,7 @@ class CSVLogger(lightning_loggers.CSVLogger):
     @property
     def experiment(self) -> _CSVFile:  # type: ignore[override]
         """What writes the file; a dummy that writes nothing off rank 0."""
-        if rank_zero_only.rank != 0:
+        if not _is_rank_zero():
             return cast(_CSVFile, DummyExperiment())
         if self._experiment is None:
             self._experiment = cast(Any, _CSVFile(Path(self.log_dir)))
@@ -155,6 +161,12 @@ class CSVLogger(lightning_loggers.CSVLogger):
         self.experiment.resume_from(step)
 
     @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is still in memory."""
+        if self._experiment is not None:
+            self.experiment.save(now=True)
+
+    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
         """Write settings to ``hparams.yaml``, without the secrets among them."""
         settings = vars(params) if isinstance(params, Namespace) else dict(params or {})
@@ -166,6 +178,8 @@ class _CSVFile:
 
     longest_wait = 100_000
     """Rows that wait in memory when they cannot be written; older ones are forgotten."""
+    seconds_between_attempts = 10.0
+    """After a write has failed: each attempt costs the training a moment."""
 
     def __init__(self, folder: Path) -> None:
         self.log_dir = str(folder)
@@ -175,6 +189,7 @@ class _CSVFile:
         self.hparams: dict[str, Any] = {}
         self._columns: list[str] = []  # of the file
         self._size: int | None = None  # of what is whole in the file; None: the file has not been opened yet
+        self._next_attempt = 0.0
         self._warn = _OneWarning()
 
     def log_hparams(self, params: dict[str, Any]) -> None:
@@ -192,12 +207,15 @@ class _CSVFile:
         if len(self.metrics) > self.longest_wait:
             del self.metrics[: -self.longest_wait]
 
-    def save(self) -> None:
+    def save(self, now: bool = False) -> None:
         if not self.metrics:
+            return
+        if not now and time.monotonic() < self._next_attempt:
             return
         try:
             self._write()
         except (OSError, csv.Error) as error:
+            self._next_attempt = time.monotonic() + self.seconds_between_attempts
             self._warn(
                 f"{self.path} cannot be written ({error}). The training goes on; rows wait in memory until they can "
                 f"be. Is the disk full, or the quota used up?"
@@ -222,9 +240,14 @@ class _CSVFile:
         text = io.StringIO(newline="")
         csv.DictWriter(text, self._columns).writerows(self.metrics)
         block = text.getvalue().encode()
-        with self.path.open("r+b") as file:
-            file.seek(self._size)
-            file.write(block)
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._size)
+                file.write(block)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, self._size)
+            raise
         self._size += len(block)
         self.metrics = []
 
@@ -279,12 +302,12 @@ class WandbLogger(lightning_loggers.WandbLogger):
     """Lightning's W&B logger, with every call into W&B on a thread of its own, and one run for a job that is restarted.
 
     The training hands values to a queue and never waits for W&B. Where W&B cannot start, fails or does not answer, one
-    warning says so, and the training goes on without it: values wait up to ``max_waiting`` calls, later ones are dropped.
-    :meth:`finish` waits for what is in the queue, up to a time limit.
+    warning says so, and the training goes on without it: up to ``max_waiting`` calls wait, later ones are dropped. A
+    run whose server cannot be reached is kept on disk. :meth:`finish` waits for the queue, up to a time limit.
 
-    The id of the run is kept in ``<save_dir>/wandb_run_id``: a job that is started again in the same directory continues
-    that run, and values that the run already has are not logged again. Offline, each start makes a folder of its own
-    with the same id; ``wandb sync <save_dir>/wandb`` uploads them as one run, in their order.
+    The id of the run is kept in ``<save_dir>/wandb_run_id``: a job that is started again in the same directory
+    continues that run, and values that the run already has are not logged again. Offline, each start makes a folder of
+    its own with the same id; ``wandb sync <save_dir>/wandb`` uploads them as one run, in their order.
 
     Args:
         save_dir: output directory of the job; ``wandb/`` and the id of the run are in it.
@@ -302,7 +325,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         offline: bool = False,
         start_timeout: float = 60.0,
         finish_timeout: float = 60.0,
-        max_waiting: int = 1000,
+        max_waiting: int = 5000,
         **options: Any,
     ) -> None:
         super().__init__(save_dir=save_dir, offline=offline, **options)
@@ -312,6 +335,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self.start_timeout = start_timeout
         self.finish_timeout = finish_timeout
         self.max_waiting = max_waiting
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # W&B warns of it even if it is None
         self._given_id = self._id
         self._prepare()
 
@@ -323,10 +348,13 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._logged: Counter[tuple[int, frozenset[str]]] = Counter()
         self._first_row: int | None = None
         self._place: str | None = None
+        self._files = Path()
+        self._resumed_step: int | None = None
+        self._journal: IO[str] | None = None
         self._warn = _OneWarning()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_warn", "_experiment"}
+        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_warn", "_journal", "_experiment"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -343,8 +371,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         Its methods run on the caller's thread, and can fail or hang as W&B does: use those of the logger where there is
         one. Off rank 0, and when W&B did not start, it is a dummy that takes every call.
         """
-        if rank_zero_only.rank != 0:
-            return DummyExperiment()
+        if not _is_rank_zero():
+            return _Nothing()
         if threading.current_thread() is self._worker:
             return super().experiment
         self._begin()
@@ -354,8 +382,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
     def resume_from(self, step: int) -> None:
         """Continue the run of before, from a checkpoint of ``step`` optimizer steps.
 
-        What the run has of later steps stays in it, and is not logged again when that work is done again.
+        What the run has of later steps stays in it, and is not logged again when that work is done again. What it lacks
+        of earlier ones, because W&B was killed before it wrote them, is logged now. Call it before anything is logged.
         """
+        if self._worker is None:
+            self._resumed_step = step
         self._begin()
 
     @rank_zero_only
@@ -426,11 +457,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._worker.join(max(until - time.monotonic(), 0.0))
             if self._worker.is_alive():
                 self._warn(
-                    f"W&B did not finish within {self.finish_timeout:g} s, and is left alone; the run in {self.save_dir} "
-                    f"may miss the last values."
+                    f"W&B did not finish within {self.finish_timeout:g} s, and is left alone; the run in "
+                    f"{self.save_dir} may miss the last values."
                 )
                 self._lost.set()
-                _abandon_service()
+            _leave_service()
         return None if self._lost.is_set() else self._place
 
     # --- the thread ---
@@ -451,8 +482,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._tasks.put_nowait(task)
         except queue.Full:
             self._warn(
-                f"W&B does not keep up: {self.max_waiting} calls wait for it, and values are dropped until it does. The "
-                f"training goes on. Is the network or the file system of {self.save_dir} slow?"
+                f"W&B does not keep up: {self.max_waiting} calls wait for it, and values are dropped until it does. "
+                f"The training goes on. Is the network or the file system of {self.save_dir} slow?"
             )
 
     def _work(self) -> None:
@@ -468,11 +499,16 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 continue
             try:
                 task()
+                self._check_files()
             except BaseException as error:
                 self._warn(f"W&B failed ({_one_line(error)}); the training goes on, and the run may miss values.")
         if not self._lost.is_set():
             try:
                 self._experiment.finish()  # type: ignore[union-attr]
+                self._check_files(ended=True)
+                if self._journal and self._warn.said is None:  # all is written
+                    self._journal.close()
+                    Path(self._journal.name).unlink()
             except BaseException as error:
                 self._warn(f"W&B failed to finish ({_one_line(error)}); the run in {self.save_dir} may miss values.")
                 self._lost.set()
@@ -485,13 +521,35 @@ class WandbLogger(lightning_loggers.WandbLogger):
         number = self._take_id(folder)
         wandb.setup()
         atexit.register(self.finish)  # after W&B's own: called before it
-        run = cast(Any, super()).experiment
+        run = self._start_run()
+        for handler in logging.getLogger(
+            "wandb"
+        ).handlers:  # of its debug.log: a traceback for each line it cannot write
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         offline = bool(run.offline)
+        self._files = Path(run.dir).parent
         self._place = str(Path(run.dir).parent) if offline else run.url
         if not offline:  # the server knows best what it has
             number = run.starting_step
             self._logged = Counter()
         self._first_row = number or None
+        self._log_missing(folder / "wandb" / "rows.jsonl")
+
+    def _start_run(self) -> Any:
+        """The run as it is asked for, or on disk if that cannot be had."""
+        try:
+            return cast(Any, super()).experiment
+        except Exception as error:
+            if self._wandb_init.get("mode") == "offline" or self._lost.is_set():  # or given up meanwhile
+                raise
+            _leave_service()  # which has the id in use
+            self._wandb_init["mode"] = "offline"
+            run = cast(Any, super()).experiment
+            self._warn(
+                f"W&B cannot be reached ({_one_line(error)}). The run is kept on disk: upload it with `wandb sync "
+                f"{Path(run.dir).parents[1]}`."
+            )
+            return run
 
     def _settings(self) -> Any:
         import wandb
@@ -510,6 +568,16 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 setattr(settings, name, value)
         return settings
 
+    def _check_files(self, ended: bool = False) -> None:
+        """Find out whether W&B can write: it says nothing of a full disk, and goes on as if all were well."""
+        disk = os.statvfs(self._files)
+        if disk.f_bavail * disk.f_frsize < _SMALLEST_SPACE:
+            self._warn(f"No space is left on the disk of {self._files}: W&B loses values. The training goes on.")
+        if ended and self._warn.said is None and (log := next(self._files.glob("*.wandb"), None)):
+            with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):  # not with W&B's older versions
+                if json.loads(_inspected(log, self.finish_timeout, "--summary"))["exit_code"] is None:
+                    self._warn(f"W&B has not written all of {log}. Was the disk full, or the quota used up?")
+
     def _take_id(self, folder: Path) -> int:
         """Take the id of the directory's run, or give it one; returns the number of rows that the run has."""
         (folder / "wandb").mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
@@ -523,17 +591,48 @@ class WandbLogger(lightning_loggers.WandbLogger):
             os.replace(part, file)
         number = 0
         for log in sorted((folder / "wandb").glob(f"*run-*-{self._id}/run-{self._id}.wandb")):
-            for row in _rows_of(log, self.start_timeout):
+            text = _inspected(log, self.start_timeout)
+            if '"type":"run"' not in text:  # killed before anything was written: `wandb sync` would stop at it
+                log.rename(log.with_suffix(".empty"))
+            elif '"type":"exit"' not in text:  # killed
+                _mend(log)
+            for row in _rows_of(text):
                 number = max(number, int(row.pop("_step", 0)) + 1)
                 self._logged[_row_key(row, row.get("trainer/global_step"))] += 1
         return number
 
+    def _log_missing(self, path: Path) -> None:
+        """Log what was handed to W&B and not written; keep a journal for the next time.
+
+        W&B keeps what it is given in memory for a while, and loses it when the training is killed.
+        """
+        kept = [] if self._resumed_step is None else _read_journal(path, self._resumed_step)
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        os.replace(part, path)
+        self._journal = path.open("a", buffering=1)  # a line at a time
+        known = self._logged.copy()
+        for row, step in kept:
+            key = _row_key(row, step)
+            known[key] -= 1
+            if known[key] < 0:
+                self._send(row, step)
+
     def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
-        row = dict(metrics) if step is None else {**metrics, "trainer/global_step": step}
-        known = _row_key(row, step)
-        if self._logged[known]:
+        known = _row_key(metrics, step)
+        if self._logged[known] > 0:
             self._logged[known] -= 1
             return
+        row = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        if self._journal and all(isinstance(value, int | float | str) for value in row.values()):
+            try:
+                self._journal.write(f"{json.dumps([row, step])}\n")
+            except OSError as error:
+                self._warn(f"{self._journal.name} cannot be written ({error}); the training goes on.")
+        self._send(row, step)
+
+    def _send(self, metrics: dict[str, Any], step: int | None) -> None:
+        row = metrics if step is None else {**metrics, "trainer/global_step": step}
         if self._first_row is None:
             super().log_metrics(metrics, step)
             return
@@ -542,6 +641,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self.experiment.log(row, step=number, commit=True)
 
 
+_SMALLEST_SPACE = 2**16
+"""Bytes on a disk below which W&B, which writes blocks of 32 KiB, cannot go on."""
 _GRACE = 5.0
 """Seconds that W&B gets beyond a time limit of its own to say so."""
 
@@ -555,13 +656,32 @@ class _Run:
     def _get(self) -> Any:
         logger = object.__getattribute__(self, "_logger")
         logger._started.wait(logger.start_timeout + _GRACE)
-        return DummyExperiment() if logger._lost.is_set() or logger._experiment is None else logger._experiment
+        return _Nothing() if logger._lost.is_set() or logger._experiment is None else logger._experiment
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._get(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._get(), name, value)
+
+
+class _Nothing:
+    """Stands for a run that could not start: takes every call and every value."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> _Nothing:
+        return self
+
+    def __getitem__(self, key: Any) -> _Nothing:
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
 
 
 def _copied(item: Any) -> Any:
@@ -572,15 +692,60 @@ def _copied(item: Any) -> Any:
 
 
 def _row_key(row: Mapping[str, Any], step: Any) -> tuple[int, frozenset[str]]:
-    return -1 if step is None else int(step), frozenset(key for key in row if not key.startswith("_"))
+    """What tells a row from others: its step and the names in it."""
+    media = {name.removesuffix("._type") for name in row if name.endswith("._type")}  # stored as several values
+    names = {name for name in row if name.rpartition(".")[0] not in media and not name.startswith("_")}
+    names.discard("trainer/global_step")
+    return -1 if step is None else int(step), frozenset(names | media)
 
 
-def _rows_of(log: Path, timeout: float) -> list[dict[str, Any]]:
-    """Rows in a file of W&B's, as far as it is whole, read by W&B's own command."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    records = (json.loads(line) for line in done.stdout.splitlines() if '"type":"history"' in line)
+def _read_journal(path: Path, step: int) -> list[tuple[dict[str, Any], int | None]]:
+    """Rows that were handed to W&B before a step; the last line may have been torn."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("]\n")]
+    entries = [json.loads(line) for line in lines]
+    return [(row, at) for row, at in entries if at is None or at < step]
+
+
+def _mend(log: Path) -> None:
+    """Cut a file of W&B's that was torn after its last whole record: ``wandb sync`` would stop there, short of others.
+
+    It is a log in LevelDB's format: blocks of 32 KiB of chunks with a checksum, a length and a kind, 1 for a whole
+    record and 2, 3, 4 for the beginning, the middle and the end of one.
+    """
+    data, block, header = log.read_bytes(), 32768, 7
+    position = end = header  # of the file, as long as that of a chunk
+    while position + header <= len(data):
+        left = block - position % block
+        if left < header:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        position += header + length
+        if kind not in (1, 2, 3, 4) or position > len(data):
+            break
+        if kind in (1, 4):
+            end = position
+    if end < len(data):
+        os.truncate(log, end)
+
+
+def _rows_of(text: str) -> list[dict[str, Any]]:
+    """Rows among what is in a file of W&B's, as far as it is whole."""
+    lines = (line for line in text.splitlines() if '"type":"history"' in line)
+    records = [json.loads(line) for line in lines]
     return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def _inspected(log: Path, timeout: float, *options: str) -> str:
+    """What ``wandb leet inspect --json`` prints of a file, without the second that Python takes to start it."""
+    from wandb.util import get_core_path
+
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *options, "--run-file", str(log)]
+    return subprocess.run(
+        [*command, str(log.parents[1])], capture_output=True, text=True, timeout=timeout, check=False
+    ).stdout
 
 
 def _one_line(error: BaseException) -> str:
@@ -588,13 +753,33 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _abandon_service() -> None:
-    """End W&B's own process when it does not answer: W&B would wait for it without a limit when Python exits."""
-    with suppress(Exception):  # private names of W&B; without them the process ends with this one
+def _leave_service(patience: float = 2.0) -> None:
+    """End W&B's own process, within seconds.
+
+    W&B would do so when Python exits, and wait without a limit for a process that is stuck, or that cannot reach its
+    server to say goodbye. All values are written or uploaded by then, or never will be.
+    """
+    with suppress(Exception):  # private names of W&B: without them W&B ends as it likes
         from wandb.sdk import wandb_setup
+        from wandb.sdk.lib.module import unset_globals
         from wandb.sdk.lib.service import service_token
 
-        connection = cast(Any, wandb_setup.singleton())._connection
-        connection._cleanup()
-        connection._proc._process.kill()
+        setup = cast(Any, wandb_setup.singleton())
+        if setup._connection is None or not setup._connection.owns_service:
+            return
+        connection, setup._connection = setup._connection, None  # the next run in this process gets a new one
+        setup._active_runs.clear()
+        unset_globals()
+        connection._cleanup()  # of what is called when Python exits
         service_token.clear_service_in_env()
+
+        def end() -> None:
+            with suppress(Exception):
+                connection.teardown(0)
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(patience)
+        if ending.is_alive():
+            connection._proc._process.kill()
+            ending.join(patience)
