@@ -95,8 +95,8 @@ def _settings(config: DictConfig) -> dict[str, str]:
     neutral = OmegaConf.merge(config, {"output_dir": "<output_dir>"})
     try:
         resolved = OmegaConf.to_container(neutral, resolve=True)
-    except OmegaConfBaseException:  # told as an error of its own
-        return {}
+    except OmegaConfBaseException:  # a value that nobody may ask for; otherwise it is told as an error of its own
+        resolved = OmegaConf.to_container(neutral)
     return {name: repr(value) for name, value in _leaves(resolved)}
 
 
