@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["auto_strategy", "data_parallel"]
+__all__ = ["AccumulatesInWindows", "auto_strategy", "data_parallel"]
 
 
 def auto_strategy(**options: Any) -> Strategy | str:
@@ -27,3 +28,29 @@ def data_parallel(**options: Any) -> Strategy:
     # the name of the option from torch 2.13 on, and before
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(**{sync_buffers: False, "gradient_as_bucket_view": True, **options})
+
+
+class AccumulatesInWindows:
+    """To be put before ``DeepSpeedStrategy``: steps of several micro-batches that end where Lightning's end.
+
+    DeepSpeed counts micro-batches across epochs and steps at every k-th, so that the last step of an epoch would go on
+    in the next one while Lightning counts anew, and it divides the loss by k once more, after Lightning. Here Lightning
+    says where a step ends, also a shorter last one, and the loss is divided once.
+
+    Example:
+        >>> from lightning.pytorch.strategies import DeepSpeedStrategy
+        >>> class WindowedDeepSpeed(AccumulatesInWindows, DeepSpeedStrategy): ...
+    """
+
+    handles_gradient_accumulation = False
+    """Lightning steps at the end of a window, as without DeepSpeed."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass, whose gradients DeepSpeed keeps for itself until the last micro-batch of the step."""
+        engine, trainer = self.model, self.lightning_module.trainer  # type: ignore[attr-defined]
+        engine.set_gradient_accumulation_boundary(not trainer.fit_loop._should_accumulate())
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward pass of a loss that is not divided again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)  # type: ignore[misc]

@@ -37,7 +37,7 @@ from harness.callbacks import ParityPlot
 from harness.distributed import agree, launched_rank, launched_ranks
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_labels, check_monitors, check_settings, refusal
+from harness.preflight import check_accumulation, check_labels, check_monitors, check_settings, refusal
 from harness.report import values_table
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
@@ -116,6 +116,7 @@ def prepare(config: DictConfig) -> Job:
     check_labels(module, datamodule)
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     check_monitors(config, callbacks, module)
+    check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
     strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
     if not config.trainer.enable_progress_bar:
