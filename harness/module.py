@@ -8,6 +8,7 @@ Keys of what it logs: ``train_loss_step/…``, ``train_loss_epoch/…``, ``train
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -188,27 +189,25 @@ class ForceFieldModule(LightningModule):
 
     def _place_in_step(self, batch: Batch, batch_idx: int) -> tuple[Batch, Window | None]:
         """The batch as its model is to see it, and the micro-batches of its step; None if it is the only one."""
-        following = batch.get(FOLLOWING)
+        following = batch.get(FOLLOWING) if isinstance(batch, Mapping) else None
         if following is not None:
             batch = {name: value for name, value in batch.items() if name != FOLLOWING}
         k = self.trainer.accumulate_grad_batches
         if k == 1:
             self._window = None
             return batch, None
-        in_progress = self._window is not None and batch_idx % k != 0
         # The trainer's steps end at multiples of k and with the epoch, wherever this training began.
         num_left = int(min(k - batch_idx % k, self.trainer.num_training_batches - batch_idx))
+        in_progress = self._window is not None and batch_idx % k != 0
         if following is not None and not in_progress:
             self._window = self.loss.window([batch, *following][:num_left])
         window = self._window
-        num_known = 0 if window is None else window.num_micro_batches - window.num_done
-        # where the loader has no length, it is the one to know that the last step has fewer
-        ends_with_loader = following is not None and self.trainer.num_training_batches == float("inf")
-        if (
-            window is None
-            or not (num_known == num_left or (num_known and ends_with_loader))
-            or (following is not None and in_progress)
-        ):
+        num_announced = 0 if window is None else window.num_micro_batches - window.num_done
+        if math.isfinite(self.trainer.num_training_batches):
+            as_expected = num_announced == num_left
+        else:  # it is the loader that knows where the last step ends
+            as_expected = 0 < num_announced <= num_left
+        if not as_expected or (following is not None and in_progress):
             found = "nothing" if following is None else f"a step of {len(following) + 1} micro-batches"
             raise ValueError(
                 f"Batch {batch_idx} is one of accumulate_grad_batches={k} micro-batches, with {num_left} to come in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -44,6 +45,10 @@ class AccumulatesInWindows:
 
     handles_gradient_accumulation = False
     """Lightning steps at the end of a window, as without DeepSpeed."""
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Nothing: DeepSpeed is told the end of a step, and its ``no_sync`` refuses ZeRO 2."""
+        return nullcontext()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass, whose gradients DeepSpeed keeps for itself until the last micro-batch of the step."""
