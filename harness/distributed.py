@@ -91,17 +91,22 @@ def global_rank(group: ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if is_distributed() else 0
 
 
-def gradient_scale(group: ProcessGroup | None = None) -> int:
-    r"""Factor on the loss that cancels the averaging of gradients over the data-parallel ranks.
+def gradient_scale(group: ProcessGroup | None = None, num_micro_batches: int = 1) -> int:
+    r"""Factor on the loss that cancels averages of gradients: over the data-parallel ranks, and over micro-batches.
 
     DDP, FSDP and DeepSpeed hand the optimizer :math:`\frac{1}{W}\sum_r \nabla L_r`. The merged loss :math:`L` is the
     same on all W ranks and its backward pass stops at each rank's own row, so that :math:`\sum_r \nabla L_r` is the
     gradient of one process on the whole batch. Backward of :math:`W \cdot L` is therefore exact.
 
+    A step of several micro-batches is the *sum* of their gradients, see :class:`harness.window.Window`. A trainer that
+    divides each loss by a number :math:`k`, as Lightning does by ``accumulate_grad_batches`` (also where the last step
+    of an epoch has fewer micro-batches), needs the factor :math:`W k`.
+
     Args:
         group: the data-parallel group, if a strategy splits the world; the whole world otherwise.
+        num_micro_batches: :math:`k`, what the trainer divides the loss by.
     """
-    return data_parallel_size(group)
+    return data_parallel_size(group) * num_micro_batches
 
 
 class _MergeSums(torch.autograd.Function):

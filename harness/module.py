@@ -8,6 +8,7 @@ Keys of what it logs: ``train_loss_step/…``, ``train_loss_epoch/…``, ``train
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
-from harness.fields import Batch
-from harness.manager import MetricsManager, Values, compute_together, merge_accumulated, step_together
+from harness.fields import FOLLOWING, Batch
+from harness.manager import MetricsManager, Values, Window, compute_together, merge_accumulated, step_together
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 
@@ -90,6 +93,7 @@ class ForceFieldModule(LightningModule):
         self.wants_to_leave = False
         """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
         self._leaving = _LateNumber()
+        self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
 
     def _build(self, source: ManagerSource, what: str) -> MetricsManager:
         if isinstance(source, MetricsManager):
@@ -125,8 +129,32 @@ class ForceFieldModule(LightningModule):
         return self.loss.process_group
 
     def setup(self, stage: str) -> None:
-        """Quiet one warning of Lightning's: epoch values are the same on all ranks before they are logged."""
+        """Refuse a loss or strategy that cannot accumulate gradients, if the trainer is to.
+
+        Also quiets one warning of Lightning's: epoch values are the same on all ranks before they are logged.
+        """
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*when logging on epoch level.*")
+        self._window = None
+        if stage == "fit" and self._largest_window > 1:
+            self.loss.check_accumulation()
+            if self.trainer.strategy.handles_gradient_accumulation:
+                raise ValueError(
+                    f"{type(self.trainer.strategy).__name__} counts micro-batches by itself: the last step of an epoch "
+                    f"would go on in the next, and losses be divided twice. Use a strategy with "
+                    f"harness.strategies.AccumulatesInWindows, such as class Mine(AccumulatesInWindows, "
+                    f"{type(self.trainer.strategy).__name__}), or accumulate_grad_batches=1."
+                )
+
+    @property
+    def _largest_window(self) -> int:
+        """Largest number of micro-batches in a step, in all epochs."""
+        schedules = [each.scheduling for each in self._accumulation_schedules]
+        return max(self.trainer.accumulate_grad_batches, *(k for schedule in schedules for k in schedule.values()), 1)
+
+    @property
+    def _accumulation_schedules(self) -> list[GradientAccumulationScheduler]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""
@@ -136,22 +164,33 @@ class ForceFieldModule(LightningModule):
 
     # --- training ---
 
+    def on_train_start(self) -> None:
+        """Take up a schedule of ``accumulate_grad_batches``; after a restart in mid-epoch Lightning does not."""
+        for schedule in self._accumulation_schedules:
+            k = schedule.get_accumulate_grad_batches(self.trainer.current_epoch)
+            self.trainer.accumulate_grad_batches = k
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch."""
+        """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch.
+
+        Under ``Trainer(accumulate_grad_batches=k)`` the batch is one of k micro-batches, whose gradients add up to that
+        of the one batch that they make up; see :mod:`harness.window`. What is logged is that batch's, too.
+        """
         if batch_idx == 0:
             # The first batch, and not a hook, starts an epoch's statistics: after a restart Lightning leaves out hooks
             # of the epoch that a checkpoint has ended, but its batches are counted on.
             for manager in self._train_managers:
                 manager.reset()
+        batch, window = self._place_in_step(batch, batch_idx)
         leaving = torch.full((1,), float(self.wants_to_leave), dtype=torch.float64, device=self.device)
-        values = step_together(*self._train_managers, preds=self(batch), target=batch, signals=leaving)
+        values = step_together(*self._train_managers, preds=self(batch), target=batch, window=window, signals=leaving)
         self._leaving.send(leaving)
         weighted_sum = values[0].weighted_sum
         if weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
-        if self._logs_step_of(batch_idx):
+        if self._logs_step and (window is None or window.is_complete):
             self._log_step(values)
-        return weighted_sum * gradient_scale(self.process_group)
+        return weighted_sum * gradient_scale(self.process_group, self.trainer.accumulate_grad_batches)
 
     @property
     def leaving(self) -> bool:
@@ -161,11 +200,41 @@ class ForceFieldModule(LightningModule):
         """
         return self._leaving.read() > 0
 
-    def _logs_step_of(self, batch_idx: int) -> bool:
+    def _place_in_step(self, batch: Batch, batch_idx: int) -> tuple[Batch, Window | None]:
+        """The batch as its model is to see it, and the micro-batches of its step; None if it is the only one."""
+        following = batch.get(FOLLOWING) if isinstance(batch, Mapping) else None
+        if following is not None:
+            batch = {name: value for name, value in batch.items() if name != FOLLOWING}
+        k = self.trainer.accumulate_grad_batches
+        if k == 1:
+            self._window = None
+            return batch, None
+        # The trainer's steps end at multiples of k and with the epoch, wherever this training began.
+        num_left = int(min(k - batch_idx % k, self.trainer.num_training_batches - batch_idx))
+        in_progress = self._window is not None and batch_idx % k != 0
+        if following is not None and not in_progress:
+            self._window = self.loss.window([batch, *following][:num_left])
+        window = self._window
+        num_announced = 0 if window is None else window.num_micro_batches - window.num_done
+        if math.isfinite(self.trainer.num_training_batches):
+            as_expected = num_announced == num_left
+        else:  # it is the loader that knows where the last step ends
+            as_expected = 0 < num_announced <= num_left
+        if not as_expected or (following is not None and in_progress):
+            found = "nothing" if following is None else f"a step of {len(following) + 1} micro-batches"
+            raise ValueError(
+                f"Batch {batch_idx} is one of accumulate_grad_batches={k} micro-batches, with {num_left} to come in "
+                f"its step, but the data loader has announced {found}. The gradient needs the number of labels of a "
+                f"step before its first backward pass. Give the trainer a loader that looks ahead: "
+                f"harness.data.look_ahead(loader, {k}). The data modules of harness.data do so by themselves, given "
+                f"as `datamodule=` rather than as their loaders."
+            )
+        return batch, window
+
+    @property
+    def _logs_step(self) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not every or (self.trainer.global_step + 1) % every:
-            return False
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0  # the last micro-batch of the step
+        return bool(every) and (self.trainer.global_step + 1) % every == 0
 
     def _log_step(self, values: tuple[Values, ...]) -> None:
         if not self.trainer.is_global_zero:
@@ -234,6 +303,12 @@ class ForceFieldModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete the managers' states: ranks have accumulated different data since the last merge."""
+        if self._window is not None and not self._window.is_complete:
+            rank_zero_warn(
+                f"A checkpoint is made in the middle of a step, after {self._window.num_done} of its "
+                f"{self._window.num_micro_batches} micro-batches: a run that continues from it makes a step of the "
+                f"others alone. Save at the end of a step."
+            )
         managers = self._managers_by_key
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names

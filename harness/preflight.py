@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from omegaconf import DictConfig
 
 from harness.agreement import Facts, difference
@@ -17,7 +18,7 @@ from harness.distributed import START_LIMIT, decide, launched_rank, share
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 
-__all__ = ["check_labels", "check_monitors", "check_settings", "refusal"]
+__all__ = ["check_accumulation", "check_labels", "check_monitors", "check_settings", "refusal"]
 
 
 def check_settings(config: DictConfig) -> None:
@@ -70,6 +71,16 @@ def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> N
                         f"{entry.name!r} would turn into NaN. Leave them out with "
                         f"{'loss' if what == 'loss' else 'metrics'}.ignore_nan.{name}=true."
                     )
+
+
+def check_accumulation(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
+    """Refuse a loss whose gradient the micro-batches of a step do not make up, if they are to."""
+    k = config.trainer.get("accumulate_grad_batches", 1)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches is a whole number, at least 1, found {k!r}.")
+    scheduled = (each for each in callbacks if isinstance(each, GradientAccumulationScheduler))
+    if config.train and (k > 1 or any(each.going_to_accumulate_grad_batches() for each in scheduled)):
+        module.loss.check_accumulation()
 
 
 def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:

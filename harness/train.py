@@ -43,7 +43,7 @@ from harness.faults import Whereabouts, reported
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_labels, check_monitors, check_settings, refusal
+from harness.preflight import check_accumulation, check_labels, check_monitors, check_settings, refusal
 from harness.report import values_table
 from harness.runs import claim, interrupted_run, record
 from harness.strategies import connect
@@ -138,6 +138,7 @@ def prepare(config: DictConfig) -> Job:
     check_labels(module, datamodule)
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     check_monitors(config, callbacks, module)
+    check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
     strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
     if not config.trainer.enable_progress_bar:

@@ -178,9 +178,18 @@ class AtomsDataModule(LightningDataModule):
         self._is_set_up = True
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch."""
+        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch.
+
+        Under ``Trainer(accumulate_grad_batches=k)`` the first batch of each step brings the labels of the others, see
+        :func:`~harness.data.loader.look_ahead`.
+        """
         self.setup()
-        return ResumableDataLoader(self.train_set, self._training_sampler(), **self._loader_options())
+        return ResumableDataLoader(
+            self.train_set, self._training_sampler(), self._accumulate_grad_batches, **self._loader_options()
+        )
+
+    def _accumulate_grad_batches(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """This rank's part of each validation set, every frame on exactly one rank."""
