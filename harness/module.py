@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
 from harness.fields import Batch
 from harness.manager import MetricsManager, Values, compute_together, merge_accumulated, step_together
+from harness.strategies import check_strategy, data_parallel_group, shard_root
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 
@@ -122,8 +124,23 @@ class ForceFieldModule(LightningModule):
         return self.loss.process_group
 
     def setup(self, stage: str) -> None:
-        """Quiet one warning of Lightning's: epoch values are the same on all ranks before they are logged."""
+        """Take up the ranks that share a batch under the trainer's strategy.
+
+        Raises:
+            ValueError: the strategy cannot train forces.
+        """
+        # epoch values are the same on all ranks before they are logged
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*when logging on epoch level.*")
+        strategy = self.trainer.strategy
+        check_strategy(strategy, strategy.root_device.type, self.trainer.precision)
+        group = data_parallel_group(strategy)
+        for manager in self._managers_by_key.values():
+            manager.process_group = group
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy is one of sharding, and only once."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_root(self.model, self.trainer.strategy)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""

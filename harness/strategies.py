@@ -1,29 +1,419 @@
-"""How ranks share a training: what each Lightning strategy needs so that results stay exact."""
+"""How ranks share a training: what each Lightning strategy needs so that results stay exact.
+
+Every strategy here reports the values, and takes the steps, of one process on the whole batch, and writes the same
+kind of checkpoint: one file with the whole model and the whole optimizer, which any of them continues on any number of
+ranks.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import os
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-__all__ = ["auto_strategy", "data_parallel"]
+from harness.distributed import ProcessGroup, data_parallel_size, global_rank, launched_ranks
+
+__all__ = [
+    "FullyShardedStrategy",
+    "ZeroStrategy",
+    "auto_strategy",
+    "check_strategy",
+    "data_parallel",
+    "data_parallel_group",
+    "data_parallel_ranks",
+    "deep_speed",
+    "fully_sharded",
+    "load_weights",
+    "shard_root",
+    "single_device",
+]
+
+
+# --- choices of conf/strategy ---
 
 
 def auto_strategy(**options: Any) -> Strategy | str:
     """DDP where a launcher has started several ranks, one device otherwise."""
-    return data_parallel(**options) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto"
+    return data_parallel(**options) if launched_ranks() > 1 else "auto"
+
+
+def single_device(**options: Any) -> str:
+    """One device and no process group.
+
+    Args:
+        options: such as ``timeout``, which nothing waits for here.
+
+    Raises:
+        ValueError: a launcher has started several ranks: each would train on its own and write the same files.
+    """
+    if launched_ranks() > 1:
+        raise ValueError(
+            f"strategy=single is for one process, but {launched_ranks()} ranks have been started: each would train all "
+            f"of the data on its own. Start it without torchrun, or choose strategy=ddp."
+        )
+    return "auto"
 
 
 def data_parallel(**options: Any) -> Strategy:
-    """DDP for force fields.
+    """DDP for force fields: every rank holds the whole model and the whole optimizer.
 
     Buffers (energy shifts, basis functions) are the same on all ranks and never change, so that sending them before
     every forward pass would only cost time. Gradients live in DDP's buckets.
+
+    Args:
+        options: of Lightning's ``DDPStrategy`` and torch's ``DistributedDataParallel``, such as ``static_graph`` and
+            ``timeout``.
     """
     known = inspect.signature(DistributedDataParallel).parameters
     # the name of the option from torch 2.13 on, and before
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(**{sync_buffers: False, "gradient_as_bucket_view": True, **options})
+
+
+def fully_sharded(**options: Any) -> FullyShardedStrategy:
+    """FSDP2 for force fields: parameters, gradients and optimizer states are split over the ranks.
+
+    Args:
+        options: of Lightning's ``ModelParallelStrategy``, such as ``timeout``, and ``tensor_parallel_size`` for groups
+            of ranks that work on the same batch.
+    """
+    return FullyShardedStrategy(**options)
+
+
+def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
+    """DeepSpeed's ZeRO for force fields: optimizer states (stage 1) and gradients (2) are split over the ranks.
+
+    Args:
+        stage: 1 or 2.
+        options: of Lightning's ``DeepSpeedStrategy``, such as ``timeout``.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or the stage is not one that trains forces.
+    """
+    return ZeroStrategy(stage=stage, **options)
+
+
+# --- strategies ---
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's ``ModelParallelStrategy`` with all ranks in the data-parallel group, and checkpoints in one file.
+
+    :class:`~harness.module.ForceFieldModule` shards its model at the root in ``configure_model``.
+
+    Args:
+        data_parallel_size: number of ranks that share a batch; ``auto`` for all, divided by ``tensor_parallel_size``.
+        tensor_parallel_size: number of ranks that work on the same part of a batch.
+        options: any other argument of ``ModelParallelStrategy``.
+
+    Raises:
+        ValueError: checkpoints in several files are asked for.
+    """
+
+    def __init__(self, data_parallel_size: int | str = "auto", tensor_parallel_size: int = 1, **options: Any) -> None:
+        if options.pop("save_distributed_checkpoint", False):
+            raise ValueError(
+                "save_distributed_checkpoint=true would write a folder of shards, which only this strategy reads; "
+                "expected false: one file, gathered on rank 0, that every strategy continues."
+            )
+        super().__init__(
+            data_parallel_size=data_parallel_size,  # type: ignore[arg-type]
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=False,
+            **options,
+        )
+
+    def setup_environment(self) -> None:
+        """Make the process group and the mesh of devices."""
+        if self._data_parallel_size == "auto":
+            # Lightning would make it the number of nodes, and let all ranks of a node work on the same batch
+            self._data_parallel_size = self.num_nodes * self.num_processes // cast(int, self._tensor_parallel_size)
+        super().setup_environment()
+
+    # Lightning loads weights and optimizer before the module has seen the checkpoint, which may have other metrics.
+    # Here a checkpoint is read, shown to the module and then loaded, as with every other strategy.
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: the optimizer's state comes from the checkpoint that the trainer has read."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint: weights and optimizer are taken from it later."""
+        _refuse_folder(checkpoint_path)
+        return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, each rank its shard."""
+        load_weights(cast(nn.Module, self.lightning_module), checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, each rank its shard."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            sharded = {
+                number: {key: _like(value, parameters[number], key) for key, value in values.items()}
+                for number, values in state["state"].items()
+            }
+            optimizer.load_state_dict({"state": sharded, "param_groups": state["param_groups"]})
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's ``DeepSpeedStrategy`` with whole checkpoints in one file, and labels in the dtype that they have.
+
+    DeepSpeed's own checkpoints are folders that only the same number of ranks continues, and that are unpickled without
+    restrictions. Here the shards of the optimizer are gathered, and a checkpoint is what other strategies write.
+
+    Args:
+        stage: 1 or 2.
+        options: any other argument of ``DeepSpeedStrategy``.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or the stage is not one that trains forces.
+    """
+
+    needs_cuda = True
+
+    def __init__(self, stage: int = 2, **options: Any) -> None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                "A DeepSpeed strategy was chosen, but the package deepspeed is not installed; expected version 0.16 or "
+                "newer. Install it with: pip install 'potential-harness[deepspeed]'"
+            )
+        super().__init__(stage=stage, **options)
+        self._parameters: list[list[nn.Parameter]] = []
+        """Parameters of the optimizer, by group, before DeepSpeed puts flat shards into their place."""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Hand model and optimizer to DeepSpeed."""
+        self.precision_plugin = _Unrounded(self.precision_plugin.precision)  # type: ignore[assignment, arg-type]
+        super().setup(trainer)
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+        if optimizer is not None:
+            self._parameters = [list(group["params"]) for group in optimizer.param_groups]
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Whole state of the optimizer in the form of torch's ``Optimizer.state_dict``, on rank 0; empty elsewhere."""
+        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        number = 0
+        for parameters, group, flat in zip(
+            self._parameters, optimizer.param_groups, optimizer.single_partition_of_fp32_groups, strict=True
+        ):
+            of_shard = optimizer.optimizer.state.get(flat, {})
+            for offset, parameter in enumerate(parameters):
+                whole = {
+                    key: parameter.get_full_hp_param(key).cpu() if _is_sharded(key, value, flat) else _copy(value)
+                    for key, value in of_shard.items()
+                }
+                if whole:
+                    state[number + offset] = whole
+            others = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**others, "params": list(range(number, number + len(parameters)))})
+            number += len(parameters)
+        return {"state": state, "param_groups": groups} if self.is_global_zero else {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the checkpoint from rank 0, in one file."""
+        super(DeepSpeedStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: the optimizer's state comes from the checkpoint that the trainer has read."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint: weights and optimizer are taken from it later."""
+        _refuse_folder(checkpoint_path)
+        return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, and DeepSpeed's shards of them."""
+        module = cast(nn.Module, self.lightning_module)
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
+            self.deepspeed_engine.optimizer.refresh_fp32_params()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the optimizer's state, each rank its shard."""
+        (saved,) = checkpoint["optimizer_states"]
+        optimizer: Any = self.deepspeed_engine.optimizer
+        if [len(each) for each in self._parameters] != [len(each["params"]) for each in saved["param_groups"]]:
+            raise ValueError(
+                f"The checkpoint's optimizer has {[len(each['params']) for each in saved['param_groups']]} parameters "
+                f"in its groups, this one has {[len(each) for each in self._parameters]}. Is it the same model?"
+            )
+        for parameters, group, flat, of_group in zip(
+            self._parameters,
+            optimizer.param_groups,
+            optimizer.single_partition_of_fp32_groups,
+            saved["param_groups"],
+            strict=True,
+        ):
+            group.update({key: value for key, value in of_group.items() if key != "params"})
+            shard: dict[str, Any] = {}
+            for number, parameter in zip(of_group["params"], parameters, strict=True):
+                for key, value in saved["state"].get(number, {}).items():
+                    if key == "step" or not isinstance(value, Tensor) or value.shape != parameter.shape:
+                        shard[key] = _copy(value)
+                        continue
+                    buffer = shard.setdefault(key, torch.zeros_like(flat))
+                    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                    if mapping is None:  # all of it is with other ranks
+                        continue
+                    source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    part = value.flatten()[source.start : source.start + source.numel]
+                    buffer[place.start : place.start + place.numel].copy_(part)
+            optimizer.optimizer.state[flat] = shard
+        if any(optimizer.optimizer.state.values()):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+
+class _Unrounded(DeepSpeedPrecision):
+    """Leaves batches as they are: Lightning's would round float64 energies to the dtype of the model."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def _is_sharded(key: str, value: Any, flat: Tensor) -> bool:
+    return key != "step" and isinstance(value, Tensor) and value.shape == flat.shape
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone().cpu() if isinstance(value, Tensor) else value
+
+
+# --- what others ask of a strategy ---
+
+
+def shard_root(model: nn.Module, strategy: ModelParallelStrategy) -> None:
+    """Split the parameters of a model over the data-parallel ranks, as one unit; once only.
+
+    Forces are a derivative that is taken inside of the model, and their loss runs backward through that derivative a
+    second time. A unit's parameters must be there through all of it, so the whole model is one unit.
+
+    Raises:
+        ValueError: a part of the model has been sharded on its own.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    parts = [name for name, part in model.named_modules() if isinstance(part, FSDPModule) and part is not model]
+    if parts:
+        raise ValueError(
+            f"{', '.join(parts[:3])} of the model has been sharded on its own with fully_shard; its parameters are "
+            f"freed before the second backward pass of a loss of forces. Expected an unsharded model: it is sharded as "
+            f"a whole by ForceFieldModule.configure_model."
+        )
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, mesh=strategy.device_mesh["data_parallel"])
+
+
+def data_parallel_group(strategy: Strategy) -> ProcessGroup | None:
+    """The ranks that share a batch with this one, if the strategy splits the world; None for all of them."""
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    mesh = strategy.device_mesh["data_parallel"]
+    return None if mesh.size() == strategy.world_size else mesh.get_group()
+
+
+def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
+    """Number of this rank among those that share a batch, and how many they are.
+
+    Args:
+        trainer: what trains; without one, all ranks of the process group share a batch.
+    """
+    ranks = None if trainer is None else getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    return (ranks["rank"], ranks["num_replicas"]) if ranks else (global_rank(), data_parallel_size())
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    """Load whole weights into a module that may be sharded; every rank calls it with all of them."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    sharded = {key: _like(value, own.get(key), key) for key, value in state_dict.items()}
+    module.load_state_dict(sharded, strict=strict)
+
+
+def _like(value: Any, parameter: Tensor | None, key: str) -> Any:
+    """A whole tensor, split over the ranks as a parameter is; anything else as it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or key == "step":
+        return value
+    if value.shape != parameter.shape:  # the module says what is wrong
+        return value
+    # every rank has the same values: nothing is sent
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def _refuse_folder(path: Any) -> None:
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a folder, such as DeepSpeed and sharded strategies write; expected a checkpoint in one file. "
+            f"Continue it with what has written it, or make one file of it: `python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}` for FSDP, zero_to_fp32.py in the folder for "
+            f"DeepSpeed."
+        )
+
+
+def check_strategy(strategy: Strategy | str, accelerator: str = "auto", precision: str | None = None) -> None:
+    """Refuse what cannot train forces, or not exactly, before any training.
+
+    Args:
+        strategy: what trains.
+        accelerator: ``cpu``, ``cuda``, ``gpu`` or ``auto``.
+        precision: of the trainer; None if it is not known.
+
+    Raises:
+        ValueError: with the reason and an alternative.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
+        raise ValueError(
+            "Lightning's FSDPStrategy (FSDP1) does not train forces: it frees flattened parameters between the forward "
+            "pass, in which forces are derived, and the second backward pass of their loss. Expected FSDP2: "
+            "strategy=fsdp, or harness.strategies.fully_sharded()."
+        )
+    is_deep_speed = isinstance(strategy, DeepSpeedStrategy)
+    if is_deep_speed and not isinstance(strategy, ZeroStrategy):
+        raise ValueError(
+            "Lightning's DeepSpeedStrategy rounds energies to float32 and writes checkpoints that are unpickled without "
+            "restrictions. Expected strategy=deepspeed_zero2, or harness.strategies.deep_speed(stage=2)."
+        )
+    if isinstance(strategy, ZeroStrategy) and strategy.needs_cuda and on_cpu:
+        raise ValueError(
+            "DeepSpeed's strategies need CUDA GPUs, found accelerator=cpu. On CPUs choose strategy=ddp or strategy=fsdp."
+        )
+    if is_deep_speed and precision is not None and precision not in ("32-true", "32", 32):
+        raise ValueError(
+            f"precision={precision} with DeepSpeed: it keeps weights in float32 and would cast the whole model, "
+            f"positions included, to anything less. Expected 32-true; for {precision} choose strategy=ddp or "
+            f"strategy=fsdp."
+        )
+    if precision in ("16-mixed", 16, "16") and on_cpu:
+        raise ValueError(
+            "precision=16-mixed needs a GPU: there are no scaled float16 gradients on CPUs, and Lightning would use "
+            "bf16-mixed without asking. Expected bf16-mixed, 32-true or 64-true on a CPU."
+        )

@@ -23,7 +23,7 @@ from harness.data.reading import Frame, LabelKeys, chemical_symbols, read_frames
 from harness.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
-from harness.distributed import data_parallel_size, global_rank
+from harness.strategies import data_parallel_ranks
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
 
@@ -149,7 +149,7 @@ class AtomsDataModule(LightningDataModule):
         """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch."""
         self.setup()
         sampler = TrainingBatchSampler(
-            len(self.train_set), self.batch_size, global_rank(), data_parallel_size(), seed=self.seed
+            len(self.train_set), self.batch_size, *data_parallel_ranks(self.trainer), seed=self.seed
         )
         return ResumableDataLoader(self.train_set, sampler, **self._loader_options())
 
@@ -217,7 +217,7 @@ class AtomsDataModule(LightningDataModule):
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
 
     def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, global_rank(), data_parallel_size())
+        sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, *data_parallel_ranks(self.trainer))
         # A rank without frames gets one batch of no graphs: Lightning skips a loop that has no batches, and with it the
         # end of the epoch, where the other ranks wait for this one.
         batches: Any = sampler if len(sampler) else [[]]
