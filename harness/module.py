@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from harness.distributed import ProcessGroup, gradient_scale
 from harness.fields import Batch
 from harness.manager import MetricsManager, Values, compute_together, merge_accumulated, step_together
-from harness.strategies import check_strategy, data_parallel_group, shard_root
+from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 
@@ -138,9 +138,12 @@ class ForceFieldModule(LightningModule):
             manager.process_group = group
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy is one of sharding, and only once."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard_root(self.model, self.trainer.strategy)
+        """Prepare the model for a strategy that splits its parameters; once only."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_root(self.model, strategy)
+        elif isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3:
+            keep_whole(self, self.model)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from harness.distributed import ProcessGroup, data_parallel_size, global_rank, launched_ranks
+from harness.distributed import ProcessGroup, data_parallel_size, global_rank, launched_ranks, merge_over_ranks
 
 __all__ = [
     "FullyShardedStrategy",
@@ -40,6 +42,7 @@ __all__ = [
     "data_parallel_ranks",
     "deep_speed",
     "fully_sharded",
+    "keep_whole",
     "load_weights",
     "shard_root",
     "single_device",
@@ -98,14 +101,14 @@ def fully_sharded(**options: Any) -> FullyShardedStrategy:
 
 
 def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
-    """DeepSpeed's ZeRO for force fields: optimizer states (stage 1) and gradients (2) are split over the ranks.
+    """DeepSpeed's ZeRO for force fields.
 
     Args:
-        stage: 1 or 2.
+        stage: what is split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
         options: of Lightning's ``DeepSpeedStrategy``, such as ``timeout``.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or the stage is not one that trains forces.
+        ValueError: DeepSpeed is not installed, or there is no such stage.
     """
     return ZeroStrategy(stage=stage, **options)
 
@@ -179,14 +182,14 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's ``DeepSpeedStrategy`` with whole checkpoints in one file, and labels in the dtype that they have.
 
     DeepSpeed's own checkpoints are folders that only the same number of ranks continues, and that are unpickled without
-    restrictions. Here the shards of the optimizer are gathered, and a checkpoint is what other strategies write.
+    restrictions. Here the shards of weights and optimizer are gathered, and a checkpoint is what other strategies write.
 
     Args:
-        stage: 1 or 2.
+        stage: what is split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
         options: any other argument of ``DeepSpeedStrategy``.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or the stage is not one that trains forces.
+        ValueError: DeepSpeed is not installed, or there is no such stage.
     """
 
     needs_cuda = True
@@ -197,6 +200,8 @@ class ZeroStrategy(DeepSpeedStrategy):
                 "A DeepSpeed strategy was chosen, but the package deepspeed is not installed; expected version 0.16 or "
                 "newer. Install it with: pip install 'potential-harness[deepspeed]'"
             )
+        if stage not in (1, 2, 3):
+            raise ValueError(f"stage must be 1, 2 or 3, found {stage!r}; without ZeRO choose strategy=ddp.")
         super().__init__(stage=stage, **options)
         self._parameters: list[list[nn.Parameter]] = []
         """Parameters of the optimizer, by group, before DeepSpeed puts flat shards into their place."""
@@ -211,22 +216,32 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole weights; with stage 3 on rank 0 only, empty elsewhere."""
+        if not self.zero_stage_3:
+            return super().lightning_module_state_dict()
+        with _gathered(cast(nn.Module, self.lightning_module)):
+            if not self.is_global_zero:
+                return {}
+            state = super().lightning_module_state_dict()
+            # the gathered parameters are given up at the end of this block
+            return {key: _copy(value) for key, value in state.items()}
+
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Whole state of the optimizer in the form of torch's ``Optimizer.state_dict``, on rank 0; empty elsewhere."""
         state: dict[int, dict[str, Any]] = {}
         groups: list[dict[str, Any]] = []
         number = 0
-        for parameters, group, flat in zip(
-            self._parameters, optimizer.param_groups, optimizer.single_partition_of_fp32_groups, strict=True
-        ):
-            of_shard = optimizer.optimizer.state.get(flat, {})
-            for offset, parameter in enumerate(parameters):
-                whole = {
-                    key: parameter.get_full_hp_param(key).cpu() if _is_sharded(key, value, flat) else _copy(value)
-                    for key, value in of_shard.items()
-                }
-                if whole:
-                    state[number + offset] = whole
+        for index, (parameters, group) in enumerate(zip(self._parameters, optimizer.param_groups, strict=True)):
+            shards = [_Shard.of(optimizer, parameter, index) for parameter in parameters]
+            of_flat = optimizer.optimizer.state.get(shards[0].flat, {}) if shards else {}
+            for key, value in of_flat.items():
+                if key == "step" or not isinstance(value, Tensor) or value.shape != shards[0].flat.shape:
+                    wholes = [_copy(value) for _ in parameters]
+                else:
+                    wholes = _gather(shards, [optimizer.optimizer.state[shard.flat][key] for shard in shards])
+                for offset, whole in enumerate(wholes):
+                    state.setdefault(number + offset, {})[key] = whole
             others = {key: value for key, value in group.items() if key != "params"}
             groups.append({**others, "params": list(range(number, number + len(parameters)))})
             number += len(parameters)
@@ -248,45 +263,42 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, and DeepSpeed's shards of them."""
-        module = cast(nn.Module, self.lightning_module)
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        load_weights(cast(nn.Module, self.lightning_module), checkpoint["state_dict"], strict)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
             self.deepspeed_engine.optimizer.refresh_fp32_params()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizer's state, each rank its shard."""
+        """Load the optimizer's state, each rank its shard.
+
+        Raises:
+            ValueError: the checkpoint's optimizer has other parameters.
+        """
         (saved,) = checkpoint["optimizer_states"]
-        optimizer: Any = self.deepspeed_engine.optimizer
-        if [len(each) for each in self._parameters] != [len(each["params"]) for each in saved["param_groups"]]:
+        found = [len(group["params"]) for group in saved["param_groups"]]
+        expected = [len(parameters) for parameters in self._parameters]
+        if found != expected:
             raise ValueError(
-                f"The checkpoint's optimizer has {[len(each['params']) for each in saved['param_groups']]} parameters "
-                f"in its groups, this one has {[len(each) for each in self._parameters]}. Is it the same model?"
+                f"The checkpoint's optimizer has {found} parameters in its groups, this one has {expected}. Is it the "
+                f"same model?"
             )
-        for parameters, group, flat, of_group in zip(
-            self._parameters,
-            optimizer.param_groups,
-            optimizer.single_partition_of_fp32_groups,
-            saved["param_groups"],
-            strict=True,
+        optimizer: Any = self.deepspeed_engine.optimizer
+        for index, (parameters, group, of_group) in enumerate(
+            zip(self._parameters, optimizer.param_groups, saved["param_groups"], strict=True)
         ):
             group.update({key: value for key, value in of_group.items() if key != "params"})
-            shard: dict[str, Any] = {}
             for number, parameter in zip(of_group["params"], parameters, strict=True):
+                shard = _Shard.of(optimizer, parameter, index)
                 for key, value in saved["state"].get(number, {}).items():
-                    if key == "step" or not isinstance(value, Tensor) or value.shape != parameter.shape:
-                        shard[key] = _copy(value)
-                        continue
-                    buffer = shard.setdefault(key, torch.zeros_like(flat))
-                    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-                    if mapping is None:  # all of it is with other ranks
-                        continue
-                    source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    part = value.flatten()[source.start : source.start + source.numel]
-                    buffer[place.start : place.start + place.numel].copy_(part)
-            optimizer.optimizer.state[flat] = shard
-        if any(optimizer.optimizer.state.values()):
+                    state = optimizer.optimizer.state[shard.flat]
+                    if key == "step" or not isinstance(value, Tensor) or value.shape != shard.shape:
+                        state[key] = _copy(value)
+                    else:
+                        if key not in state:
+                            state[key] = torch.zeros_like(shard.flat)
+                        part = value.flatten()[shard.first : shard.first + shard.length]
+                        state[key].detach()[shard.start : shard.start + shard.length].copy_(part)
+        if not self.zero_stage_3:  # DeepSpeed's own views of the states are made anew after the next step
             optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
 
 
 class _Unrounded(DeepSpeedPrecision):
@@ -296,12 +308,48 @@ class _Unrounded(DeepSpeedPrecision):
         return data
 
 
-def _is_sharded(key: str, value: Any, flat: Tensor) -> bool:
-    return key != "step" and isinstance(value, Tensor) and value.shape == flat.shape
+@dataclass(frozen=True)
+class _Shard:
+    """Which elements of a parameter are with this rank, and where in a flat tensor of several parameters."""
+
+    flat: Tensor
+    start: int
+    first: int
+    length: int
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, optimizer: Any, parameter: Any, group: int) -> _Shard:
+        """Shard of a parameter in the optimizer of DeepSpeed's that has it, in the group of that number."""
+        if hasattr(parameter, "ds_id"):  # stage 3
+            part, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            first = length * optimizer._get_param_partition_rank(parameter)
+            rest = max(parameter.ds_numel - first, 0)  # the last shard is padded
+            return cls(
+                optimizer.fp32_partitioned_groups_flat[part], start, first, min(length, rest), parameter.ds_shape
+            )
+        flat, mapping = optimizer.single_partition_of_fp32_groups[group], parameter._hp_mapping
+        if mapping is None:  # all of it is with other ranks
+            return cls(flat, 0, 0, 0, parameter.shape)
+        place, source = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return cls(flat, place.start, source.start, place.numel, parameter.shape)
+
+
+@torch.no_grad()
+def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
+    """Whole states from the shards of all ranks, over one sum: every element is with one rank, and 0 with the others."""
+    sizes = [shard.shape.numel() for shard in shards]
+    wholes = states[0].new_zeros(sum(sizes))
+    for shard, state, whole in zip(shards, states, wholes.split(sizes), strict=True):
+        part = state[shard.start : shard.start + shard.length]
+        whole[shard.first : shard.first + shard.length].copy_(part)
+    merged, _ = merge_over_ranks(wholes, wholes.new_empty(0))
+    parts = merged.cpu().split(sizes)
+    return [part.reshape(shard.shape).clone() for shard, part in zip(shards, parts, strict=True)]
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone().cpu() if isinstance(value, Tensor) else value
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 # --- what others ask of a strategy ---
@@ -329,6 +377,41 @@ def shard_root(model: nn.Module, strategy: ModelParallelStrategy) -> None:
         fully_shard(model, mesh=strategy.device_mesh["data_parallel"])
 
 
+def keep_whole(module: nn.Module, model: nn.Module) -> None:
+    """Make a model one unit for ZeRO stage 3, which gathers its parameters before it and gives them up behind it.
+
+    DeepSpeed notices the backward pass of a unit by tensors that go into it and come out of it. So positions, which
+    must require gradients there, become an argument of their own, and predictions a tuple; callers see no difference.
+
+    Args:
+        module: what is handed to DeepSpeed.
+        model: the part of it that derives forces.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if not isinstance(model, _Whole):
+        kind = type(model)
+        model.__class__ = type(f"Whole{kind.__name__}", (_Whole, kind), {})
+        set_z3_leaf_modules(module, [type(model)])
+
+
+class _Whole(nn.Module):
+    """Mixed into a model by :func:`keep_whole`."""
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Predictions of the batch."""
+        with torch.inference_mode(False), torch.enable_grad():
+            given = batch["pos"]
+            position = given.clone() if given.is_inference() else given.detach()
+            values = super().__call__(position.requires_grad_(), dict(batch))
+        return dict(zip(self._names, values, strict=True))
+
+    def forward(self, position: Tensor, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+        predictions = super().forward({**batch, "pos": position})
+        self._names = tuple(predictions)
+        return tuple(predictions.values())
+
+
 def data_parallel_group(strategy: Strategy) -> ProcessGroup | None:
     """The ranks that share a batch with this one, if the strategy splits the world; None for all of them."""
     if not isinstance(strategy, ModelParallelStrategy):
@@ -349,9 +432,20 @@ def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """Load whole weights into a module that may be sharded; every rank calls it with all of them."""
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):  # ZeRO stage 3
+        with _gathered(module, modifier_rank=0):
+            module.load_state_dict(state_dict, strict=strict)
+        return
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     sharded = {key: _like(value, own.get(key), key) for key, value in state_dict.items()}
     module.load_state_dict(sharded, strict=strict)
+
+
+def _gathered(module: nn.Module, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+    """Context in which parameters that ZeRO stage 3 has split are whole."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return cast(AbstractContextManager[Any], GatheredParameters(list(module.parameters()), modifier_rank=modifier_rank))
 
 
 def _like(value: Any, parameter: Tensor | None, key: str) -> Any:

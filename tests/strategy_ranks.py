@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from cpu_deepspeed import CpuZero
+from deepspeed.runtime.zero import GatheredParameters
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
@@ -36,9 +37,10 @@ STRATEGIES = {
     "fsdp_two_by_two": lambda: strategies.fully_sharded(tensor_parallel_size=2, **WAIT),
     "zero1": lambda: CpuZero(stage=1, **WAIT),
     "zero2": lambda: CpuZero(stage=2, **WAIT),
+    "zero3": lambda: CpuZero(stage=3, **WAIT),
 }
 OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "sgd": functools.partial(torch.optim.SGD, lr=5e-2, momentum=0.9),
     # an epsilon above the rounding of gradients: without it, one that is zero but for rounding makes a whole step
     "adam": functools.partial(torch.optim.Adam, lr=2e-3, eps=1e-4),
 }
@@ -94,6 +96,7 @@ def run(
         inference_mode=False, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, gradient_clip_val=0.05 if "clip" in options else None,
     )
+    start = {name: value.detach().clone() for name, value in module.named_parameters()}
     trainer.fit(module, datamodule=data, ckpt_path=options.get("from"), weights_only=True)
     epoch = {key: float(value) for key, value in trainer.callback_metrics.items()}
     trained = whole(module)
@@ -103,6 +106,7 @@ def run(
         "epoch": epoch,
         "test": {key: float(value) for key, value in trainer.callback_metrics.items()},
         "parameters": trained,
+        "moved": {name: value - start[name] for name, value in trained.items()},
         "checkpoint": saved.best_model_path,
         "atoms": [int(batch["num_atoms"].sum()) for batch in data.train_dataloader()],
         "scale": gradient_scale(module.process_group),
@@ -112,10 +116,11 @@ def run(
 
 def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters, gathered where they are sharded."""
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-        for name, value in module.named_parameters()
-    }
+    with GatheredParameters(list(module.parameters())):  # of ZeRO stage 3; nothing otherwise
+        return {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+            for name, value in module.named_parameters()
+        }
 
 
 def main() -> None:
