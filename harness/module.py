@@ -71,6 +71,8 @@ class ForceFieldModule(LightningModule):
         num_test_sets: int = 1,
     ) -> None:
         super().__init__()
+        # of a model that makes its layers in configure_model; this one only shards them there
+        warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
         self.model = model
         names = type_names if type_names is not None else getattr(model, "type_names", None)
         self.type_names = None if names is None else list(names)
@@ -131,19 +133,25 @@ class ForceFieldModule(LightningModule):
         """
         # epoch values are the same on all ranks before they are logged
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*when logging on epoch level.*")
-        strategy = self.trainer.strategy
-        check_strategy(strategy, strategy.root_device.type, self.trainer.precision)
-        group = data_parallel_group(strategy)
+        self._check_strategy()
+        group = data_parallel_group(self.trainer.strategy)
         for manager in self._managers_by_key.values():
             manager.process_group = group
 
     def configure_model(self) -> None:
         """Prepare the model for a strategy that splits its parameters; once only."""
-        strategy = None if self._trainer is None else self.trainer.strategy
+        if self._trainer is None:
+            return
+        self._check_strategy()
+        strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             shard_root(self.model, strategy)
         elif isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3:
             keep_whole(self, self.model)
+
+    def _check_strategy(self) -> None:
+        strategy = self.trainer.strategy
+        check_strategy(strategy, strategy.root_device.type, self.trainer.precision, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""

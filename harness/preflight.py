@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from harness.distributed import exchange, launched_ranks
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
+from harness.strategies import refuse_folder
 
 __all__ = ["check_labels", "check_monitors", "check_settings", "refusal"]
 
@@ -25,6 +26,8 @@ def check_settings(config: DictConfig) -> None:
             raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
     if isinstance(config.cutoff, bool) or not isinstance(config.cutoff, int | float):
         raise ValueError(f"cutoff is a number of Å, found {config.cutoff!r}.")
+    if config.ckpt_path and Path(config.ckpt_path).is_dir():
+        refuse_folder(config.ckpt_path)
     if config.ckpt_path and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
     if not config.train and not config.ckpt_path:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -44,6 +45,7 @@ __all__ = [
     "fully_sharded",
     "keep_whole",
     "load_weights",
+    "refuse_folder",
     "shard_root",
     "single_device",
 ]
@@ -160,7 +162,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: weights and optimizer are taken from it later."""
-        _refuse_folder(checkpoint_path)
+        refuse_folder(checkpoint_path)
         return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -182,7 +184,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's ``DeepSpeedStrategy`` with whole checkpoints in one file, and labels in the dtype that they have.
 
     DeepSpeed's own checkpoints are folders that only the same number of ranks continues, and that are unpickled without
-    restrictions. Here the shards of weights and optimizer are gathered, and a checkpoint is what other strategies write.
+    restrictions. Here the shards of weights and optimizer are gathered; a checkpoint is what other strategies write.
 
     Args:
         stage: what is split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
@@ -211,7 +213,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.precision_plugin = _Unrounded(self.precision_plugin.precision)  # type: ignore[assignment, arg-type]
         super().setup(trainer)
 
-    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None) -> Any:
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> Any:
         if optimizer is not None:
             self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -258,7 +262,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: weights and optimizer are taken from it later."""
-        _refuse_folder(checkpoint_path)
+        refuse_folder(checkpoint_path)
         return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -337,7 +341,7 @@ class _Shard:
 
 @torch.no_grad()
 def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
-    """Whole states from the shards of all ranks, over one sum: every element is with one rank, and 0 with the others."""
+    """Whole states from the shards of all ranks over one sum: an element is with one rank, and 0 with the others."""
     sizes = [shard.shape.numel() for shard in shards]
     wholes = states[0].new_zeros(sum(sizes))
     for shard, state, whole in zip(shards, states, wholes.split(sizes), strict=True):
@@ -462,52 +466,80 @@ def _like(value: Any, parameter: Tensor | None, key: str) -> Any:
     )
 
 
-def _refuse_folder(path: Any) -> None:
+def refuse_folder(path: Any) -> None:
+    """Refuse a checkpoint that is a folder, such as DeepSpeed and Lightning's sharded strategies write.
+
+    Raises:
+        ValueError: with what makes one file of it.
+    """
     if Path(path).is_dir():
         raise ValueError(
-            f"{path} is a folder, such as DeepSpeed and sharded strategies write; expected a checkpoint in one file. "
-            f"Continue it with what has written it, or make one file of it: `python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {path}` for FSDP, zero_to_fp32.py in the folder for "
-            f"DeepSpeed."
+            f"{path} is a folder of shards, expected a checkpoint in one file, as every strategy here writes. The "
+            f"weights of a folder become a file with `python {path}/zero_to_fp32.py` (DeepSpeed) or `python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}` (FSDP). Only do so with folders that you "
+            f"trust: DeepSpeed's are unpickled."
         )
 
 
-def check_strategy(strategy: Strategy | str, accelerator: str = "auto", precision: str | None = None) -> None:
+def check_strategy(
+    strategy: Strategy | str, accelerator: str, precision: str, callbacks: Iterable[Callback] = ()
+) -> None:
     """Refuse what cannot train forces, or not exactly, before any training.
 
     Args:
         strategy: what trains.
         accelerator: ``cpu``, ``cuda``, ``gpu`` or ``auto``.
-        precision: of the trainer; None if it is not known.
+        precision: of the trainer.
+        callbacks: of the trainer.
 
     Raises:
         ValueError: with the reason and an alternative.
     """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp")):
+    if isinstance(strategy, FSDPStrategy):
         raise ValueError(
-            "Lightning's FSDPStrategy (FSDP1) does not train forces: it frees flattened parameters between the forward "
-            "pass, in which forces are derived, and the second backward pass of their loss. Expected FSDP2: "
-            "strategy=fsdp, or harness.strategies.fully_sharded()."
+            "Lightning's FSDPStrategy (FSDP1) is not for force fields: it flattens parameters into buffers that it "
+            "frees behind the forward pass, in which forces are derived and which their loss goes through once more. "
+            "Expected FSDP2: strategy=fsdp, or harness.strategies.fully_sharded()."
         )
-    is_deep_speed = isinstance(strategy, DeepSpeedStrategy)
-    if is_deep_speed and not isinstance(strategy, ZeroStrategy):
+    if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeroStrategy):
         raise ValueError(
-            "Lightning's DeepSpeedStrategy rounds energies to float32 and writes checkpoints that are unpickled without "
-            "restrictions. Expected strategy=deepspeed_zero2, or harness.strategies.deep_speed(stage=2)."
+            "Lightning's DeepSpeedStrategy rounds energies to float32, does not shard models that derive forces (stage "
+            "3), and writes folders that are unpickled without restrictions. Expected strategy=deepspeed_zero2, or "
+            "harness.strategies.deep_speed(stage=2)."
         )
     if isinstance(strategy, ZeroStrategy) and strategy.needs_cuda and on_cpu:
         raise ValueError(
-            "DeepSpeed's strategies need CUDA GPUs, found accelerator=cpu. On CPUs choose strategy=ddp or strategy=fsdp."
+            "DeepSpeed's strategies need CUDA GPUs, found accelerator=cpu. Choose strategy=ddp or strategy=fsdp there."
         )
-    if is_deep_speed and precision is not None and precision not in ("32-true", "32", 32):
+    _check_precision(strategy, on_cpu, precision)
+    if isinstance(strategy, ModelParallelStrategy | ZeroStrategy):
+        averaging = [type(each).__name__ for each in callbacks if isinstance(each, WeightAveraging)]
+        if averaging:
+            raise ValueError(
+                f"{averaging[0]} copies the whole model, but {type(strategy).__name__} splits it, or its master "
+                f"weights, over the ranks. Leave the callback out, or choose strategy=ddp."
+            )
+
+
+def _check_precision(strategy: Strategy | str, on_cpu: bool, precision: str) -> None:
+    if precision in ("bf16-true", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise ValueError(
-            f"precision={precision} with DeepSpeed: it keeps weights in float32 and would cast the whole model, "
-            f"positions included, to anything less. Expected 32-true; for {precision} choose strategy=ddp or "
-            f"strategy=fsdp."
+            f"precision={precision} would round positions and labels too. Expected 32-true, 64-true, or bf16-mixed, "
+            f"which rounds within the layers of the network only."
         )
-    if precision in ("16-mixed", 16, "16") and on_cpu:
+    if precision in ("16-mixed", "16") and on_cpu:
         raise ValueError(
-            "precision=16-mixed needs a GPU: there are no scaled float16 gradients on CPUs, and Lightning would use "
-            "bf16-mixed without asking. Expected bf16-mixed, 32-true or 64-true on a CPU."
+            "precision=16-mixed needs a GPU: on CPUs Lightning would use bf16-mixed instead. Expected bf16-mixed, "
+            "32-true or 64-true there."
+        )
+    if isinstance(strategy, ZeroStrategy) and precision not in ("32-true", "32"):
+        raise ValueError(
+            f"precision={precision} with DeepSpeed: it keeps its weights in float32, and in lower precision casts the "
+            f"whole model, positions included. Expected 32-true; for {precision} choose strategy=ddp."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and precision not in ("32-true", "32", "bf16-mixed", "bf16"):
+        raise ValueError(
+            f"precision={precision} with FSDP: Lightning's ModelParallelStrategy does not have it. Expected 32-true or "
+            f"bf16-mixed; for {precision} choose strategy=ddp."
         )

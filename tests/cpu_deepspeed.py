@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-
 from lightning.pytorch.strategies import DDPStrategy
 
 from harness.strategies import ZeroStrategy

@@ -65,12 +65,23 @@ def run(
     dtype = "float64" if precision == "64-true" else "float32"
     seed_everything(0, verbose=False)
     data = AtomsDataModule(
-        frames, split={"val": 3, "test": 3}, cutoff=4.0, batch_size=5, seed=1, type_names=["Cu", "Pd", "Ag", "Au"],
+        frames,
+        split={"val": 3, "test": 3},
+        cutoff=4.0,
+        batch_size=5,
+        seed=1,
+        type_names=["Cu", "Pd", "Ag", "Au"],
         dtype=dtype,
     )
     data.setup()
     model = schnet_force_field(
-        data.statistics, cutoff=4.0, hidden_channels=8, num_filters=8, num_interactions=1, num_gaussians=8, seed=3,
+        data.statistics,
+        cutoff=4.0,
+        hidden_channels=8,
+        num_filters=8,
+        num_interactions=1,
+        num_gaussians=8,
+        seed=3,
         trainable_scales=True,
     )
     by_type = [{"name": "by_type", "field": "forces", "metric": harness.RootMeanSquaredError(), "per_type": True}]
@@ -78,7 +89,8 @@ def run(
         model.double() if dtype == "float64" else model,
         loss=functools.partial(
             harness.EnergyForceStressLoss,
-            coeffs={"total_energy": 1, "forces": 1, "stress": 10}, extra_metrics=by_type,
+            coeffs={"total_energy": 1, "forces": 1, "stress": 10},
+            extra_metrics=by_type,
         ),
         train_metrics=harness.EnergyForceStressMetrics,
         val_metrics=functools.partial(harness.EnergyForceMetrics, extra_metrics=by_type),
@@ -88,13 +100,28 @@ def run(
     )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     record = Record()
-    saved = ModelCheckpoint(folder, filename=f"{'-'.join((strategy, optimizer, precision, *options))}-{ranks}-{{epoch}}",
-                            save_top_k=-1, enable_version_counter=False)
+    saved = ModelCheckpoint(
+        folder,
+        filename=f"{'-'.join((strategy, optimizer, precision, *options))}-{ranks}-{{epoch}}",
+        save_top_k=-1,
+        enable_version_counter=False,
+    )
     trainer = Trainer(
-        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](), precision=precision,  # type: ignore[arg-type]
-        max_epochs=2, log_every_n_steps=1, logger=False, callbacks=[saved, record], use_distributed_sampler=False,
-        inference_mode=False, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, gradient_clip_val=0.05 if "clip" in options else None,
+        accelerator="cpu",
+        devices=ranks,
+        strategy=STRATEGIES[strategy](),
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=2,
+        log_every_n_steps=1,
+        logger=False,
+        callbacks=[saved, record],
+        use_distributed_sampler=False,
+        inference_mode=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        gradient_clip_val=0.05 if "clip" in options else None,
     )
     start = {name: value.detach().clone() for name, value in module.named_parameters()}
     trainer.fit(module, datamodule=data, ckpt_path=options.get("from"), weights_only=True)
@@ -127,8 +154,9 @@ def main() -> None:
     frames, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     for case in cases:
-        seen = run(frames, folder, *case.split(","))
-        torch.save(seen, folder / f"{case.partition(',from=')[0]}-{os.environ.get('RANK', '0')}.pt")
+        asked, _, name = case.partition(",name=")
+        seen = run(frames, folder, *asked.split(","))
+        torch.save(seen, folder / f"{name or asked}-{os.environ.get('RANK', '0')}.pt")
 
 
 if __name__ == "__main__":
