@@ -152,6 +152,23 @@ class FullyShardedStrategy(ModelParallelStrategy):
             self._data_parallel_size = self.num_nodes * self.num_processes // cast(int, self._tensor_parallel_size)
         super().setup_environment()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole weights on rank 0; empty elsewhere."""
+        state = {
+            key: _whole(value, self.is_global_zero)
+            for key, value in cast(nn.Module, self.lightning_module).state_dict().items()
+        }
+        return state if self.is_global_zero else {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Whole state of the optimizer in the form of torch's ``Optimizer.state_dict``, on rank 0; empty elsewhere."""
+        state = getattr(optimizer, "optimizer", optimizer).state_dict()
+        whole = {
+            number: {key: _whole(value, self.is_global_zero) for key, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return {"state": whole, "param_groups": state["param_groups"]} if self.is_global_zero else {}
+
     # Lightning loads weights and optimizer before the module has seen the checkpoint, which may have other metrics.
     # Here a checkpoint is read, shown to the module and then loaded, as with every other strategy.
 
@@ -352,6 +369,15 @@ def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
     return [part.reshape(shard.shape).clone() for shard, part in zip(shards, parts, strict=True)]
 
 
+def _whole(value: Any, keep: bool) -> Any:
+    """A tensor that is split over the ranks, joined, on the CPU if it is kept; all ranks must call it."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return _copy(value) if keep else None
+
+
 def _copy(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
@@ -440,7 +466,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool 
         with _gathered(module, modifier_rank=0):
             module.load_state_dict(state_dict, strict=strict)
         return
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = dict(module.named_parameters(remove_duplicate=False))  # a parameter may have several names
     sharded = {key: _like(value, own.get(key), key) for key, value in state_dict.items()}
     module.load_state_dict(sharded, strict=strict)
 

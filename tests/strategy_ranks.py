@@ -1,8 +1,9 @@
 """Trainings of one force field under each strategy; run by torchrun, or alone, from ``test_strategies.py``.
 
-    python strategy_ranks.py frames.xyz folder case [case ...]
+    python strategy_ranks.py frames.xyz folder strategy,optimizer[,precision[,option ...]] ...
 
-Each rank writes what it has seen of each case, a dictionary, to ``folder/{case}-{rank}.pt``.
+Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
+default the case itself; ``from=checkpoint``; ``clip``, of gradients.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 import harness
 from harness import strategies
+from harness.callbacks import parity
 from harness.data import AtomsDataModule
 from harness.distributed import gradient_scale
 from harness.models import schnet_force_field
@@ -58,10 +60,9 @@ class Record(Callback):
 
 
 def run(
-    frames: Path, folder: Path, strategy: str, optimizer: str, precision: str = "32-true", *rest: str
+    frames: Path, folder: Path, strategy: str, optimizer: str, precision: str, options: dict[str, str]
 ) -> dict[str, Any]:
-    """Train for two epochs and test; ``rest``: ``clip``, ``from=checkpoint``."""
-    options = dict(each.partition("=")[::2] for each in rest)
+    """Train for two epochs, and test."""
     dtype = "float64" if precision == "64-true" else "float32"
     seed_everything(0, verbose=False)
     data = AtomsDataModule(
@@ -100,9 +101,12 @@ def run(
     )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     record = Record()
+    drawn: dict[str, int] = {}
+    parity._draw = lambda path, panels, total, type_names: drawn.update(total)
     saved = ModelCheckpoint(
         folder,
-        filename=f"{'-'.join((strategy, optimizer, precision, *options))}-{ranks}-{{epoch}}",
+        filename=f"{options['name']}-{{epoch}}",
+        auto_insert_metric_name=False,
         save_top_k=-1,
         enable_version_counter=False,
     )
@@ -114,7 +118,7 @@ def run(
         max_epochs=2,
         log_every_n_steps=1,
         logger=False,
-        callbacks=[saved, record],
+        callbacks=[saved, record, parity.ParityPlot(folder)],
         use_distributed_sampler=False,
         inference_mode=False,
         num_sanity_val_steps=0,
@@ -134,10 +138,9 @@ def run(
         "test": {key: float(value) for key, value in trainer.callback_metrics.items()},
         "parameters": trained,
         "moved": {name: value - start[name] for name, value in trained.items()},
-        "checkpoint": saved.best_model_path,
         "atoms": [int(batch["num_atoms"].sum()) for batch in data.train_dataloader()],
         "scale": gradient_scale(module.process_group),
-        "row_dtypes": [str(value.dtype) for value in trainer.callback_metrics.values()][:3],
+        "drawn": drawn,
     }
 
 
@@ -154,9 +157,11 @@ def main() -> None:
     frames, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     for case in cases:
-        asked, _, name = case.partition(",name=")
-        seen = run(frames, folder, *asked.split(","))
-        torch.save(seen, folder / f"{name or asked}-{os.environ.get('RANK', '0')}.pt")
+        strategy, optimizer, *rest = case.split(",")
+        precision, *flags = rest or ["32-true"]
+        options = {"name": case} | dict(flag.partition("=")[::2] for flag in flags)
+        seen = run(frames, folder, strategy, optimizer, precision, options)
+        torch.save(seen, folder / f"{options['name']}-{os.environ.get('RANK', '0')}.pt")
 
 
 if __name__ == "__main__":
