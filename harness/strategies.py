@@ -31,7 +31,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from harness.distributed import ProcessGroup, data_parallel_size, global_rank, launched_ranks, merge_over_ranks
+from harness.distributed import (
+    ProcessGroup,
+    data_parallel_size,
+    global_rank,
+    join_shards,
+    launched_ranks,
+    merge_over_ranks,
+    shard_parameters,
+    sharded_parts,
+    split_like,
+)
 
 __all__ = [
     "FullyShardedStrategy",
@@ -370,12 +380,9 @@ def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
 
 
 def _whole(value: Any, keep: bool) -> Any:
-    """A tensor that is split over the ranks, joined, on the CPU if it is kept; all ranks must call it."""
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return _copy(value) if keep else None
+    """What may be split over the ranks, joined, on the CPU; None where it is not kept. All ranks must call it."""
+    joined = join_shards(value) if isinstance(value, Tensor) else value
+    return _copy(joined) if keep else None
 
 
 def _copy(value: Any) -> Any:
@@ -394,17 +401,14 @@ def shard_root(model: nn.Module, strategy: ModelParallelStrategy) -> None:
     Raises:
         ValueError: a part of the model has been sharded on its own.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    parts = [name for name, part in model.named_modules() if isinstance(part, FSDPModule) and part is not model]
+    parts = sharded_parts(model)
     if parts:
         raise ValueError(
             f"{', '.join(parts[:3])} of the model has been sharded on its own with fully_shard; its parameters are "
             f"freed before the second backward pass of a loss of forces. Expected an unsharded model: it is sharded as "
             f"a whole by ForceFieldModule.configure_model."
         )
-    if not isinstance(model, FSDPModule):
-        fully_shard(model, mesh=strategy.device_mesh["data_parallel"])
+    shard_parameters(model, strategy.device_mesh["data_parallel"])
 
 
 def keep_whole(module: nn.Module, model: nn.Module) -> None:
@@ -479,16 +483,9 @@ def _gathered(module: nn.Module, modifier_rank: int | None = None) -> AbstractCo
 
 
 def _like(value: Any, parameter: Tensor | None, key: str) -> Any:
-    """A whole tensor, split over the ranks as a parameter is; anything else as it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or key == "step":
-        return value
-    if value.shape != parameter.shape:  # the module says what is wrong
-        return value
-    # every rank has the same values: nothing is sent
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    """A whole tensor, split over the ranks as a parameter is; anything else, such as a number of steps, as it is."""
+    return (
+        value if parameter is None or not isinstance(value, Tensor) or key == "step" else split_like(value, parameter)
     )
 
 
