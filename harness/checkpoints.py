@@ -95,10 +95,6 @@ def keep_previous(path: Path, previous: Path) -> None:
     """Let ``previous`` name what is at ``path`` now, without copying it; nothing happens where there is nothing."""
     if not path.exists():
         return
-    if path.is_dir():
-        shutil.rmtree(previous, ignore_errors=True)
-        path.rename(previous)
-        return
     link = previous.with_name(f".{previous.name}.{os.getpid()}.link")
     try:
         link.unlink(missing_ok=True)
@@ -126,22 +122,19 @@ def why_invalid(path: Path) -> str | None:
 
 def step_of(path: Path) -> int:
     """Number of optimizer steps that a checkpoint has behind it."""
-    if path.is_dir():  # DeepSpeed's
-        path = path / "checkpoint" / "mp_rank_00_model_states.pt"
     return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
 
 
 def newest_valid(paths: Iterable[Path]) -> Path | None:
     """The first of ``paths``, newest first, that is a whole checkpoint; None if there is none.
 
-    Warns of a damaged one with the one that is taken in its place. A directory, as DeepSpeed writes it, is taken as it
-    is.
+    Warns of a damaged one with the one that is taken in its place.
     """
     damaged: list[str] = []
     for path in paths:
         if not path.exists():
             continue
-        reason = None if path.is_dir() else why_invalid(path)
+        reason = why_invalid(path)
         if reason is None:
             if damaged:
                 warnings.warn(f"{'; '.join(damaged)}. The one before is used: {path}.", stacklevel=2)

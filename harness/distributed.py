@@ -1,4 +1,4 @@
-"""Collectives of the package: merge rows over a process group, agree on small objects, leave notes.
+"""Collectives of the package: merge rows, agree on small objects, leave notes, split and join parameters.
 
 This is the only module that calls :mod:`torch.distributed`. Every function works without a process group too, where
 it does what one rank would do.
@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.elastic.timer.file_based_local_timer import FileTimerClient
 from torch.distributed.rendezvous import rendezvous
@@ -41,12 +41,16 @@ __all__ = [
     "is_launched_by_torchrun",
     "is_lost_connection",
     "join",
+    "join_shards",
     "keep_alive",
     "launched_rank",
     "launched_ranks",
     "merge_over_ranks",
     "named",
+    "shard_parameters",
+    "sharded_parts",
     "share",
+    "split_like",
 ]
 
 START_LIMIT = timedelta(minutes=5)
@@ -178,6 +182,44 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     gathered: list[Any] = [None] * data_parallel_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def shard_parameters(model: nn.Module, mesh: Any) -> None:
+    """Split the parameters of a model over a mesh of ranks, as one unit (FSDP2); once only.
+
+    Args:
+        model: the model.
+        mesh: a one-dimensional :class:`torch.distributed.device_mesh.DeviceMesh`.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, mesh=mesh)
+
+
+def sharded_parts(model: nn.Module) -> list[str]:
+    """Names of the parts of a model, without itself, that FSDP2 shards as units of their own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [name for name, part in model.named_modules() if isinstance(part, FSDPModule) and part is not model]
+
+
+def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that all ranks have, split over them as a parameter is; itself where the parameter is whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+        return whole
+    # nothing is sent: every rank takes its shard of what it has
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def join_shards(value: Tensor) -> Tensor:
+    """The whole of a tensor that is split over the ranks, on all of them; all must call it. Else the tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def launched_ranks() -> int:

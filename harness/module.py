@@ -17,12 +17,14 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
 from harness.fields import FOLLOWING, Batch
 from harness.manager import MetricsManager, Values, Window, compute_together, merge_accumulated, step_together
+from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 
@@ -72,6 +74,8 @@ class ForceFieldModule(LightningModule):
         num_test_sets: int = 1,
     ) -> None:
         super().__init__()
+        # of a model that makes its layers in configure_model; this one only shards them there
+        warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
         self.model = model
         names = type_names if type_names is not None else getattr(model, "type_names", None)
         self.type_names = None if names is None else list(names)
@@ -129,21 +133,30 @@ class ForceFieldModule(LightningModule):
         return self.loss.process_group
 
     def setup(self, stage: str) -> None:
-        """Refuse a loss or strategy that cannot accumulate gradients, if the trainer is to.
+        """Take up the ranks that share a batch; refuse a strategy, or a loss, that cannot do what the trainer is to.
 
-        Also quiets one warning of Lightning's: epoch values are the same on all ranks before they are logged.
+        Raises:
+            ValueError: the strategy cannot train forces, or the two cannot accumulate gradients exactly.
         """
+        # epoch values are the same on all ranks before they are logged
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*when logging on epoch level.*")
+        self._check_strategy()
+        group = data_parallel_group(self.trainer.strategy)
+        for manager in self._managers_by_key.values():
+            manager.process_group = group
         self._window = None
         if stage == "fit" and self._largest_window > 1:
-            self.loss.check_accumulation()
-            if self.trainer.strategy.handles_gradient_accumulation:
-                raise ValueError(
-                    f"{type(self.trainer.strategy).__name__} counts micro-batches by itself: the last step of an epoch "
-                    f"would go on in the next, and losses be divided twice. Use a strategy with "
-                    f"harness.strategies.AccumulatesInWindows, such as class Mine(AccumulatesInWindows, "
-                    f"{type(self.trainer.strategy).__name__}), or accumulate_grad_batches=1."
-                )
+            self._check_accumulation()
+
+    def _check_accumulation(self) -> None:
+        self.loss.check_accumulation()
+        if self.trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} counts micro-batches by itself: the last step of an epoch "
+                f"would go on in the next, and losses be divided twice. Use a strategy with "
+                f"harness.strategies.AccumulatesInWindows, such as class Mine(AccumulatesInWindows, "
+                f"{type(self.trainer.strategy).__name__}), or accumulate_grad_batches=1."
+            )
 
     @property
     def _largest_window(self) -> int:
@@ -155,6 +168,21 @@ class ForceFieldModule(LightningModule):
     def _accumulation_schedules(self) -> list[GradientAccumulationScheduler]:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
+
+    def configure_model(self) -> None:
+        """Prepare the model for a strategy that splits its parameters; once only."""
+        if self._trainer is None:
+            return
+        self._check_strategy()
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            shard_root(self.model, strategy)
+        elif isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3:
+            keep_whole(self, self.model)
+
+    def _check_strategy(self) -> None:
+        strategy = self.trainer.strategy
+        check_strategy(strategy, strategy.root_device.type, self.trainer.precision, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""

@@ -17,6 +17,7 @@ from harness.agreement import Facts, difference
 from harness.distributed import START_LIMIT, decide, launched_rank, share
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
+from harness.strategies import refuse_folder
 
 __all__ = ["check_accumulation", "check_labels", "check_monitors", "check_settings", "refusal"]
 
@@ -30,6 +31,8 @@ def check_settings(config: DictConfig) -> None:
         raise ValueError(f"cutoff is a number of Å, found {config.cutoff!r}.")
     if config.resume not in ("restart", "auto", None):
         raise ValueError(f"resume is restart, auto or null, found {config.resume!r}.")
+    if config.ckpt_path and Path(config.ckpt_path).is_dir():
+        refuse_folder(config.ckpt_path)
     if config.ckpt_path and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
     if not config.train and not config.ckpt_path:

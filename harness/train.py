@@ -46,7 +46,7 @@ from harness.module import ForceFieldModule
 from harness.preflight import check_accumulation, check_labels, check_monitors, check_settings, refusal
 from harness.report import values_table
 from harness.runs import claim, interrupted_run, record
-from harness.strategies import connect
+from harness.strategies import check_strategy, connect, load_weights
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
 
@@ -141,6 +141,7 @@ def prepare(config: DictConfig) -> Job:
     check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
     strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
+    check_strategy(strategy, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     return Job(config, console, datamodule, module, callbacks, strategy, Whereabouts())
@@ -190,7 +191,7 @@ def execute(job: Job) -> dict[str, float]:
             # not by the trainer: an averaging callback would put back the weights that are not averaged
             checkpoint = torch.load(best, weights_only=True, map_location="cpu")
             module.on_load_checkpoint(checkpoint)
-            module.load_state_dict(checkpoint["state_dict"])
+            load_weights(module, checkpoint["state_dict"])
         trainer.test(module, datamodule=datamodule, verbose=False)
         results |= {key: float(value) for key, value in trainer.callback_metrics.items()}
         for index, manager in enumerate(module.test_metrics):

@@ -26,7 +26,7 @@ from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_finger
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
-from harness.distributed import data_parallel_size, global_rank
+from harness.strategies import data_parallel_ranks
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
 
@@ -272,7 +272,7 @@ class AtomsDataModule(LightningDataModule):
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
 
     def _training_sampler(self) -> GlobalBatchSampler:
-        dataset, rank, num_ranks = self.train_set, global_rank(), data_parallel_size()
+        dataset, (rank, num_ranks) = self.train_set, data_parallel_ranks(self.trainer)
         if self._limited == "batch_size":
             sizes = None if self.balance is None else _sizes_of(dataset, self.balance)
             return TrainingBatchSampler(len(dataset), self._limit, rank, num_ranks, seed=self.seed, sizes=sizes)
@@ -288,7 +288,7 @@ class AtomsDataModule(LightningDataModule):
         )
 
     def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        rank, num_ranks = global_rank(), data_parallel_size()
+        rank, num_ranks = data_parallel_ranks(self.trainer)
         sampler: EvaluationBatchSampler | EvaluationBudgetSampler
         if self.eval_batch_size is not None:
             sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, rank, num_ranks)
