@@ -15,6 +15,7 @@ from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
@@ -56,6 +57,8 @@ class AtomsDataModule(LightningDataModule):
         num_workers: processes of each data loader.
         pin_memory: whether batches are made in page-locked memory.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
+        min_distance: frames with closer atoms are refused, in Å; None does not look.
+        check_units: whether files in other units are refused, where that shows; see :mod:`harness.data.checks`.
 
     Raises:
         KeyError: if ``keys`` or ``split`` has an unknown name.
@@ -82,6 +85,8 @@ class AtomsDataModule(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         cache_neighbors: bool = True,
+        min_distance: float | None = 0.1,
+        check_units: bool = True,
     ) -> None:
         super().__init__()
         self.train_files = _paths(train)
@@ -109,6 +114,14 @@ class AtomsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.cache_neighbors = cache_neighbors
+        if min_distance is not None and (isinstance(min_distance, bool) or not isinstance(min_distance, int | float)):
+            raise TypeError(f"min_distance is a number of Å or null, found {min_distance!r}")
+        if min_distance is not None and not 0 < min_distance < float("inf"):
+            raise ValueError(f"min_distance must be a positive number of Å, found {min_distance}; null does not look")
+        if not isinstance(check_units, bool):
+            raise TypeError(f"check_units is true or false, found {check_units!r}")
+        self.min_distance = min_distance
+        self.check_units = check_units
         self._asked_type_names = _checked_type_names(type_names)
         self._is_set_up = False
 
@@ -211,7 +224,12 @@ class AtomsDataModule(LightningDataModule):
         )
 
     def _read(self, path: Path) -> list[Frame]:
-        return read_frames(path, self.keys)
+        frames = read_frames(path, self.keys)
+        if self.check_units:  # first: positions in nm are neighbours within any distance
+            check_units(frames)
+        if self.min_distance is not None:
+            check_distances(frames, self.min_distance)
+        return frames
 
     def _dataset(self, frames: Sequence[Frame]) -> AtomsDataset:
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
