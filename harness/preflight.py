@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
+import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningDataModule
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
-from harness.distributed import exchange, launched_ranks
+from harness.data import AtomsDataModule, TrainingBatchSampler
+from harness.distributed import exchange, launched_rank, launched_ranks
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 
-__all__ = ["check_labels", "check_monitors", "check_settings", "refusal"]
+__all__ = ["check_labels", "check_monitors", "check_settings", "check_shares", "check_trainer", "refusal"]
+
+_verdicts = itertools.count()
 
 
 def check_settings(config: DictConfig) -> None:
@@ -65,6 +75,16 @@ def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> N
                     )
 
 
+def check_shares(datamodule: LightningDataModule) -> None:
+    """Refuse more ranks than frames in a batch, before a process group is made to find out.
+
+    Raises:
+        ValueError: with the numbers of frames and ranks.
+    """
+    if isinstance(datamodule, AtomsDataModule):
+        TrainingBatchSampler(len(datamodule.train_set), datamodule.batch_size, launched_rank(), launched_ranks())
+
+
 def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
     """Refuse to monitor an epoch value that nothing logs, before the first epoch has been trained in vain."""
     managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
@@ -81,14 +101,62 @@ def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceF
             )
 
 
-def refusal(error: str | None, stage: str = "start") -> str | None:
+def check_trainer(config: DictConfig, strategy: Strategy | str) -> Trainer:
+    """A trainer as configured that is only to be asked, for its precision, device and strategy.
+
+    Args:
+        config: the whole configuration.
+        strategy: one that no other trainer gets.
+
+    Raises:
+        ValueError: what the trainer cannot be made of.
+    """
+    settings = {key: value for key, value in config.trainer.items() if key != "timeout"}
+    settings |= {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    try:
+        with _silent("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+            trainer: Trainer = instantiate(settings, strategy=strategy, callbacks=None, logger=False)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, Exception):  # of Hydra itself, such as a target that it refuses
+            raise
+        named = {key: settings[key] for key in ("accelerator", "devices", "precision") if key in settings}
+        found = ", ".join(f"trainer.{key}={value}" for key, value in named.items())
+        hint = "" if isinstance(cause, TypeError) else f" Found {found}; without GPUs use trainer.accelerator=cpu."
+        raise ValueError(f"The trainer cannot be made: {cause}{hint}") from error
+    backend = (config.strategy or {}).get("process_group_backend")
+    if backend == "nccl" and trainer.strategy.root_device.type != "cuda":
+        raise ValueError(
+            f"strategy.process_group_backend=nccl, but this rank trains on the {trainer.strategy.root_device.type} "
+            f"(trainer.accelerator={config.trainer.get('accelerator')}); NCCL only moves data of GPUs. Use gloo, or "
+            f"leave it out: strategy.process_group_backend=gloo."
+        )
+    return trainer
+
+
+@contextmanager
+def _silent(*loggers: str) -> Iterator[None]:
+    """Nothing but errors from some loggers."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def refusal(error: str | None) -> str | None:
     """Why the job cannot start, the same text on all ranks, or None if it can on each of them.
+
+    Every rank calls it once for every job of the process: the n-th calls of all ranks belong together.
 
     Args:
         error: what is wrong on this rank.
-        stage: name of the moment, used once in a process.
     """
-    found = [json.loads(each) for each in exchange(stage, json.dumps([socket.gethostname(), error]))]
+    moment = f"start/{next(_verdicts)}"
+    found = [json.loads(each) for each in exchange(moment, json.dumps([socket.gethostname(), error]))]
     wrong = [(rank, host, text) for rank, (host, text) in enumerate(found) if text]
     if not wrong:
         return None

@@ -23,7 +23,7 @@ from threading import Event
 
 import hydra
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -35,9 +35,10 @@ from rich.console import Console
 
 from harness.callbacks import ParityPlot
 from harness.distributed import agree, launched_rank, launched_ranks
+from harness.dry_step import check_first_batch
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_labels, check_monitors, check_settings, refusal
+from harness.preflight import check_labels, check_monitors, check_settings, check_shares, check_trainer, refusal
 from harness.report import values_table
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
@@ -47,7 +48,7 @@ _BAD_INPUT = (
     ValueError,
     TypeError,
     KeyError,
-    FileNotFoundError,
+    OSError,
     hydra.errors.InstantiationException,
     OmegaConfBaseException,
     MisconfigurationException,
@@ -113,11 +114,16 @@ def prepare(config: DictConfig) -> Job:
     datamodule: LightningDataModule = instantiate(config.data)
     datamodule.setup("fit")
     module = build_module(config, datamodule)
+    check_shares(datamodule)
     check_labels(module, datamodule)
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     check_monitors(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
-    strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
+    timeout = timedelta(seconds=config.trainer.timeout)
+    checked = check_trainer(config, instantiate(config.strategy, timeout=timeout))
+    if config.dry_step:
+        check_first_batch(module, datamodule, checked, train=config.train)
+    strategy = instantiate(config.strategy, timeout=timeout)
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     return Job(config, console, datamodule, module, callbacks, strategy)
@@ -175,11 +181,16 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
     type_names = getattr(datamodule, "type_names", None)
     offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
     try:
-        wanted = inspect.signature(get_object(config.model._target_)).parameters
-    except Exception as error:  # whatever the import of a user's module raises
+        # by instantiate(), which refuses what a config may not call; get_object() would look up anything
+        target = instantiate({"_target_": config.model._target_, "_partial_": True}).func
+    except hydra.errors.InstantiationException as error:
+        if not isinstance(error.__cause__, Exception):
+            raise
         raise ValueError(
-            f"model._target_={config.model._target_} cannot be imported: {error}. Is its folder on PYTHONPATH?"
+            f"model._target_={config.model._target_} cannot be imported: {error.__cause__}. Is its folder on "
+            f"PYTHONPATH?"
         ) from error
+    wanted = inspect.signature(target).parameters
     model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
     return ForceFieldModule(
         model=model,
@@ -235,10 +246,11 @@ def run_job(config: DictConfig) -> float | None:
     """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback."""
     _COMPOSED.set()
     config.output_dir = str(Path(config.output_dir).absolute())
-    job, mistake = None, None
+    job: Job | None = None
+    mistake: Exception | None = None
     try:
         job = prepare(config)
-    except _BAD_INPUT as error:
+    except Exception as error:  # also what is no user's mistake: the other ranks wait for this one's verdict
         mistake = error
     refused = refusal(None if mistake is None else _message(mistake))
     try:

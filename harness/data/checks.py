@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
@@ -267,9 +268,13 @@ class _Pairs:
                 compositions.setdefault(key, []).append(frame)
         largest = sorted(compositions.values(), key=len, reverse=True)[:_PAIR_COMPOSITIONS]
         rows = [row for members in largest for row in _compared(_neighbouring(members))]
-        columns = [np.concatenate(column) for column in zip(*rows, strict=True)] if rows else [np.zeros(0)] * 6
-        indices = columns[6] if rows else np.zeros((0, 2))
-        return cls(*columns[:6], indices.astype(np.int64))  # type: ignore[arg-type]
+        if not rows:
+            nothing = np.zeros(0)
+            return cls(nothing, nothing, nothing, nothing, nothing, nothing, np.zeros((0, 2), dtype=np.int64))
+        energy, force_work, stress_work, distance, num_atoms, volume, indices = map(
+            np.concatenate, zip(*rows, strict=True)
+        )
+        return cls(energy, force_work, stress_work, distance, num_atoms, volume, indices)
 
     def example(self, chosen: NDArray[np.bool_]) -> str:
         """Two frames that were compared, as text."""
@@ -287,7 +292,7 @@ def _neighbouring(members: list[Frame]) -> list[Frame]:
     return [members[index] for index in np.unique(np.concatenate((starts, starts + 1)))]
 
 
-def _compared(members: list[Frame]) -> Iterator[tuple[NDArray[np.generic], ...]]:
+def _compared(members: list[Frame]) -> Iterator[tuple[NDArray[Any], ...]]:
     """Columns of :class:`_Pairs`, of each frame with all later ones."""
     if len(members) < 2:
         return
