@@ -193,8 +193,6 @@ def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> N
     if weighted_sum is None:
         return
     parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
-    if not parameters:
-        raise ValueError("The model has no parameters that require a gradient: there is nothing to train.")
     grown = sorted(name for name, value in predictions.items() if isinstance(value, Tensor) and value.requires_grad)
     read = sorted(_fields_read(module.loss, weighted=True) & predictions.keys())
     nothing = (

@@ -94,6 +94,8 @@ class AtomsDataModule(LightningDataModule):
         self.test_files = _paths(test)
         if not self.train_files:
             raise ValueError("train must name at least one file")
+        if split is not None and not isinstance(split, Mapping):
+            raise TypeError(f"split is a mapping such as {{val: 0.1, test: 50}}, found {split!r}")
         self.split = dict(split or {})
         unknown = sorted(set(self.split) - {"val", "test"})
         if unknown:
@@ -103,6 +105,8 @@ class AtomsDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_train", num_train)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, found {value!r}")
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"num_workers must be a whole number, at least 0, found {num_workers!r}")
         self.cutoff = float(cutoff)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
