@@ -267,14 +267,14 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
 
 
 def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
-    """Rank 0's ``value``, on every rank, before there is a process group. Each key once in the life of a process.
+    """Rank 0's ``value``, on every rank, before there is a process group. The n-th calls with a key belong together.
 
     Raises:
         RankAbsentError: rank 0 did not come.
     """
     if launched_ranks() == 1:
         return value
-    shared = f"{_attempt()}/{key}"
+    shared = _moment(key)
     if launched_rank() == 0:
         _job_store().set(shared, value)
         return value
@@ -284,15 +284,15 @@ def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
 def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: timedelta = START_LIMIT) -> str:
     """What ``decision`` makes of the values of all ranks, in rank order, on every rank, without a process group.
 
-    Rank 0 collects and decides, the others send one value and read one, however many they are. Each key once in the
-    life of a process.
+    Rank 0 collects and decides, the others send one value and read one, however many they are. The n-th calls with a
+    key belong together.
 
     Raises:
         RankAbsentError: some ranks did not come; they are named, on every rank that is there.
     """
     if launched_ranks() == 1:
         return decision([value])
-    store, prefix = _job_store(), f"{_attempt()}/{key}"
+    store, prefix = _job_store(), _moment(key)
     keys = [f"{prefix}/{rank}" for rank in range(launched_ranks())]
     if launched_rank() != 0:
         store.set(keys[launched_rank()], value)
@@ -446,6 +446,15 @@ def _attempt() -> str:
             absent = sorted(set(range(launched_ranks())) - joined)
             raise RankAbsentError(_waited(f"{named(absent)} to start", START_LIMIT))
         time.sleep(0.02)
+
+
+def _moment(key: str) -> str:
+    """Prefix of the keys of one call: every rank makes the same calls in the same order."""
+    number = _CALLS[key] = _CALLS.get(key, -1) + 1
+    return f"{_attempt()}/{key}/{number}"
+
+
+_CALLS: dict[str, int] = {}
 
 
 def _listed(store: Any, key: str) -> list[str]:

@@ -372,6 +372,8 @@ class ForceFieldModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer, and learning-rate scheduler if there is one, from their callables or configs."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("The model has no parameters that require a gradient: there is nothing to train.")
         optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(parameters, lr=1e-3)
             if self._optimizer is None

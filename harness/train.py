@@ -25,7 +25,7 @@ from threading import Event
 import hydra
 import torch
 from filelock import FileLock
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -39,11 +39,20 @@ from harness.agreement import facts
 from harness.callbacks import ParityPlot, Preempted, ResumeCheckpoint
 from harness.checkpoints import AtomicCheckpointIO, step_of
 from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
+from harness.dry_step import check_first_batch
 from harness.faults import Whereabouts, reported
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_accumulation, check_labels, check_monitors, check_settings, refusal
+from harness.preflight import (
+    check_accumulation,
+    check_labels,
+    check_monitors,
+    check_settings,
+    check_shares,
+    check_trainer,
+    refusal,
+)
 from harness.report import values_table
 from harness.runs import claim, interrupted_run, record
 from harness.strategies import check_strategy, connect, load_weights
@@ -55,7 +64,7 @@ _BAD_INPUT = (
     ValueError,
     TypeError,
     KeyError,
-    FileNotFoundError,
+    OSError,
     hydra.errors.InstantiationException,
     OmegaConfBaseException,
     MisconfigurationException,
@@ -140,8 +149,13 @@ def prepare(config: DictConfig) -> Job:
     check_monitors(config, callbacks, module)
     check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
-    strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
-    check_strategy(strategy, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
+    timeout = timedelta(seconds=config.trainer.timeout)
+    checked = check_trainer(config, instantiate(config.strategy, timeout=timeout))
+    check_strategy(checked.strategy, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
+    check_shares(datamodule, checked.strategy)
+    if config.dry_step:
+        check_first_batch(module, datamodule, checked, train=config.train)
+    strategy = instantiate(config.strategy, timeout=timeout)
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     return Job(config, console, datamodule, module, callbacks, strategy, Whereabouts())
@@ -208,11 +222,16 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
     type_names = getattr(datamodule, "type_names", None)
     offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
     try:
-        wanted = inspect.signature(get_object(config.model._target_)).parameters
-    except Exception as error:  # whatever the import of a user's module raises
+        # by instantiate(), which refuses what a config may not call; get_object() would look up anything
+        target = instantiate({"_target_": config.model._target_, "_partial_": True}).func
+    except hydra.errors.InstantiationException as error:
+        if not isinstance(error.__cause__, Exception):
+            raise
         raise ValueError(
-            f"model._target_={config.model._target_} cannot be imported: {error}. Is its folder on PYTHONPATH?"
+            f"model._target_={config.model._target_} cannot be imported: {error.__cause__}. Is its folder on "
+            f"PYTHONPATH?"
         ) from error
+    wanted = inspect.signature(target).parameters
     model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
     return ForceFieldModule(
         model=model,

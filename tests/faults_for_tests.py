@@ -53,7 +53,7 @@ class StopAt(_AtStep):
 
 
 class KillAt(_AtStep):
-    """SIGKILL: the process leaves without a word, as for the kernel's out-of-memory killer. Not again after a restart."""
+    """SIGKILL: the process leaves without a word, as by the kernel's out-of-memory killer. Once only."""
 
     def act(self) -> None:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":

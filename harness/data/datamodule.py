@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from harness.data.budget import BudgetBatchSampler, EvaluationBudgetSampler
+from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
@@ -65,6 +66,8 @@ class AtomsDataModule(LightningDataModule):
         num_workers: processes of each data loader.
         pin_memory: whether batches are made in page-locked memory.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
+        min_distance: frames with closer atoms are refused, in Å; None does not look.
+        check_units: whether files in other units are refused, where that shows; see :mod:`harness.data.checks`.
 
     Raises:
         KeyError: if ``keys`` or ``split`` has an unknown name.
@@ -94,6 +97,8 @@ class AtomsDataModule(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         cache_neighbors: bool = True,
+        min_distance: float | None = 0.1,
+        check_units: bool = True,
     ) -> None:
         super().__init__()
         self.train_files = _paths(train)
@@ -101,6 +106,8 @@ class AtomsDataModule(LightningDataModule):
         self.test_files = _paths(test)
         if not self.train_files:
             raise ValueError("train must name at least one file")
+        if split is not None and not isinstance(split, Mapping):
+            raise TypeError(f"split is a mapping such as {{val: 0.1, test: 50}}, found {split!r}")
         self.split = dict(split or {})
         unknown = sorted(set(self.split) - {"val", "test"})
         if unknown:
@@ -125,6 +132,8 @@ class AtomsDataModule(LightningDataModule):
                 f"balance={balance!r} is for batches of batch_size frames, found {next(iter(given))}, by which "
                 "ranks are balanced already; leave balance out, or give batch_size"
             )
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"num_workers must be a whole number, at least 0, found {num_workers!r}")
         self.cutoff = float(cutoff)
         ((self._limited, self._limit),) = given.items()
         self.batch_size = batch_size
@@ -140,6 +149,14 @@ class AtomsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.cache_neighbors = cache_neighbors
+        if min_distance is not None and (isinstance(min_distance, bool) or not isinstance(min_distance, int | float)):
+            raise TypeError(f"min_distance is a number of Å or null, found {min_distance!r}")
+        if min_distance is not None and not 0 < min_distance < float("inf"):
+            raise ValueError(f"min_distance must be a positive number of Å, found {min_distance}; null does not look")
+        if not isinstance(check_units, bool):
+            raise TypeError(f"check_units is true or false, found {check_units!r}")
+        self.min_distance = min_distance
+        self.check_units = check_units
         self._asked_type_names = _checked_type_names(type_names)
         self._is_set_up = False
 
@@ -185,7 +202,10 @@ class AtomsDataModule(LightningDataModule):
         """
         self.setup()
         return ResumableDataLoader(
-            self.train_set, self._training_sampler(), self._accumulate_grad_batches, **self._loader_options()
+            self.train_set,
+            self.training_sampler(*data_parallel_ranks(self.trainer)),
+            self._accumulate_grad_batches,
+            **self._loader_options(),
         )
 
     def _accumulate_grad_batches(self) -> int:
@@ -266,13 +286,23 @@ class AtomsDataModule(LightningDataModule):
         )
 
     def _read(self, path: Path) -> list[Frame]:
-        return read_frames(path, self.keys)
+        frames = read_frames(path, self.keys)
+        if self.check_units:  # first: positions in nm are neighbours within any distance
+            check_units(frames)
+        if self.min_distance is not None:
+            check_distances(frames, self.min_distance)
+        return frames
 
     def _dataset(self, frames: Sequence[Frame]) -> AtomsDataset:
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
 
-    def _training_sampler(self) -> GlobalBatchSampler:
-        dataset, (rank, num_ranks) = self.train_set, data_parallel_ranks(self.trainer)
+    def training_sampler(self, rank: int, num_ranks: int) -> GlobalBatchSampler:
+        """Which training frames make up the batches of one of the ranks that share them.
+
+        Raises:
+            ValueError: the batches have fewer frames than there are ranks, or a frame is larger than the budget.
+        """
+        dataset = self.train_set
         if self._limited == "batch_size":
             sizes = None if self.balance is None else _sizes_of(dataset, self.balance)
             return TrainingBatchSampler(len(dataset), self._limit, rank, num_ranks, seed=self.seed, sizes=sizes)
