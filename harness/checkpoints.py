@@ -54,13 +54,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _flush_folder(target.parent)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
-            if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
+            cause = _cause(error)
+            if cause is None:
                 raise
             if not self._warned:
                 self._warned = True
                 free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
                 warnings.warn(
-                    f"The checkpoint {target} cannot be written ({error}; {free / 2**20:.0f} MiB are free). Training "
+                    f"The checkpoint {target} cannot be written ({cause}; {free / 2**20:.0f} MiB are free). Training "
                     f"goes on without it; the one before is kept. This is said once.",
                     stacklevel=2,
                 )
@@ -78,6 +79,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"dictionaries."
             ) from error
         self._proven = True
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What the file system has said, behind what torch's writer makes of it; None if it is not that."""
+    while error is not None and not isinstance(error, OSError):
+        if "PytorchStreamWriter" in str(error):
+            return error
+        error = error.__context__
+    return error
 
 
 def _flush_folder(folder: Path) -> None:
