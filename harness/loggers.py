@@ -305,9 +305,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
     warning says so, and the training goes on without it: up to ``max_waiting`` calls wait, later ones are dropped. A
     run whose server cannot be reached is kept on disk. :meth:`finish` waits for the queue, up to a time limit.
 
-    The id of the run is kept in ``<save_dir>/wandb_run_id``: a job that is started again in the same directory
-    continues that run, and values that the run already has are not logged again. Offline, each start makes a folder of
-    its own with the same id; ``wandb sync <save_dir>/wandb`` uploads them as one run, in their order.
+    The id of the run is kept in ``<save_dir>/wandb_run_id``: a job that was interrupted and is started again in the
+    same directory continues that run, and values that the run already has are not logged again. Offline, each start
+    makes a folder of its own with the same id; ``wandb sync <save_dir>/wandb`` uploads them as one run, in their order.
 
     Args:
         save_dir: output directory of the job; ``wandb/`` and the id of the run are in it.
@@ -350,6 +350,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._place: str | None = None
         self._files = Path()
         self._resumed_step: int | None = None
+        self._failed = False
         self._journal: IO[str] | None = None
         self._warn = _OneWarning()
 
@@ -437,6 +438,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Log the checkpoints that are left; the run goes on until :meth:`finish`."""
+        self._failed = status != "success"
         if self._log_model and self._worker is not None:
             self._submit(lambda: super(WandbLogger, self).finalize(status))
 
@@ -470,6 +472,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="harness-wandb", daemon=True)
             self._worker.start()
+            atexit.register(self.finish)  # of a process that ends before W&B has started
 
     def _submit(self, task: Callable[[], None]) -> None:
         if threading.current_thread() is self._worker:
@@ -506,7 +509,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
             try:
                 self._experiment.finish()  # type: ignore[union-attr]
                 self._check_files(ended=True)
-                if self._journal and self._warn.said is None:  # all is written
+                if self._journal and not self._failed and self._warn.said is None:  # all is done and written
                     self._journal.close()
                     Path(self._journal.name).unlink()
             except BaseException as error:
@@ -520,7 +523,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._wandb_init["settings"] = self._settings()
         number = self._take_id(folder)
         wandb.setup()
-        atexit.register(self.finish)  # after W&B's own: called before it
+        atexit.register(self.finish)  # again, after W&B's own: it is called before that
         run = self._start_run()
         for handler in logging.getLogger(
             "wandb"
@@ -582,7 +585,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
         """Take the id of the directory's run, or give it one; returns the number of rows that the run has."""
         (folder / "wandb").mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
         file = folder / "wandb_run_id"
-        kept = file.read_text().strip() if file.is_file() else ""
+        # the journal of a job that has not come to its end; another job in its directory is another run
+        goes_on = self._resumed_step is not None or (folder / "wandb" / "rows.jsonl").is_file()
+        kept = file.read_text().strip() if goes_on and file.is_file() else ""
         self._id = self._given_id or kept or uuid.uuid4().hex[:8]
         self._wandb_init["id"] = self._id
         if self._id != kept:

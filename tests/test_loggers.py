@@ -196,6 +196,17 @@ def test_wandb_of_a_second_start_has_each_step_once(tmp_path: Path) -> None:
     assert [row["trainer/global_step"] for row in rows if "other" in row] == [8]
 
 
+def test_wandb_of_another_job_in_the_directory_is_another_run(tmp_path: Path) -> None:
+    for job in range(2):
+        logger = offline(tmp_path)
+        logger.log_metrics({"loss": float(job)}, 0)
+        logger.finalize("success")
+        logger.finish()
+    logs = sorted((tmp_path / "wandb").rglob("*.wandb"))
+    assert len({log.stem for log in logs}) == 2
+    assert [row["loss"] for row in rows_of(tmp_path)] == [0, 1]
+
+
 @pytest.mark.parametrize("cut", [1, 1000, 40_000])
 def test_wandb_file_that_was_torn_is_mended(cut: int, tmp_path: Path) -> None:
     """What W&B's own reader finds in it stays, and the reader does not complain any more."""
