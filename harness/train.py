@@ -246,13 +246,20 @@ def run_job(config: DictConfig) -> float | None:
 
 def _run_job(config: DictConfig) -> float | None:
     config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
-    job, mistake, shown = None, None, None
+    job, mistake, in_common = None, None, None
+    # whatever is wrong, the other ranks must not wait for this one
     try:
         job = prepare(config)
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        mistake, shown = error, _message(error) if isinstance(error, _BAD_INPUT) else f"{type(error).__name__}: {error}"
+    except Exception as error:
+        mistake = error
+    try:
+        in_common = facts(config, job.datamodule if job else None) if launched_ranks() > 1 else None
+    except Exception as error:
+        mistake = mistake or error
+    shown = None
+    if mistake is not None:
+        shown = _message(mistake) if isinstance(mistake, _BAD_INPUT) else f"{type(mistake).__name__}: {mistake}"
     limit = _time_limit(config)
-    in_common = facts(config, job.datamodule if job else None) if launched_ranks() > 1 else None
     refused = refusal(shown, in_common, limit)
     try:
         if mistake is not None:
