@@ -373,11 +373,23 @@ def _attempt() -> str:
             replied.add(number)
         joined = {int(each) for each in _listed(store, f"{prefix}/joined")}
         if len(joined) == launched_ranks():
+            _forget_process_groups(store)
             return prefix
         if time.monotonic() > deadline:
             absent = sorted(set(range(launched_ranks())) - joined)
             raise RankAbsentError(_waited(f"{named(absent)} to start", START_LIMIT))
         time.sleep(0.02)
+
+
+def _forget_process_groups(store: Any) -> None:
+    """Delete the addresses of ranks that a restart has ended: torch would connect to them where it reads them first.
+
+    At this moment all ranks are there, and none of them has gone on to make a process group.
+    """
+    if hasattr(store, "list_keys"):  # since torch 2.10 or so; before that, only restarts on one node are sure
+        for key in store.list_keys():
+            if key.startswith("default_pg/"):
+                store.delete_key(key)
 
 
 def _listed(store: Any, key: str) -> list[str]:

@@ -260,7 +260,7 @@ def _run_job(config: DictConfig) -> float | None:
     if mistake is not None:
         shown = _message(mistake) if isinstance(mistake, _BAD_INPUT) else f"{type(mistake).__name__}: {mistake}"
     limit = _time_limit(config)
-    refused = refusal(shown, in_common, limit)
+    refused = refusal(shown, in_common, max(limit, START_LIMIT))  # ranks start less evenly than they step
     try:
         if mistake is not None:
             raise mistake
