@@ -407,6 +407,9 @@ def _job_store() -> Any:
         store, _, _ = next(iter(rendezvous("env://", timeout=START_LIMIT)))
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if launched_rank() == 0 and not is_launched_by_torchrun():  # it keeps the store itself
+            awaited = f"the other ranks to reach it at {where} ({str(error).splitlines()[0].rstrip('.')})"
+            raise RankAbsentError(_waited(awaited, START_LIMIT)) from None
         raise RankAbsentError(
             f"Rank {launched_rank()} could not reach the store of the job at {where}: {str(error).splitlines()[0]}. "
             f"Has rank 0 been started, and can this host reach that address?"

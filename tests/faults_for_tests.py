@@ -21,13 +21,15 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 class _AtStep(Callback):
-    """Does something before a training batch."""
+    """Does something before a training batch; ``sign`` is a file that tells the test when."""
 
-    def __init__(self, step: int, rank: int = 1) -> None:
-        self.step, self.rank = step, rank
+    def __init__(self, step: int, rank: int = 1, sign: str | None = None) -> None:
+        self.step, self.rank, self.sign = step, rank, sign
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step + 1 == self.step and int(os.environ["RANK"]) == self.rank:
+            if self.sign:
+                Path(self.sign).touch()
             self.act()
 
     def act(self) -> None:
@@ -37,8 +39,8 @@ class _AtStep(Callback):
 class RaiseAt(_AtStep):
     """An exception of this rank's own."""
 
-    def __init__(self, step: int, error: str, rank: int = 1) -> None:
-        super().__init__(step, rank)
+    def __init__(self, error: str, **options: Any) -> None:
+        super().__init__(**options)
         self.error = error
 
     def act(self) -> None:
@@ -53,29 +55,29 @@ class StopAt(_AtStep):
 
 
 class KillAt(_AtStep):
-    """SIGKILL: the process leaves without a word, as by the kernel's out-of-memory killer. Once only."""
+    """SIGKILL: the process leaves without a word, as by the kernel's out-of-memory killer; not after a restart."""
 
     def act(self) -> None:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class StopInValidation(Callback):
-    """SIGSTOP of rank 1 in the middle of a validation epoch."""
+class StopInValidation(StopAt):
+    """SIGSTOP in the middle of a validation epoch."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Not yet."""
 
     def on_validation_batch_start(self, *args: Any) -> None:
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if int(os.environ["RANK"]) == self.rank:
+            if self.sign:
+                Path(self.sign).touch()
+            self.act()
 
 
 class WaitAt(_AtStep):
     """Tell the test that rank 1 has reached a step, and wait until the test says to go on."""
 
-    def __init__(self, step: int, folder: str) -> None:
-        super().__init__(step)
-        self.folder = Path(folder)
-
     def act(self) -> None:
-        (self.folder / "reached").touch()
-        while not (self.folder / "go").exists():
+        while not Path(f"{self.sign}.go").exists():
             time.sleep(0.05)
