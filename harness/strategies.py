@@ -190,7 +190,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: weights and optimizer are taken from it later."""
         refuse_folder(checkpoint_path)
-        return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, each rank its shard."""
@@ -237,7 +237,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Hand model and optimizer to DeepSpeed."""
-        self.precision_plugin = _Unrounded(self.precision_plugin.precision)  # type: ignore[assignment, arg-type]
+        self.precision_plugin = _Unrounded(self.precision_plugin.precision)  # type: ignore[arg-type]
         super().setup(trainer)
 
     def _setup_model_and_optimizer(
@@ -290,7 +290,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: weights and optimizer are taken from it later."""
         refuse_folder(checkpoint_path)
-        return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, and DeepSpeed's shards of them."""
@@ -371,11 +371,11 @@ def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
     """Whole states from the shards of all ranks over one sum: an element is with one rank, and 0 with the others."""
     sizes = [shard.shape.numel() for shard in shards]
     wholes = states[0].new_zeros(sum(sizes))
-    for shard, state, whole in zip(shards, states, wholes.split(sizes), strict=True):
+    for shard, state, whole in zip(shards, states, torch.split(wholes, sizes), strict=True):
         part = state[shard.start : shard.start + shard.length]
         whole[shard.first : shard.first + shard.length].copy_(part)
     merged, _ = merge_over_ranks(wholes, wholes.new_empty(0))
-    parts = merged.cpu().split(sizes)
+    parts = torch.split(merged.cpu(), sizes)
     return [part.reshape(shard.shape).clone() for shard, part in zip(shards, parts, strict=True)]
 
 
