@@ -159,7 +159,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Make the process group and the mesh of devices."""
         if self._data_parallel_size == "auto":
             # Lightning would make it the number of nodes, and let all ranks of a node work on the same batch
-            self._data_parallel_size = self.num_nodes * self.num_processes // cast(int, self._tensor_parallel_size)
+            ranks, together = self.num_nodes * self.num_processes, cast(int, self._tensor_parallel_size)
+            if ranks % together:
+                raise ValueError(
+                    f"tensor_parallel_size={together} does not divide the {ranks} ranks: all groups are of that size."
+                )
+            self._data_parallel_size = ranks // together
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -546,7 +551,7 @@ def check_strategy(
 
 
 def _check_precision(strategy: Strategy | str, on_cpu: bool, precision: str) -> None:
-    if precision in ("bf16-true", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+    if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
         raise ValueError(
             f"precision={precision} would round positions and labels too. Expected 32-true, 64-true, or bf16-mixed, "
             f"which rounds within the layers of the network only."
