@@ -157,7 +157,7 @@ def test_double_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_mixed_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen]], strategy: str) -> None:
     """A rank's products are rounded to 8 bits, and what is rounded depends on the shape of a batch."""
-    same_training(alone["single,adam,bf16-mixed"][0], two[f"{strategy},adam,bf16-mixed"], 2e-2, 1e-3)
+    same_training(alone["single,adam,bf16-mixed"][0], two[f"{strategy},adam,bf16-mixed"], 1e-2, 5e-4)
 
 
 def test_a_strategy_that_splits_the_world(alone: dict[str, list[Seen]], frames: Path, tmp_path: Path) -> None:
