@@ -201,7 +201,7 @@ def sharded_parts(model: nn.Module) -> list[str]:
     """Names of the parts of a model, without itself, that FSDP2 shards as units of their own."""
     from torch.distributed.fsdp import FSDPModule
 
-    return [name for name, part in model.named_modules() if isinstance(part, FSDPModule) and part is not model]
+    return [name for name, part in model.named_modules() if name and isinstance(part, FSDPModule)]
 
 
 def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
