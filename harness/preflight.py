@@ -35,6 +35,7 @@ _verdicts = itertools.count()
 
 def check_settings(config: DictConfig) -> None:
     """Refuse what the trainer or a library would answer much later, or with words of its own."""
+    _check_sections(config)
     for key in ("max_epochs", "seed"):
         if isinstance(config[key], bool) or not isinstance(config[key], int):
             raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
@@ -52,6 +53,8 @@ def check_settings(config: DictConfig) -> None:
     timeout = config.trainer.get("timeout")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < 1e6:
         raise ValueError(f"trainer.timeout is a positive number of seconds, found {timeout!r}.")
+    if config.ckpt_path and not isinstance(config.ckpt_path, str):
+        raise ValueError(f"ckpt_path is the path of a checkpoint or null, found {config.ckpt_path!r}.")
     if config.ckpt_path and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
     if config.ckpt_path:
@@ -71,6 +74,30 @@ def check_settings(config: DictConfig) -> None:
             f"trainer.num_nodes={asked_nodes}, but ranks have been started on {nodes} node(s). Use a launcher: "
             f"torchrun --nnodes {asked_nodes} ... on each of them, or leave trainer.num_nodes as it is."
         )
+
+
+def _check_sections(config: DictConfig) -> None:
+    """Refuse what stands where a mapping with a ``_target_`` is needed."""
+    needed = {name: config[name] for name in ("data", "model", "loss", "trainer", "strategy")}
+    optional = {name: config.get(name) for name in ("train_metrics", "val_metrics", "test_metrics", "optimizer")}
+    if isinstance(config.lr_scheduler, DictConfig) and "scheduler" in config.lr_scheduler:
+        needed["lr_scheduler.scheduler"] = config.lr_scheduler.scheduler
+    else:
+        optional["lr_scheduler"] = config.lr_scheduler
+    for group in ("callbacks", "logger"):
+        members = config.get(group)
+        if members is not None and not isinstance(members, DictConfig):
+            raise ValueError(f"{group} is a mapping of names to configs with a `_target_`, found {members!r}.")
+        optional |= {f"{group}.{name}": member for name, member in (members or {}).items()}
+    for name, section in {**needed, **optional}.items():
+        if section is None and name in optional:
+            continue
+        target = section.get("_target_") if isinstance(section, DictConfig) else None
+        if not isinstance(target, str) or not target:
+            raise ValueError(
+                f"{name} is a config with a `_target_`, the name of what is called, found {section!r}. Choose one of "
+                f"the files of its folder in conf/, such as {name.partition('.')[0]}=..., or give it a `_target_`."
+            )
 
 
 def _check_checkpoint(path: str) -> None:

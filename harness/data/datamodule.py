@@ -103,7 +103,9 @@ class AtomsDataModule(LightningDataModule):
         if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
             raise ValueError(f"cutoff must be a positive number of Å, found {cutoff!r}")
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_train", num_train)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is None and name != "batch_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, found {value!r}")
         if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
             raise ValueError(f"num_workers must be a whole number, at least 0, found {num_workers!r}")
@@ -306,6 +308,8 @@ def _floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _checked_type_names(type_names: Sequence[str] | None) -> list[str] | None:
     if type_names is None:
         return None
+    if not isinstance(type_names, str | Sequence):
+        raise TypeError(f"type_names is a list of chemical symbols such as [H, C, O], found {type_names!r}")
     names = [type_names] if isinstance(type_names, str) else list(type_names)
     unknown = [name for name in names if name not in atomic_numbers]
     if unknown or not names:
