@@ -28,6 +28,7 @@ __all__ = [
     "global_rank",
     "gradient_scale",
     "is_distributed",
+    "known_backends",
     "launched_rank",
     "launched_ranks",
     "merge_over_ranks",
@@ -131,6 +132,11 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     gathered: list[Any] = [None] * data_parallel_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def known_backends() -> list[str]:
+    """Names of the backends of process groups that this torch has heard of, whether they can be used here or not."""
+    return list(dist.Backend.backend_list)
 
 
 def launched_ranks() -> int:

@@ -19,11 +19,10 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
-from torch.distributed import Backend
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.data import AtomsDataModule, TrainingBatchSampler
-from harness.distributed import exchange, launched_rank, launched_ranks
+from harness.distributed import exchange, known_backends, launched_rank, launched_ranks
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 
@@ -88,9 +87,10 @@ def _check_sections(config: DictConfig) -> None:
         members = config.get(group)
         if members is not None and not isinstance(members, DictConfig):
             raise ValueError(f"{group} is a mapping of names to configs with a `_target_`, found {members!r}.")
-        optional |= {f"{group}.{name}": member for name, member in (members or {}).items()}
-    for name, section in {**needed, **optional}.items():
-        if section is None and name in optional:
+        optional |= {f"{group}.{name!s}": member for name, member in (members or {}).items()}
+    sections: dict[str, object] = {**needed, **optional}
+    for name, section in sections.items():
+        if not section and name in optional:
             continue
         target = section.get("_target_") if isinstance(section, DictConfig) else None
         if not isinstance(target, str) or not target:
@@ -210,10 +210,10 @@ def check_trainer(config: DictConfig, strategy: Strategy | str) -> Trainer:
             hint = f" Found {found}; without GPUs use trainer.accelerator=cpu and trainer.precision=32-true."
         raise ValueError(f"The trainer cannot be made: {cause}{hint}") from error
     backend = (config.strategy or {}).get("process_group_backend")
-    if backend and backend not in Backend.backend_list:
+    if backend and backend not in known_backends():
         raise ValueError(
             f"strategy.process_group_backend={backend} is unknown to torch; expected one of "
-            f"{', '.join(Backend.backend_list)}."
+            f"{', '.join(known_backends())}."
         )
     if backend == "nccl" and trainer.strategy.root_device.type != "cuda":
         raise ValueError(
