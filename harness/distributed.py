@@ -43,6 +43,7 @@ __all__ = [
     "join",
     "join_shards",
     "keep_alive",
+    "known_backends",
     "launched_rank",
     "launched_ranks",
     "merge_over_ranks",
@@ -220,6 +221,11 @@ def join_shards(value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def known_backends() -> list[str]:
+    """Names of the backends of process groups that this torch has heard of, whether they can be used here or not."""
+    return list(dist.Backend.backend_list)
 
 
 def launched_ranks() -> int:
