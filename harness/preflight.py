@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.agreement import Facts, difference
+from harness.callbacks import LossProgressBar
 from harness.data import AtomsDataModule
 from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
 from harness.manager import MetricsManager
@@ -195,7 +196,10 @@ def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:
 
 
 def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
-    """Refuse to monitor an epoch value that nothing logs, before the first epoch has been trained in vain."""
+    """Refuse to monitor or show a value that nothing logs, before the first epoch has been trained in vain."""
+    for each in callbacks:
+        if isinstance(each, LossProgressBar):
+            each.check(module.loss)
     managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
     managers += [(f"val{index}_epoch", manager) for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
     valid = [f"{stage}/{name}" for stage, manager in managers if manager is not None for name in manager.value_names]

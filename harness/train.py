@@ -115,6 +115,7 @@ class Job:
     datamodule: LightningDataModule
     module: ForceFieldModule
     callbacks: list[Callback]
+    loggers: list[Logger]
     strategy: Strategy | str
     whereabouts: Whereabouts
     resume_from: str | None = None
@@ -158,7 +159,8 @@ def prepare(config: DictConfig) -> Job:
     strategy = instantiate(config.strategy, timeout=timeout)
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    return Job(config, console, datamodule, module, callbacks, strategy, Whereabouts())
+    loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
+    return Job(config, console, datamodule, module, callbacks, loggers, strategy, Whereabouts())
 
 
 def execute(job: Job) -> dict[str, float]:
@@ -172,7 +174,7 @@ def execute(job: Job) -> dict[str, float]:
     resumed_from = job.resume_from or config.ckpt_path
     if hasattr(datamodule, "describe"):
         console.print(datamodule.describe(), highlight=False)
-    loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
+    loggers = job.loggers
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: Trainer = instantiate(

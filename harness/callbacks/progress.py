@@ -8,6 +8,8 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from harness.manager import MetricsManager
+
 __all__ = ["LossProgressBar"]
 
 
@@ -32,7 +34,15 @@ class LossProgressBar(TQDMProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the names."""
         super().setup(trainer, pl_module, stage)
-        valid = cast(Any, pl_module).loss.value_names
+        self.check(cast(Any, pl_module).loss)
+
+    def check(self, loss: MetricsManager) -> None:
+        """Refuse names of values that the loss does not have.
+
+        Raises:
+            ValueError: with the valid names.
+        """
+        valid = loss.value_names
         for name in self.components:
             if name not in valid:
                 raise ValueError(f"The progress bar cannot show {name!r}. Values of the loss: {', '.join(valid)}.")
