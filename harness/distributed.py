@@ -1,4 +1,4 @@
-"""Collectives of the package: merge rows over a process group, agree on small objects, leave notes.
+"""Collectives of the package: merge rows, agree on small objects, leave notes, split and join parameters.
 
 This is the only module that calls :mod:`torch.distributed`. Every function works without a process group too, where
 it does what one rank would do.
@@ -6,6 +6,7 @@ it does what one rank would do.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.elastic.timer.file_based_local_timer import FileTimerClient
 from torch.distributed.rendezvous import rendezvous
@@ -39,12 +40,17 @@ __all__ = [
     "is_distributed",
     "is_launched_by_torchrun",
     "is_lost_connection",
+    "join",
+    "join_shards",
     "keep_alive",
     "launched_rank",
     "launched_ranks",
     "merge_over_ranks",
     "named",
+    "shard_parameters",
+    "sharded_parts",
     "share",
+    "split_like",
 ]
 
 START_LIMIT = timedelta(minutes=5)
@@ -89,17 +95,22 @@ def global_rank(group: ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if is_distributed() else 0
 
 
-def gradient_scale(group: ProcessGroup | None = None) -> int:
-    r"""Factor on the loss that cancels the averaging of gradients over the data-parallel ranks.
+def gradient_scale(group: ProcessGroup | None = None, num_micro_batches: int = 1) -> int:
+    r"""Factor on the loss that cancels averages of gradients: over the data-parallel ranks, and over micro-batches.
 
     DDP, FSDP and DeepSpeed hand the optimizer :math:`\frac{1}{W}\sum_r \nabla L_r`. The merged loss :math:`L` is the
     same on all W ranks and its backward pass stops at each rank's own row, so that :math:`\sum_r \nabla L_r` is the
     gradient of one process on the whole batch. Backward of :math:`W \cdot L` is therefore exact.
 
+    A step of several micro-batches is the *sum* of their gradients, see :class:`harness.window.Window`. A trainer that
+    divides each loss by a number :math:`k`, as Lightning does by ``accumulate_grad_batches`` (also where the last step
+    of an epoch has fewer micro-batches), needs the factor :math:`W k`.
+
     Args:
         group: the data-parallel group, if a strategy splits the world; the whole world otherwise.
+        num_micro_batches: :math:`k`, what the trainer divides the loss by.
     """
-    return data_parallel_size(group)
+    return data_parallel_size(group) * num_micro_batches
 
 
 class _MergeSums(torch.autograd.Function):
@@ -173,6 +184,44 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     return gathered
 
 
+def shard_parameters(model: nn.Module, mesh: Any) -> None:
+    """Split the parameters of a model over a mesh of ranks, as one unit (FSDP2); once only.
+
+    Args:
+        model: the model.
+        mesh: a one-dimensional :class:`torch.distributed.device_mesh.DeviceMesh`.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, mesh=mesh)
+
+
+def sharded_parts(model: nn.Module) -> list[str]:
+    """Names of the parts of a model, without itself, that FSDP2 shards as units of their own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [name for name, part in model.named_modules() if isinstance(part, FSDPModule) and part is not model]
+
+
+def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that all ranks have, split over them as a parameter is; itself where the parameter is whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+        return whole
+    # nothing is sent: every rank takes its shard of what it has
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def join_shards(value: Tensor) -> Tensor:
+    """The whole of a tensor that is split over the ranks, on all of them; all must call it. Else the tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def launched_ranks() -> int:
     """Number of ranks that a launcher has started, before there is a process group; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -195,15 +244,37 @@ def agree(key: str, proposal: str) -> str:
     return cast(bytes, _job_store().compare_set(f"harness/{key}", "", proposal)).decode()
 
 
+def join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
+    """Make the process group of the job, unless there is one or no launcher has started several ranks.
+
+    The address book of the group is kept apart for each start of the job. torch's own, which the launcher's store keeps
+    over restarts, still has the addresses of the ranks of before, and restarted ranks may wait for those.
+
+    Args:
+        backend: ``gloo``, ``nccl`` …
+        timeout: how long a collective waits.
+        device: this rank's GPU.
+    """
+    if launched_ranks() == 1 or is_distributed():
+        return
+    store = dist.PrefixStore(f"{_attempt()}/group", _job_store())
+    on_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
+    dist.init_process_group(
+        backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **on_device
+    )
+    if backend == "nccl":  # it warns of groups that nobody has destroyed
+        atexit.register(lambda: dist.destroy_process_group() if is_distributed() else None)
+
+
 def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
-    """Rank 0's ``value``, on every rank, before there is a process group. Each key once in the life of a process.
+    """Rank 0's ``value``, on every rank, before there is a process group. The n-th calls with a key belong together.
 
     Raises:
         RankAbsentError: rank 0 did not come.
     """
     if launched_ranks() == 1:
         return value
-    shared = f"{_attempt()}/{key}"
+    shared = _moment(key)
     if launched_rank() == 0:
         _job_store().set(shared, value)
         return value
@@ -213,15 +284,15 @@ def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
 def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: timedelta = START_LIMIT) -> str:
     """What ``decision`` makes of the values of all ranks, in rank order, on every rank, without a process group.
 
-    Rank 0 collects and decides, the others send one value and read one, however many they are. Each key once in the
-    life of a process.
+    Rank 0 collects and decides, the others send one value and read one, however many they are. The n-th calls with a
+    key belong together.
 
     Raises:
         RankAbsentError: some ranks did not come; they are named, on every rank that is there.
     """
     if launched_ranks() == 1:
         return decision([value])
-    store, prefix = _job_store(), f"{_attempt()}/{key}"
+    store, prefix = _job_store(), _moment(key)
     keys = [f"{prefix}/{rank}" for rank in range(launched_ranks())]
     if launched_rank() != 0:
         store.set(keys[launched_rank()], value)
@@ -373,7 +444,6 @@ def _attempt() -> str:
             replied.add(number)
         joined = {int(each) for each in _listed(store, f"{prefix}/joined")}
         if len(joined) == launched_ranks():
-            _forget_process_groups(store)
             return prefix
         if time.monotonic() > deadline:
             absent = sorted(set(range(launched_ranks())) - joined)
@@ -381,15 +451,13 @@ def _attempt() -> str:
         time.sleep(0.02)
 
 
-def _forget_process_groups(store: Any) -> None:
-    """Delete the addresses of ranks that a restart has ended: torch would connect to them where it reads them first.
+def _moment(key: str) -> str:
+    """Prefix of the keys of one call: every rank makes the same calls in the same order."""
+    number = _CALLS[key] = _CALLS.get(key, -1) + 1
+    return f"{_attempt()}/{key}/{number}"
 
-    At this moment all ranks are there, and none of them has gone on to make a process group.
-    """
-    if hasattr(store, "list_keys"):  # since torch 2.10 or so; before that, only restarts on one node are sure
-        for key in store.list_keys():
-            if key.startswith("default_pg/"):
-                store.delete_key(key)
+
+_CALLS: dict[str, int] = {}
 
 
 def _listed(store: Any, key: str) -> list[str]:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 import harness
+from harness.preflight import check_trainer
 from harness.train import build_module
 
 CONF = ROOT / "conf"
@@ -39,7 +40,9 @@ def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
             choice == "energy"
         )
     elif group == "trainer":
-        assert isinstance(instantiate(chosen, accelerator="cpu", logger=False), Trainer)
+        trainer = check_trainer(composed(f"{group}={choice}", "trainer.accelerator=cpu"), "auto")
+        assert isinstance(trainer, Trainer)
+        assert trainer.max_epochs == chosen.max_epochs
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from harness.distributed import gather_objects, global_rank
+from harness.distributed import ProcessGroup, gather_objects, global_rank
 
 __all__ = ["ParityPlot"]
 
@@ -43,7 +43,7 @@ class ParityPlot(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with an empty sample."""
         self._points, self._seen, self.files = {}, {}, []
-        self._random = np.random.default_rng((self.seed, global_rank()))
+        self._random = np.random.default_rng((self.seed, global_rank(_group(pl_module))))
 
     def on_test_batch_end(
         self,
@@ -85,7 +85,7 @@ class ParityPlot(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the samples of all ranks and draw."""
-        gathered = gather_objects((self._points, self._seen))
+        gathered = gather_objects((self._points, self._seen), _group(pl_module))
         if not trainer.is_global_zero:
             return
         type_names = list(getattr(pl_module, "type_names", None) or [])
@@ -104,6 +104,11 @@ class ParityPlot(Callback):
                 for logger in trainer.loggers:
                     if isinstance(logger, WandbLogger):
                         logger.log_image(f"test{index}_parity", [str(path)])
+
+
+def _group(module: LightningModule) -> ProcessGroup | None:
+    """The ranks that share the test set; the others, if a strategy splits the world, have the same frames again."""
+    return getattr(module, "process_group", None)
 
 
 def _numpy(value: Tensor) -> np.ndarray:

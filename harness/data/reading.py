@@ -184,6 +184,12 @@ def _frame(atoms: Atoms, names: LabelKeys, origin: str, index: int) -> Frame:
     location = f"{origin}, frame {index}"
     if len(atoms) == 0:
         raise ValueError(f"{location}: a frame needs at least one atom, found none")
+    if (atoms.numbers < 1).any():
+        unknown = int(np.argmin(atoms.numbers))
+        raise ValueError(
+            f"{location}: atom {unknown} is {atoms.symbols[unknown]} (atomic number {atoms.numbers[unknown]}), which "
+            f"is no element; expected a chemical symbol. Correct or remove the atom"
+        )
     if not np.isfinite(atoms.positions).all():
         raise ValueError(
             f"{location}: positions must be finite, found {int((~np.isfinite(atoms.positions)).sum())} "

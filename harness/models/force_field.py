@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from harness.models.geometry import full_precision
+
 __all__ = ["ForceField"]
 
 
@@ -24,7 +26,9 @@ class ForceField(nn.Module):
     Reads ``pos``, ``cell``, ``batch``, ``num_atoms``, optionally ``pbc``, and whatever the energy model reads; the
     batch is left as it is. Works in ``torch.no_grad()`` and in ``torch.inference_mode()``. In training mode the
     outputs carry the graph for a loss of any of them, and each depends on every parameter; in evaluation mode they are
-    detached. A batch without graphs gives empty outputs, in training mode still connected to the parameters.
+    detached. Under autocast the layers of the energy model run in mixed precision; positions, strains, derivatives and
+    sums of energies do not. A batch without graphs gives empty outputs, in training mode still connected to the
+    parameters.
 
     Args:
         energy_model: maps a batch to atomic energies in eV, ``[num_atoms, 1]`` or ``[num_atoms]``, and is
@@ -63,18 +67,21 @@ class ForceField(nn.Module):
             displacement = torch.zeros(num_graphs, 3, 3, dtype=position.dtype, device=position.device)
             variables.append(displacement.requires_grad_())
             strain = 0.5 * (displacement + displacement.transpose(-1, -2))
-            moved = torch.einsum("ia,iab->ib", position, strain.index_select(0, graph_index))
-            batch["pos"] = position + moved
-            batch["cell"] = cell + cell @ strain.to(cell.dtype)
+            with full_precision(position.device):
+                moved = torch.einsum("ia,iab->ib", position, strain.index_select(0, graph_index))
+                batch["pos"] = position + moved
+                batch["cell"] = cell + cell @ strain.to(cell.dtype)
 
         atomic_energy = self.energy_model(batch).reshape(-1, 1)
         total_energy = torch.zeros(num_graphs, 1, dtype=torch.float64, device=atomic_energy.device)
         total_energy = total_energy.index_add(0, graph_index, atomic_energy.double())
 
         if total_energy.requires_grad:
-            gradients = torch.autograd.grad(
-                total_energy.sum(), variables, create_graph=self.training, allow_unused=True, materialize_grads=True
-            )
+            # Backward products run in the dtypes of the forward ones. Under autocast it would round those of geometry.
+            with full_precision(position.device):
+                gradients = torch.autograd.grad(
+                    total_energy.sum(), variables, create_graph=self.training, allow_unused=True, materialize_grads=True
+                )
         else:  # nothing differentiable in the model, such as constants alone
             gradients = tuple(torch.zeros_like(variable) for variable in variables)
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-__all__ = ["edge_lengths", "edge_vectors"]
+__all__ = ["edge_lengths", "edge_vectors", "full_precision"]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which autocast leaves products in the dtype of their factors.
+
+    Rounded to bfloat16, a position of 10 Å is off by up to 0.03 Å. So geometry and derivatives stay out of mixed
+    precision, which is for the layers of the network.
+    """
+    return torch.autocast(device.type, enabled=False)
 
 
 def edge_vectors(batch: Mapping[str, Tensor]) -> Tensor:
@@ -20,7 +30,8 @@ def edge_vectors(batch: Mapping[str, Tensor]) -> Tensor:
     """
     center, neighbor = batch["edge_index"]
     cell = batch["cell"].index_select(0, batch["batch"].index_select(0, center))
-    shift = torch.einsum("ea,eab->eb", batch["edge_cell_shift"].to(cell.dtype), cell)
+    with full_precision(cell.device):
+        shift = torch.einsum("ea,eab->eb", batch["edge_cell_shift"].to(cell.dtype), cell)
     return batch["pos"].index_select(0, neighbor) - batch["pos"].index_select(0, center) + shift
 
 
