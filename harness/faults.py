@@ -120,6 +120,7 @@ class _Faults:
         self._first: dict[str, Any] | None = None
         self._telling, self._has_told = Lock(), False
         self._leaving, self._ended = Event(), Event()
+        keep_alive(self._timeout + _STOPPED)  # here, so that it is known before the first step
         self._watcher = Thread(target=self._watch, name="faults of other ranks", daemon=True)
         self._watcher.start()
 
