@@ -21,6 +21,7 @@ from typing import Any
 
 import ase.io
 import numpy as np
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
@@ -532,6 +533,12 @@ CASES: dict[str, Case] = {
     "batch that counts wrong": batches("wrong_count", "'num_atoms'", "10", "8"),
     "batch without atoms": batches("no_atoms", "no atoms", "at least one"),
 }
+
+
+if not torch.cuda.is_available():
+    CASES["GPUs where there are none"] = case(
+        "trainer.accelerator=gpu", words=["trainer", "accelerator=gpu", "trainer.accelerator=cpu"]
+    )
 
 
 # --- the command line, in this process ---
