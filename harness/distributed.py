@@ -43,6 +43,7 @@ __all__ = [
     "join",
     "join_shards",
     "keep_alive",
+    "known_backends",
     "launched_rank",
     "launched_ranks",
     "merge_over_ranks",
@@ -201,7 +202,7 @@ def sharded_parts(model: nn.Module) -> list[str]:
     """Names of the parts of a model, without itself, that FSDP2 shards as units of their own."""
     from torch.distributed.fsdp import FSDPModule
 
-    return [name for name, part in model.named_modules() if isinstance(part, FSDPModule) and part is not model]
+    return [name for name, part in model.named_modules() if name and isinstance(part, FSDPModule)]
 
 
 def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -220,6 +221,11 @@ def join_shards(value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def known_backends() -> list[str]:
+    """Names of the backends of process groups that this torch has heard of, whether they can be used here or not."""
+    return list(dist.Backend.backend_list)
 
 
 def launched_ranks() -> int:

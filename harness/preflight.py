@@ -20,12 +20,11 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
-from torch.distributed import Backend
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.agreement import Facts, difference
 from harness.data import AtomsDataModule
-from harness.distributed import START_LIMIT, decide, launched_rank, launched_ranks, share
+from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.strategies import refuse_folder
@@ -45,6 +44,7 @@ _MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 def check_settings(config: DictConfig) -> None:
     """Refuse what the trainer or a library would answer much later, or with words of its own."""
+    _check_sections(config)
     for key in ("max_epochs", "seed"):
         if isinstance(config[key], bool) or not isinstance(config[key], int):
             raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
@@ -66,6 +66,8 @@ def check_settings(config: DictConfig) -> None:
     timeout = config.trainer.get("timeout")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < 1e6:
         raise ValueError(f"trainer.timeout is a positive number of seconds, found {timeout!r}.")
+    if config.ckpt_path and not isinstance(config.ckpt_path, str):
+        raise ValueError(f"ckpt_path is the path of a checkpoint or null, found {config.ckpt_path!r}.")
     if config.ckpt_path and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
     if config.ckpt_path:
@@ -85,6 +87,31 @@ def check_settings(config: DictConfig) -> None:
             f"trainer.num_nodes={asked_nodes}, but ranks have been started on {nodes} node(s). Use a launcher: "
             f"torchrun --nnodes {asked_nodes} ... on each of them, or leave trainer.num_nodes as it is."
         )
+
+
+def _check_sections(config: DictConfig) -> None:
+    """Refuse what stands where a mapping with a ``_target_`` is needed."""
+    needed = {name: config[name] for name in ("data", "model", "loss", "trainer", "strategy")}
+    optional = {name: config.get(name) for name in ("train_metrics", "val_metrics", "test_metrics", "optimizer")}
+    if isinstance(config.lr_scheduler, DictConfig) and "scheduler" in config.lr_scheduler:
+        needed["lr_scheduler.scheduler"] = config.lr_scheduler.scheduler
+    else:
+        optional["lr_scheduler"] = config.lr_scheduler
+    for group in ("callbacks", "logger"):
+        members = config.get(group)
+        if members is not None and not isinstance(members, DictConfig):
+            raise ValueError(f"{group} is a mapping of names to configs with a `_target_`, found {members!r}.")
+        optional |= {f"{group}.{name!s}": member for name, member in (members or {}).items()}
+    sections: dict[str, object] = {**needed, **optional}
+    for name, section in sections.items():
+        if not section and name in optional:
+            continue
+        target = section.get("_target_") if isinstance(section, DictConfig) else None
+        if not isinstance(target, str) or not target:
+            raise ValueError(
+                f"{name} is a config with a `_target_`, the name of what is called, found {section!r}. Choose one of "
+                f"the files of its folder in conf/, such as {name.partition('.')[0]}=..., or give it a `_target_`."
+            )
 
 
 def _check_checkpoint(path: str) -> None:
@@ -209,10 +236,10 @@ def check_trainer(config: DictConfig, strategy: Strategy | str) -> Trainer:
             hint = f" Found {found}; without GPUs use trainer.accelerator=cpu and trainer.precision=32-true."
         raise ValueError(f"The trainer cannot be made: {cause}{hint}") from error
     backend = (config.strategy or {}).get("process_group_backend")
-    if backend and backend not in Backend.backend_list:
+    if backend and backend not in known_backends():
         raise ValueError(
             f"strategy.process_group_backend={backend} is unknown to torch; expected one of "
-            f"{', '.join(Backend.backend_list)}."
+            f"{', '.join(known_backends())}."
         )
     if backend == "nccl" and trainer.strategy.root_device.type != "cuda":
         raise ValueError(

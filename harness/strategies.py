@@ -162,7 +162,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Make the process group and the mesh of devices."""
         if self._data_parallel_size == "auto":
             # Lightning would make it the number of nodes, and let all ranks of a node work on the same batch
-            self._data_parallel_size = self.num_nodes * self.num_processes // cast(int, self._tensor_parallel_size)
+            ranks, together = self.num_nodes * self.num_processes, cast(int, self._tensor_parallel_size)
+            if ranks % together:
+                raise ValueError(
+                    f"tensor_parallel_size={together} does not divide the {ranks} ranks: all groups are of that size."
+                )
+            self._data_parallel_size = ranks // together
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -193,7 +198,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: weights and optimizer are taken from it later."""
         refuse_folder(checkpoint_path)
-        return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, each rank its shard."""
@@ -270,7 +275,7 @@ class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[mis
 
     def setup(self, trainer: Trainer) -> None:
         """Hand model and optimizer to DeepSpeed."""
-        self.precision_plugin = _Unrounded(self.precision_plugin.precision)  # type: ignore[assignment, arg-type]
+        self.precision_plugin = _Unrounded(self.precision_plugin.precision)  # type: ignore[arg-type]
         super().setup(trainer)
 
     def _setup_model_and_optimizer(
@@ -323,7 +328,7 @@ class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[mis
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: weights and optimizer are taken from it later."""
         refuse_folder(checkpoint_path)
-        return cast(dict[str, Any], self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, and DeepSpeed's shards of them."""
@@ -404,11 +409,11 @@ def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
     """Whole states from the shards of all ranks over one sum: an element is with one rank, and 0 with the others."""
     sizes = [shard.shape.numel() for shard in shards]
     wholes = states[0].new_zeros(sum(sizes))
-    for shard, state, whole in zip(shards, states, wholes.split(sizes), strict=True):
+    for shard, state, whole in zip(shards, states, torch.split(wholes, sizes), strict=True):
         part = state[shard.start : shard.start + shard.length]
         whole[shard.first : shard.first + shard.length].copy_(part)
     merged, _ = merge_over_ranks(wholes, wholes.new_empty(0))
-    parts = merged.cpu().split(sizes)
+    parts = torch.split(merged.cpu(), sizes)
     return [part.reshape(shard.shape).clone() for shard, part in zip(shards, parts, strict=True)]
 
 
@@ -593,7 +598,7 @@ def check_strategy(
 
 
 def _check_precision(strategy: Strategy | str, on_cpu: bool, precision: str) -> None:
-    if precision in ("bf16-true", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+    if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
         raise ValueError(
             f"precision={precision} would round positions and labels too. Expected 32-true, 64-true, or bf16-mixed, "
             f"which rounds within the layers of the network only."

@@ -325,7 +325,7 @@ def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | No
     Raises:
         Exception: what is wrong on this rank.
     """
-    job, mistake, in_common, shown = None, None, None, None
+    job, mistake, in_common = None, None, None
     # whatever is wrong, the other ranks must not wait for this one
     try:
         job = prepare(config)
@@ -335,6 +335,7 @@ def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | No
         in_common = facts(config, job.datamodule if job else None) if launched_ranks() > 1 else None
     except Exception as error:
         mistake = mistake or error
+    shown = None
     if mistake is not None:
         shown = _message(mistake) if isinstance(mistake, _BAD_INPUT) else f"{type(mistake).__name__}: {mistake}"
     refused = refusal(shown, in_common, max(limit, START_LIMIT))  # ranks start less evenly than they step

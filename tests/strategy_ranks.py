@@ -105,7 +105,7 @@ def run(
     parity._draw = lambda path, panels, total, type_names: drawn.update(total)
     saved = ModelCheckpoint(
         folder,
-        filename=f"{options['name']}-{{epoch}}",
+        filename=f"{options['name'].replace(',', '-')}-{{epoch}}",
         auto_insert_metric_name=False,
         save_top_k=-1,
         enable_version_counter=False,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input import CASES, Said, expected, output_of, run_case, write_files
+from bad_input import BASE, CASES, Said, composed, expected, output_of, run_case, write_files
 from commands import BIN, ROOT, run, train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from harness.train import _BAD_INPUT, _message, prepare
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,7 @@ def test_a_mistake_of_one_rank_alone(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -104,3 +111,115 @@ def test_the_traceback_is_there_for_whoever_asks(folder: Path, tmp_path: Path, m
     said = run_case("missing file", folder, tmp_path)
     assert "Traceback" in said.err
     assert "FileNotFoundError" in said.err
+
+
+# --- beyond the table: anything else ends in a start or in one of the errors that are told in one message ---
+
+
+def keys_of(config: DictConfig, prefix: str = "") -> list[str]:
+    """Every key of a config that a user may set, of sections too."""
+    found = []
+    for key in config:
+        node = config._get_node(key)
+        found.append(f"{prefix}{key}")
+        if OmegaConf.is_dict(node) and not node._is_none():
+            found += keys_of(node, f"{prefix}{key}.")
+    return [key for key in found if key not in ("output_dir", "trainer.default_root_dir")]
+
+
+# numbers are small: sizes of a model are among the keys
+GARBAGE = st.one_of(
+    st.integers(-3, 9),
+    st.sampled_from([0.5, 2.5, -1.0, 1e-12, float("nan"), float("inf"), -float("inf")]),
+    st.sampled_from(["", "text", "fit", "nan", "1", "null", "${seed}", "${no.such}", "Cu", "../..", "é\n"]),
+    st.none(),
+    st.booleans(),
+    st.lists(st.one_of(st.integers(-1, 3), st.text("aCu", max_size=2)), max_size=2),
+    st.dictionaries(st.sampled_from(["val", "Cu", "x", "_target_"]), st.integers(-1, 3), max_size=2),
+)
+NUMBERS = ["nan", "-nan", "inf", "-inf", "1e400", "text", '"', "", "0", "-1", "1e5", "T", "1.0.0", "\x00"]
+
+
+def starts_or_is_refused(config: DictConfig) -> None:
+    """`prepare` ends well, or with one of the errors that are told in one message; any other is a bug."""
+    message = "it starts"
+    with contextlib.suppress(*_BAD_INPUT):
+        try:
+            prepare(config)
+        except Exception as error:
+            message = _message(error)
+            raise
+    assert message.strip()
+
+
+def base_config(folder: Path, *overrides: str) -> DictConfig:
+    config = composed([*BASE, f"data.train={folder}/frames.xyz", *overrides])
+    config.output_dir = str(folder / "nothing")
+    return config
+
+
+def check_garbage(data: st.DataObject, folder: Path) -> None:
+    config = base_config(folder)
+    key = data.draw(st.sampled_from(keys_of(config)))
+    try:
+        OmegaConf.update(config, key, data.draw(GARBAGE), merge=False)
+    except ValueError:  # text that is no interpolation
+        return
+    starts_or_is_refused(config)
+
+
+def check_corruption(data: st.DataObject, folder: Path, name: str) -> None:
+    content = (folder / "frames.xyz").read_text()
+    kind = data.draw(st.sampled_from(["cut", "number", "column", "line", "byte"]))
+    lines = content.splitlines()
+    number = data.draw(st.integers(0, len(lines) - 1))
+    words = lines[number].split(" ")
+    filled = [index for index, word in enumerate(words) if word]
+    place = data.draw(st.sampled_from(filled))
+    if kind == "cut":
+        content = content[: data.draw(st.integers(0, len(content)))]
+    elif kind == "byte":
+        at = data.draw(st.integers(0, len(content) - 1))
+        content = content[:at] + data.draw(st.sampled_from('0 -.eE="\n:XT\x00é')) + content[at + 1 :]
+    else:
+        if kind == "number":
+            words[place] = data.draw(st.sampled_from(NUMBERS))
+        elif kind == "column":
+            del words[place]
+        changed = [] if kind == "line" else [" ".join(words)]
+        content = "\n".join([*lines[:number], *changed, *lines[number + 1 :]]) + "\n"
+    path = folder / f"{name}.xyz"
+    path.write_text(content)
+    starts_or_is_refused(base_config(folder, f"data.train={path}"))
+
+
+QUICK = settings(max_examples=15, suppress_health_check=list(HealthCheck))
+THOROUGH = settings(max_examples=600, suppress_health_check=list(HealthCheck))
+
+
+@QUICK
+@given(data=st.data())
+def test_garbage_in_any_key(folder: Path, data: st.DataObject) -> None:
+    check_garbage(data, folder)
+
+
+@QUICK
+@given(data=st.data())
+def test_any_corruption_of_a_file(folder: Path, data: st.DataObject) -> None:
+    check_corruption(data, folder, "corrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@THOROUGH
+@given(data=st.data())
+def test_much_garbage(folder: Path, data: st.DataObject) -> None:
+    check_garbage(data, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@THOROUGH
+@given(data=st.data())
+def test_many_corruptions(folder: Path, data: st.DataObject) -> None:
+    check_corruption(data, folder, "corrupted often")

@@ -25,6 +25,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from harness import strategies
 from harness.train import run_job
 
+# several trainings each; deepspeed compiles a small operation on its first use
+pytestmark = pytest.mark.timeout(600)
+
 Seen = dict[str, Any]
 WORKER = ROOT / "tests" / "strategy_ranks.py"
 # deepspeed finds the program that compiles its small operation beside the interpreter
@@ -57,7 +60,7 @@ def launch(folder: Path, ranks: int, frames: Path, *cases: str) -> dict[str, lis
     """What each rank has seen of each case."""
     command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [] if ranks == 1 else ["--nproc-per-node", str(ranks)]
-    done = run([*command, str(WORKER), str(frames), str(folder), *cases], folder, timeout=280, **SEARCH)
+    done = run([*command, str(WORKER), str(frames), str(folder), *cases], folder, timeout=500, **SEARCH)
     assert done.code == 0, done.err[-6000:]
     names = [case.partition("name=")[2] or case for case in cases]
     return {
@@ -154,7 +157,7 @@ def test_double_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_mixed_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen]], strategy: str) -> None:
     """A rank's products are rounded to 8 bits, and what is rounded depends on the shape of a batch."""
-    same_training(alone["single,adam,bf16-mixed"][0], two[f"{strategy},adam,bf16-mixed"], 2e-2, 1e-3)
+    same_training(alone["single,adam,bf16-mixed"][0], two[f"{strategy},adam,bf16-mixed"], 1e-2, 5e-4)
 
 
 def test_a_strategy_that_splits_the_world(alone: dict[str, list[Seen]], frames: Path, tmp_path: Path) -> None:
@@ -169,13 +172,11 @@ def test_a_strategy_that_splits_the_world(alone: dict[str, list[Seen]], frames: 
 # --- checkpoints ---
 
 
-def checkpoint(folder: Path, name: str, epoch: int) -> Any:
-    return torch.load(folder / f"{name}-{epoch}.ckpt", weights_only=True)
-
-
 @pytest.mark.parametrize("strategy", ALL)
 def test_a_checkpoint_is_one_whole_file(two: dict[str, list[Seen]], folder_of_two: Path, strategy: str) -> None:
-    found, expected = (checkpoint(folder_of_two, f"{name},adam", 1) for name in (strategy, "ddp"))
+    found, expected = (
+        torch.load(folder_of_two / f"{name}-adam-1.ckpt", weights_only=True) for name in (strategy, "ddp")
+    )
     weights = found["state_dict"]
     assert weights.keys() == expected["state_dict"].keys()
     for name, value in two[f"{strategy},adam"][0]["parameters"].items():
@@ -197,7 +198,7 @@ def test_a_checkpoint_is_continued_by_every_strategy_on_any_number_of_ranks(
     alone: dict[str, list[Seen]], two: dict[str, list[Seen]], folder_of_two: Path, frames: Path, tmp_path: Path
 ) -> None:
     """After the first of two epochs; the whole training of one process is the reference."""
-    path = functools.partial("{}/{},adam-0.ckpt".format, folder_of_two)
+    path = functools.partial("{}/{}-adam-0.ckpt".format, folder_of_two)
     cases = [f"{name},adam,32-true,from={path(name)},name={name}-by-itself" for name in SPLIT]
     cases += [f"{name},adam,32-true,from={path('ddp')},name={name}-from-ddp" for name in SPLIT]
     cases += [f"ddp,adam,32-true,from={path(name)},name=ddp-from-{name}" for name in ("fsdp", "zero1")]
@@ -225,7 +226,14 @@ def results(done: Finished) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """Values of a training with a test of the best checkpoint."""
-    done = train(*TINY, "logger=csv", "callbacks.parity=null", "strategy=single", folder=tmp_path_factory.mktemp("one"))
+    done = train(
+        *TINY,
+        "logger=csv",
+        "callbacks.parity=null",
+        "strategy=single",
+        folder=tmp_path_factory.mktemp("one"),
+        timeout=400,
+    )
     return results(done)
 
 
@@ -238,11 +246,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
     ],
     ids=["fsdp", "zero3"],
 )
-def test_the_best_checkpoint_is_tested_and_the_last_continued(
+def test_the_best_checkpoint_is_tested(
     strategy: list[str], one_process: list[dict[str, float]], tmp_path: Path
 ) -> None:
     arguments = [*TINY, "logger=csv", "callbacks.parity=null", *strategy]
-    done = train(*arguments, folder=tmp_path / "first", ranks=2, **SEARCH)
+    done = train(*arguments, folder=tmp_path, ranks=2, timeout=400, **SEARCH)
     rows = results(done)
     assert len(rows) == len(one_process)
     for expected, found in zip(one_process, rows, strict=True):
@@ -250,10 +258,6 @@ def test_the_best_checkpoint_is_tested_and_the_last_continued(
         for key in expected:
             assert same(expected[key], found[key], 1e-5), (key, expected[key], found[key])
     assert any("test0_epoch/forces_rmse" in row for row in rows)
-
-    last = done.runs[0] / "checkpoints" / "last.ckpt"
-    more = train(*arguments, "max_epochs=3", f"ckpt_path={last}", folder=tmp_path / "second", ranks=2, **SEARCH)
-    assert {row["epoch"] for row in results(more) if "train_loss_epoch/weighted_sum" in row} == {2}
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, SHARED, TINY, read_csv, read_wandb, run, same, train
-from hydra import compose, initialize_config_dir
-
-from harness.train import run_job
 
 STRESS = ("loss=energy_force_stress", "metrics=energy_force_stress")
 DOUBLE = ("data.dtype=float64", "trainer.precision=64-true")
@@ -212,62 +209,6 @@ def test_mistakes_on_the_command_line(overrides: list[str], words: list[str], tm
     assert done.err.count("error: ") <= 1  # said by one rank
     assert "Epoch 0" not in done.out + done.err
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["loss.coeffs.forces=-1"], ["forces_mse", "not negative", "-1"]),
-        (["loss.coeffs={total_energy: null, forces: null}"], ["nothing to minimise", "coeff"]),
-        (["+loss.per_type_forces_coeffs={Cu: 1}"], ["Pd", "missing"]),
-        (["data=file", "data.train=nowhere.xyz"], ["nowhere.xyz"]),
-        (["data=file"], ["data.train="]),
-        (["callbacks.progress.components=[forces]"], ["'forces'", "forces_mse"]),
-        (["data.split={val: 30, test: 4}"], ["30", "24"]),
-        (["monitor=val0_epoch/force_rmse"], ["val0_epoch/force_rmse", "Did you mean", "val0_epoch/forces_rmse"]),
-        (["optimizer.lr=abc"], ["optimizer", "Adam", "abc"]),
-        (["max_epochs=many"], ["max_epochs", "'many'"]),
-        (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "found 0"]),
-        (
-            [
-                "trainer.accumulate_grad_batches=2",
-                "+loss.extra_metrics=[{field: forces, coeff: 1, metric: {_target_: harness.RootMeanSquaredError}}]",
-            ],
-            ["'F_rmse'", "MeanSquaredError", "null", "accumulate_grad_batches=1"],
-        ),
-        (["cutoff=5A"], ["cutoff", "'5A'"]),
-        (["data.batch_size=8.5"], ["batch_size", "8.5"]),
-        (["ckpt_path=nope.ckpt"], ["nope.ckpt"]),
-        (["train=false"], ["ckpt_path"]),
-        (["trainer.devices=2"], ["torchrun --nproc-per-node 2"]),
-        (["model._target_=my_model.make"], ["my_model", "PYTHONPATH"]),
-        (["model.energy_scales=nothing"], ["nothing", "force_rms", "schnet_force_field"]),
-        (
-            ["callbacks=[default,early_stopping]", "callbacks.early_stopping.monitor=val0_epoch/f_rms"],
-            ["EarlyStopping", "val0_epoch/f_rms", "val0_epoch/forces_rmse"],
-        ),
-    ],
-)
-def test_mistakes_are_told_before_training(
-    overrides: list[str],
-    words: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    sizes = [each for each in TINY if "data=file" not in overrides or not each.startswith("data.")]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [*sizes, "logger=none", f"output_dir={tmp_path}", *overrides])
-    with pytest.raises(SystemExit) as ended:
-        run_job(config)
-    assert ended.value.code == 1
-    said = capsys.readouterr()
-    assert said.err.count("error: ") == 1
-    for word in words:
-        assert word in said.err
-    assert "Epoch 0" not in said.out + said.err
-    assert not list(tmp_path.rglob("*"))
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:

@@ -381,9 +381,9 @@ def _force_factors() -> dict[str, float]:
     """Energy difference over work of the forces where one of them is in another unit."""
     factors = {f"the energies are in {unit}": per_ev for unit, per_ev in _ENERGIES.items()}
     for unit, per_ev in _ENERGIES.items():
-        lengths = {"Å": 1.0, **_LENGTHS} if unit in ("Hartree", "Ry", "kJ/mol", "kcal/mol") else {"Å": 1.0}
-        for length, per_angstrom in lengths.items():
-            factors[f"the forces are in {unit}/{length}"] = per_angstrom / per_ev
+        factors[f"the forces are in {unit}/Å"] = 1 / per_ev
+    for unit, length in (("Hartree", "Bohr"), ("Ry", "Bohr"), ("kJ/mol", "nm")):
+        factors[f"the forces are in {unit}/{length}"] = _LENGTHS[length] / _ENERGIES[unit]
     for length, per_angstrom in _LENGTHS.items():
         factors[f"the forces are per {length} (such as Hartree and Hartree/Bohr for energies and forces)"] = (
             per_angstrom

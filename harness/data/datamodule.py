@@ -391,6 +391,8 @@ def _floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _checked_type_names(type_names: Sequence[str] | None) -> list[str] | None:
     if type_names is None:
         return None
+    if not isinstance(type_names, str | Sequence):
+        raise TypeError(f"type_names is a list of chemical symbols such as [H, C, O], found {type_names!r}")
     names = [type_names] if isinstance(type_names, str) else list(type_names)
     unknown = [name for name in names if name not in atomic_numbers]
     if unknown or not names:

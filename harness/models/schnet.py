@@ -68,7 +68,7 @@ class SchNetEnergy(nn.Module):
         num_gaussians: int = 32,
     ) -> None:
         super().__init__()
-        if not cutoff > 0:
+        if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not cutoff > 0:
             raise ValueError(f"cutoff must be a positive number of Å, found {cutoff}")
         smallest = {"hidden_channels": 2, "num_filters": 1, "num_interactions": 1, "num_gaussians": 2}
         sizes = {
