@@ -28,6 +28,7 @@ from harness.presets import (
     EnergyOnlyLoss,
     EnergyOnlyMetrics,
 )
+from harness.window import Window
 
 if TYPE_CHECKING:
     from harness.module import ForceFieldModule
@@ -54,6 +55,7 @@ __all__ = [
     "RootMeanSquaredError",
     "StratifiedHuberForceLoss",
     "Values",
+    "Window",
     "compute_together",
     "field_spec",
     "merge_accumulated",

@@ -1,4 +1,4 @@
-"""Collectives of the package: merge rows over a process group, agree on small objects, split and join parameters.
+"""Collectives of the package: merge rows, agree on small objects, leave notes, split and join parameters.
 
 This is the only module that calls :mod:`torch.distributed`. Every function works without a process group too, where
 it does what one rank would do.
@@ -6,36 +6,78 @@ it does what one rank would do.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
+from threading import Thread
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.elastic.timer.file_based_local_timer import FileTimerClient
 from torch.distributed.rendezvous import rendezvous
 
 ProcessGroup = dist.ProcessGroup
 
 __all__ = [
+    "START_LIMIT",
+    "Board",
     "ProcessGroup",
+    "RankAbsentError",
     "agree",
     "data_parallel_size",
-    "exchange",
+    "decide",
     "gather_objects",
     "global_rank",
     "gradient_scale",
     "is_distributed",
+    "is_launched_by_torchrun",
+    "is_lost_connection",
+    "join",
     "join_shards",
+    "keep_alive",
     "launched_rank",
     "launched_ranks",
     "merge_over_ranks",
+    "named",
     "shard_parameters",
     "sharded_parts",
+    "share",
     "split_like",
 ]
+
+START_LIMIT = timedelta(minutes=5)
+"""How long ranks wait for each other before they know the configuration, and with it a limit of its own."""
+
+_MARGIN = timedelta(seconds=10)
+_ABSENT = "absent: "
+_SHOWN = 8
+# what gloo, NCCL and their store say when another rank has gone or does not answer
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "connectFullMesh failed",
+    "No route to host",
+    "Network is unreachable",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "ncclSystemError",
+)
+
+
+class RankAbsentError(TimeoutError):
+    """Ranks of the job did not come to where this rank waited for them; the message names them."""
 
 
 def is_distributed() -> bool:
@@ -53,17 +95,22 @@ def global_rank(group: ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if is_distributed() else 0
 
 
-def gradient_scale(group: ProcessGroup | None = None) -> int:
-    r"""Factor on the loss that cancels the averaging of gradients over the data-parallel ranks.
+def gradient_scale(group: ProcessGroup | None = None, num_micro_batches: int = 1) -> int:
+    r"""Factor on the loss that cancels averages of gradients: over the data-parallel ranks, and over micro-batches.
 
     DDP, FSDP and DeepSpeed hand the optimizer :math:`\frac{1}{W}\sum_r \nabla L_r`. The merged loss :math:`L` is the
     same on all W ranks and its backward pass stops at each rank's own row, so that :math:`\sum_r \nabla L_r` is the
     gradient of one process on the whole batch. Backward of :math:`W \cdot L` is therefore exact.
 
+    A step of several micro-batches is the *sum* of their gradients, see :class:`harness.window.Window`. A trainer that
+    divides each loss by a number :math:`k`, as Lightning does by ``accumulate_grad_batches`` (also where the last step
+    of an epoch has fewer micro-batches), needs the factor :math:`W k`.
+
     Args:
         group: the data-parallel group, if a strategy splits the world; the whole world otherwise.
+        num_micro_batches: :math:`k`, what the trainer divides the loss by.
     """
-    return data_parallel_size(group)
+    return data_parallel_size(group) * num_micro_batches
 
 
 class _MergeSums(torch.autograd.Function):
@@ -197,32 +244,233 @@ def agree(key: str, proposal: str) -> str:
     return cast(bytes, _job_store().compare_set(f"harness/{key}", "", proposal)).decode()
 
 
-def exchange(key: str, value: str, timeout: timedelta = timedelta(minutes=5)) -> list[str]:
-    """``value`` of every rank, in rank order, on every rank, before there is a process group.
+def join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
+    """Make the process group of the job, unless there is one or no launcher has started several ranks.
 
-    Each key is used once in the life of a process. A restarted rank does not see what was exchanged before.
+    The address book of the group is kept apart for each start of the job. torch's own, which the launcher's store keeps
+    over restarts, still has the addresses of the ranks of before, and restarted ranks may wait for those.
+
+    Args:
+        backend: ``gloo``, ``nccl`` …
+        timeout: how long a collective waits.
+        device: this rank's GPU.
+    """
+    if launched_ranks() == 1 or is_distributed():
+        return
+    store = dist.PrefixStore(f"{_attempt()}/group", _job_store())
+    on_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
+    dist.init_process_group(
+        backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **on_device
+    )
+    if backend == "nccl":  # it warns of groups that nobody has destroyed
+        atexit.register(lambda: dist.destroy_process_group() if is_distributed() else None)
+
+
+def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
+    """Rank 0's ``value``, on every rank, before there is a process group. The n-th calls with a key belong together.
 
     Raises:
-        TimeoutError: some ranks did not come; they are named.
+        RankAbsentError: rank 0 did not come.
     """
     if launched_ranks() == 1:
-        return [value]
-    store, attempt = _job_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    keys = [f"harness/{key}/{attempt}/{rank}" for rank in range(launched_ranks())]
-    store.set(keys[launched_rank()], value)
-    try:
-        store.wait(keys, timeout)
-    except dist.DistStoreError:
-        absent = [rank for rank, each in enumerate(keys) if not store.check([each])]
-        raise TimeoutError(
-            f"Rank {launched_rank()} waited {timeout.total_seconds():.0f} s for rank(s) {', '.join(map(str, absent))} "
-            f"to arrive at {key!r}. Have they been started, and do they run the same command?"
-        ) from None
-    return [cast(bytes, store.get(each)).decode() for each in keys]
+        return value
+    shared = _moment(key)
+    if launched_rank() == 0:
+        _job_store().set(shared, value)
+        return value
+    return _answer(shared, f"rank 0 to arrive at {key!r}", timeout)
+
+
+def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: timedelta = START_LIMIT) -> str:
+    """What ``decision`` makes of the values of all ranks, in rank order, on every rank, without a process group.
+
+    Rank 0 collects and decides, the others send one value and read one, however many they are. The n-th calls with a
+    key belong together.
+
+    Raises:
+        RankAbsentError: some ranks did not come; they are named, on every rank that is there.
+    """
+    if launched_ranks() == 1:
+        return decision([value])
+    store, prefix = _job_store(), _moment(key)
+    keys = [f"{prefix}/{rank}" for rank in range(launched_ranks())]
+    if launched_rank() != 0:
+        store.set(keys[launched_rank()], value)
+        _answer(keys[0], f"rank 0 to arrive at {key!r}", timeout)
+        made = _answer(f"{prefix}/decision", f"what rank 0 makes of {key!r}", timeout + _MARGIN)
+    else:
+        store.set(keys[0], value)
+        try:
+            store.wait(keys, timeout)
+        except dist.DistStoreError:
+            absent = [rank for rank, each in enumerate(keys) if not store.check([each])]
+            made = _ABSENT + _waited(f"{named(absent)} to arrive at {key!r}", timeout)
+        else:
+            made = decision([cast(bytes, each).decode() for each in store.multi_get(keys)])
+        store.set(f"{prefix}/decision", made)
+    if made.startswith(_ABSENT):
+        raise RankAbsentError(made.removeprefix(_ABSENT))
+    return made
+
+
+def named(ranks: Sequence[int], hosts: Mapping[int, str | None] | None = None) -> str:
+    """``rank 3 (host a) and rank 7 (host b)``; of many, the first few and their number."""
+    known = hosts or {}
+    shown = [f"rank {rank} (host {known[rank]})" if known.get(rank) else f"rank {rank}" for rank in ranks[:_SHOWN]]
+    if len(ranks) > _SHOWN:
+        shown.append(f"{len(ranks) - _SHOWN} more")
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]])) if shown else "no rank"
+
+
+class Board:
+    """Where the ranks of a job leave notes for each other, beside the process group and when that has failed.
+
+    Notes are kept at the launcher's store, apart for each start of the job. Every call comes back within ``limit``
+    seconds; once one did not, the store counts as lost and all further calls come back at once, with None.
+    """
+
+    def __init__(self, limit: float = 3.0) -> None:
+        self._store, self._prefix, self._limit = _job_store(), _attempt(), limit
+        self.is_lost = False
+
+    def put(self, key: str, value: str) -> None:
+        """Leave a note."""
+        self._within_limit(lambda store, name: store.set(name, value), key)
+
+    def put_first(self, key: str, value: str) -> str | None:
+        """Leave a note unless there is one, and read that which is there then."""
+        found = self._within_limit(lambda store, name: store.compare_set(name, "", value), key)
+        return None if found is None else cast(bytes, found).decode()
+
+    def append(self, key: str, value: str) -> None:
+        """Add to a note that many ranks write."""
+        self._within_limit(lambda store, name: store.append(name, value), key)
+
+    def read(self, key: str) -> str | None:
+        """The note, or None if there is none."""
+        found = self._within_limit(lambda store, name: store.get(name) if store.check([name]) else None, key)
+        return None if found is None else cast(bytes, found).decode()
+
+    def _within_limit(self, action: Callable[[Any, str], Any], key: str) -> Any:
+        """The result of an action on the store; None if it fails or hangs, as it may once a link is down."""
+        if self.is_lost:
+            return None
+        results: list[Any] = []
+
+        def act() -> None:
+            with contextlib.suppress(RuntimeError):  # all errors of a store are
+                results.append(action(self._store, f"{self._prefix}/{key}"))
+
+        # a thread that stays behind in the store holds nobody up
+        thread = Thread(target=act, daemon=True)
+        thread.start()
+        thread.join(self._limit)
+        if not results:
+            self.is_lost = True
+            return None
+        return results[0]
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank did not answer or has gone: not the fault of this rank."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _LOST)
+
+
+def keep_alive(seconds: float) -> None:
+    """Ask the launcher to kill this process unless it asks again within ``seconds``; 0 takes that back.
+
+    A stopped process cannot leave by itself. torchrun can do it if it was started with
+    ``TORCHELASTIC_ENABLE_FILE_TIMER=1``, as the scripts in ``launch/`` do; without that, nothing happens.
+    """
+    path = os.environ.get("TORCHELASTIC_TIMER_FILE")
+    if not path or not is_launched_by_torchrun():
+        return
+    timer: Any = FileTimerClient(path)
+    with contextlib.suppress(OSError, RuntimeError):  # the launcher is leaving itself
+        if seconds > 0:
+            timer.acquire("harness", time.time() + seconds)
+        else:
+            timer.release("harness")
+
+
+def is_launched_by_torchrun() -> bool:
+    """Whether a torchrun agent watches over this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @cache
 def _job_store() -> Any:
     """Where the ranks of a launcher meet; kept for the life of the process, which may serve it to the others."""
-    store, _, _ = next(iter(rendezvous("env://")))
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=START_LIMIT)))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankAbsentError(
+            f"Rank {launched_rank()} could not reach the store of the job at {where}: {str(error).splitlines()[0]}. "
+            f"Has rank 0 been started, and can this host reach that address?"
+        ) from None
     return store
+
+
+@cache
+def _attempt() -> str:
+    """Prefix of the keys of this start of the job, on which all its ranks have agreed.
+
+    The store outlives restarts, and nothing that a launcher tells its ranks is both new at each start and the same on
+    all of them: with elastic nodes each agent counts its own restarts. So every rank comes with a number of its own,
+    and rank 0 answers each number with the prefix that it has drawn; whoever waits for an answer to a new number is not
+    misled by what an earlier start has left.
+    """
+    store, arrivals, rank = _job_store(), "harness/arrivals", launched_rank()
+    if rank != 0:
+        number = f"{rank}-{uuid.uuid4().hex}"
+        store.append(arrivals, f"{number},")
+        prefix = _answer(f"harness/reply/{number}", "rank 0 to start", START_LIMIT)
+        store.append(f"{prefix}/joined", f"{rank},")
+        return prefix
+    prefix = f"harness/{uuid.uuid4().hex}"
+    store.append(arrivals, ",")
+    store.append(f"{prefix}/joined", "0,")
+    replied: set[str] = set()
+    deadline = time.monotonic() + START_LIMIT.total_seconds()
+    while True:
+        for number in set(_listed(store, arrivals)) - replied:
+            store.set(f"harness/reply/{number}", prefix)
+            replied.add(number)
+        joined = {int(each) for each in _listed(store, f"{prefix}/joined")}
+        if len(joined) == launched_ranks():
+            return prefix
+        if time.monotonic() > deadline:
+            absent = sorted(set(range(launched_ranks())) - joined)
+            raise RankAbsentError(_waited(f"{named(absent)} to start", START_LIMIT))
+        time.sleep(0.02)
+
+
+def _moment(key: str) -> str:
+    """Prefix of the keys of one call: every rank makes the same calls in the same order."""
+    number = _CALLS[key] = _CALLS.get(key, -1) + 1
+    return f"{_attempt()}/{key}/{number}"
+
+
+_CALLS: dict[str, int] = {}
+
+
+def _listed(store: Any, key: str) -> list[str]:
+    return [each for each in cast(bytes, store.get(key)).decode().split(",") if each]
+
+
+def _answer(key: str, awaited: str, timeout: timedelta) -> str:
+    try:
+        _job_store().wait([key], timeout)
+        return cast(bytes, _job_store().get(key)).decode()
+    except dist.DistError:
+        raise RankAbsentError(_waited(awaited, timeout)) from None
+
+
+def _waited(awaited: str, timeout: timedelta) -> str:
+    return (
+        f"Rank {launched_rank()} waited {timeout.total_seconds():.0f} s for {awaited}. Have all ranks been started, "
+        f"with the same command, and do they still run?"
+    )

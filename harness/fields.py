@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "ATOM_TYPES",
+    "FOLLOWING",
     "NUM_ATOMS",
     "Batch",
     "FieldModifier",
@@ -36,6 +37,8 @@ Level = Literal["graph", "node", "edge"]
 
 ATOM_TYPES = "atom_types"
 NUM_ATOMS = "num_atoms"
+FOLLOWING = "following_micro_batches"
+"""Key, in the first of the micro-batches that make up one step, of the labels of the others: a list of batches."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,9 @@ class FieldModifier(Protocol):
     ``str(modifier)`` names the component automatically and ``level`` (or ``type``, as in NequIP's own modifiers) is the
     level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per step
     however many components use it. Other people's metrics with several outputs need its ``shape`` of one row.
+
+    Gradient accumulation needs a further method, ``reference(target)``: the target side alone, as the call returns it
+    second. It says how much there is to average over before there are predictions.
     """
 
     @property
@@ -179,7 +185,11 @@ class PlainField:
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction and target of the field."""
-        return take(preds, self.field, "predictions"), take(target, self.field, "target")
+        return take(preds, self.field, "predictions"), self.reference(target)
+
+    def reference(self, target: Batch) -> Tensor:
+        """Target of the field, without a prediction."""
+        return take(target, self.field, "target")
 
     def __str__(self) -> str:
         return _short(self.field)
@@ -230,6 +240,10 @@ class PerAtomModifier:
         predicted, reference = (self._per_atom(value, num_atoms) for value in pair)
         return predicted, reference
 
+    def reference(self, target: Batch) -> Tensor:
+        """Target per atom, without a prediction."""
+        return self._per_atom(take(target, self.field, "target"), take(target, NUM_ATOMS, "target"))
+
     def _per_atom(self, value: Tensor, num_atoms: Tensor) -> Tensor:
         if value.shape[:1] != num_atoms.reshape(-1).shape:
             raise ValueError(
@@ -279,7 +293,11 @@ class MappedFieldModifier:
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction of one field and target of the other."""
-        return take(preds, self.pred_field, "predictions"), take(target, self.target_field, "target")
+        return take(preds, self.pred_field, "predictions"), self.reference(target)
+
+    def reference(self, target: Batch) -> Tensor:
+        """Target of the other field, without a prediction."""
+        return take(target, self.target_field, "target")
 
     def __str__(self) -> str:
         return f"pred_{_short(self.pred_field)}_label_{_short(self.target_field)}"

@@ -174,6 +174,9 @@ class Layout:
                 self.deferred[position] = [
                     DeferredMetric(entry.metric.clone(), entry.name, reason) for _ in range(self.groups(entry))
                 ]
+        self._num_other_slots = sum(
+            self.groups(self.components[position]) for position in (*self.foreign, *self.deferred)
+        )
         self.readings = self._find_readings()
         self.whole_batches = [position for position, entry in enumerate(self.components) if entry.field is None]
         self.names, self.order = self._name_values(entries)
@@ -207,20 +210,28 @@ class Layout:
         shown = [key for entry in entries for key in (*entry.type_keys(self._type_names), entry.name)]
         return tuple(names), tuple(position[key] for key in shown)
 
-    def evaluate(self, row: Row, deferred: Mapping[int, list[Tensor | None]]) -> Evaluated:
+    def counts(self, row: Row) -> Tensor:
+        """Number of elements in each slot of sums: float64 ``[num_slots]``, without a graph."""
+        # counts are of targets: no gradient, and none to be computed
+        return row.additive.detach()[self._num_sum_slots : 2 * self._num_sum_slots]
+
+    def evaluate(
+        self, row: Row, deferred: Mapping[int, list[Tensor | None]], counts: Tensor | None = None
+    ) -> Evaluated:
         """Every component and per-type value of a row; differentiable.
 
         Args:
             row: statistics in this layout.
             deferred: values of the components that are not in the row, one for each group; None where unknown.
+            counts: those of a whole that the row is a part of, to be used in place of its own. Then only values that
+                are linear in their sums mean anything: they add up to the whole's. Metrics of others are left out.
         """
         values: list[Tensor] = []
         has_data: list[Tensor] = []
         if self._num_sum_slots:
             sums = row.additive[: self._num_sum_slots]
-            # counts are of targets: no gradient, and none to be computed
-            counts = row.additive.detach()[self._num_sum_slots : 2 * self._num_sum_slots]
-            at_least_one = counts.clamp(min=1.0)
+            numbers = self.counts(row) if counts is None else counts
+            at_least_one = numbers.clamp(min=1.0)
             for span in self._spans:
                 whole = len(self._spans) == 1
                 slots = (
@@ -229,13 +240,13 @@ class Layout:
                     else (sums[span.start : span.stop], at_least_one[span.start : span.stop])
                 )
                 values.append(span.value(*slots))
-            has_data.append(counts > 0)
+            has_data.append(numbers > 0)
         if self._num_maximum_slots:
             maxima = row.maxima[: self._num_maximum_slots]
             has_data.append(maxima != -math.inf)
             values.append(torch.where(has_data[-1], maxima, 0.0))
         if self.foreign or self.deferred:
-            others = self._evaluate_others(row, deferred)
+            others = self._evaluate_others(row, deferred) if counts is None else [None] * self._num_other_slots
             zero = row.additive.new_zeros(())
             values.append(torch.stack([zero if other is None else other.to(zero.device) for other in others]))
             has_data.append(torch.tensor([other is not None for other in others], device=zero.device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -27,15 +27,17 @@ from harness.foreign import (
     labelled_rows,
     whole_batches,
 )
-from harness.layout import Layout, Reading, Values, identity
-from harness.metrics import ErrorMetric, check_same_shape
+from harness.layout import Evaluated, Layout, Reading, Values, identity
+from harness.metrics import ErrorMetric, check_same_shape, is_linear
 from harness.statistics import Elements, Row, merge_rows_over_ranks
+from harness.window import Window
 
 __all__ = [
     "WEIGHTED_SUM",
     "MetricEntry",
     "MetricsManager",
     "Values",
+    "Window",
     "compute_together",
     "merge_accumulated",
     "step_together",
@@ -114,6 +116,7 @@ class MetricsManager(nn.Module):
         self._last_step: Values | None = None
         self._last_epoch: Values | None = None
         self._checked_types = False
+        self._checked_window = False
         self._warned_types = False
 
     # --- a mapping from names to metrics, as NequIP's module and callbacks expect ---
@@ -203,6 +206,7 @@ class MetricsManager(nn.Module):
         self.do_weighted_sum = bool(weighted)
         self._everything_contributes = all(entry.coeff for entry in self.entries.values())
         self._coefficients: dict[torch.device, _Coefficients] = {}
+        self._may_accumulate = False
 
     def _entry(self, name: str) -> MetricEntry:
         try:
@@ -314,22 +318,21 @@ class MetricsManager(nn.Module):
                 raise ValueError(
                     f"Field {str(reading.modifier)!r} is a scalar; expected one row per graph, node or edge."
                 )
-        prediction, reference = pairs[key]
+        return Elements.read(
+            *pairs[key], ignore_nan=reading.ignore_nan, **self._grouping(reading, pairs[key][1], types)
+        )
+
+    def _grouping(self, reading: Reading, reference: Tensor, types: Tensor | None) -> dict[str, Any]:
+        """What :class:`Elements` needs to know of atom types."""
         if not reading.per_type:
-            return Elements.read(prediction, reference, ignore_nan=reading.ignore_nan)
+            return {}
         row_types = cast(Tensor, types)
-        if row_types.shape != prediction.shape[:1]:
+        if row_types.shape != reference.shape[:1]:
             raise ValueError(
-                f"Field {str(reading.modifier)!r} has shape {list(prediction.shape)}, but {ATOM_TYPES!r} has shape "
+                f"Field {str(reading.modifier)!r} has shape {list(reference.shape)}, but {ATOM_TYPES!r} has shape "
                 f"{list(row_types.shape)}; expected one type for each row."
             )
-        return Elements.read(
-            prediction,
-            reference,
-            ignore_nan=reading.ignore_nan,
-            types=row_types,
-            num_groups=len(self.type_names),
-        )
+        return {"types": row_types, "num_groups": len(self.type_names)}
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
         types = (target[ATOM_TYPES] if ATOM_TYPES in target else take(preds, ATOM_TYPES, "target")).reshape(-1)
@@ -347,6 +350,108 @@ class MetricsManager(nn.Module):
                     )
                 self._checked_types = True
         return types.to(torch.int64)
+
+    # --- a step of several micro-batches ---
+
+    def check_accumulation(self) -> None:
+        """Refuse components of the weighted sum whose gradient micro-batches do not make up, see :mod:`harness.window`.
+
+        Raises:
+            ValueError: a component with a coefficient whose value is not linear in a sum of errors, or whose modifier
+                does not say what it reads from the target alone.
+        """
+        if not self.do_weighted_sum:
+            raise ValueError("No component has a coefficient, so there is no gradient to accumulate.")
+        for entry in self.entries.values():
+            if entry.given_coeff is None:
+                continue
+            metric, where = entry.metric, f"Component {entry.name!r} has the coefficient {entry.given_coeff}, but"
+            if not isinstance(metric, ErrorMetric) or not is_linear(metric):
+                raise ValueError(
+                    f"{where} {_why_not_linear(metric)}, so that gradients of micro-batches do not add up to that of "
+                    f"the batch that they make up. Instead: a mean of errors such as MeanSquaredError; a coefficient "
+                    f"of null for {entry.name!r}, which is then reported but not in the loss; or "
+                    f"accumulate_grad_batches=1 with a larger batch."
+                )
+            if not callable(getattr(entry.field, "reference", None)):
+                raise ValueError(
+                    f"{where} its modifier {entry.field} of type {type(entry.field).__name__} has no method "
+                    f"`reference`. To accumulate gradients, the number of elements must be known before there are "
+                    f"predictions: add `def reference(self, target)` that returns the target as the call returns it "
+                    f"second."
+                )
+        self._may_accumulate = True
+
+    def window(self, targets: Sequence[Batch]) -> Window:
+        """The micro-batches that make up a step, from the targets of all of them, before the first backward pass.
+
+        Hand it to :func:`step_together` with each micro-batch. All ranks make one at the same time, of as many
+        micro-batches; these may be empty on some ranks.
+
+        Args:
+            targets: labels of each micro-batch of this rank by field name, with ``atom_types`` and ``num_atoms`` where
+                a component needs them.
+
+        Raises:
+            ValueError: see :meth:`check_accumulation`; or there are no targets.
+            KeyError: a field is missing.
+        """
+        if not self._may_accumulate:
+            self.check_accumulation()
+        if not targets:
+            raise ValueError("A window needs the targets of at least one micro-batch, found none.")
+        counts = self.count(targets[0])
+        for target in targets[1:]:
+            counts = counts + self.count(target)
+        return Window(self._layout, counts, len(targets), self._ordered_coeffs)
+
+    def count(self, target: Batch) -> Tensor:
+        """Number of elements of each component of the weighted sum, by type if it is per type: float64 ``[num_slots]``.
+
+        It is that of :meth:`measure`, without predictions. Slots of components outside of the weighted sum are 0.
+        """
+        layout = self._layout
+        counts: dict[int, Tensor] = {}
+        types: Tensor | None = None
+        for reading in layout.readings:
+            weighted = [at for at in reading.positions if at < layout.num_sums and layout.components[at].coeff]
+            if not weighted:
+                continue
+            if reading.per_type and types is None:
+                types = self._read_types(target, target)
+            reference = cast(Any, reading.modifier).reference(target)
+            grouping = self._grouping(reading, reference, types)
+            elements = Elements.of_target(reference, ignore_nan=reading.ignore_nan, **grouping)
+            counts |= dict.fromkeys(weighted, elements.counts())
+        device = next(iter(counts.values())).device if counts else _device_of(target)
+        pieces = [
+            counts[position]
+            if position in counts
+            else torch.zeros(layout.groups(entry), dtype=torch.float64, device=device)
+            for position, entry in enumerate(layout.components[: layout.num_sums])
+        ]
+        return Row.of(pieces, [], device).additive
+
+    @property
+    def _ordered_coeffs(self) -> tuple[float | None, ...]:
+        return tuple(entry.coeff for entry in self._layout.components)
+
+    def _part_of(self, window: Window, row: Row) -> Tensor:
+        """What a micro-batch contributes to the window's weighted sum; differentiable."""
+        return cast(Tensor, self._weighted_sum(self._layout.evaluate(row, {}, window.counts)))
+
+    def _check_window(self, window: Window) -> None:
+        """The one look at what came of a window, at the end of the first: it makes the host wait."""
+        if self._checked_window or torch.compiler.is_compiling():
+            return
+        surprises = window.surprises()
+        if surprises:
+            raise ValueError(
+                f"The micro-batches of a step had other elements than their targets had announced: "
+                f"{'; '.join(surprises)}. Does a hook change labels after the data loader has handed them over, or "
+                f"were these the targets of other micro-batches?"
+            )
+        self._checked_window = True
 
     def _accumulate(self, row: Row, merged: bool) -> None:
         row = row.detach()
@@ -370,14 +475,17 @@ class MetricsManager(nn.Module):
             deferred: values of the components that are not in the row, one for each group; None where unknown.
         """
         evaluated = self._layout.evaluate(row, deferred or {})
-        weighted_sum = None
-        if self.do_weighted_sum:
-            weights = self._coefficients_on(evaluated.components.device)
-            terms = evaluated.components
-            if not self._everything_contributes:
-                terms = torch.where(weights.contributes, terms, weights.zero)
-            weighted_sum = torch.dot(weights.coeffs, terms)
+        weighted_sum = self._weighted_sum(evaluated)
         return Values(self._layout.names, self._layout.order, evaluated.reported, weighted_sum, evaluated.has_data)
+
+    def _weighted_sum(self, evaluated: Evaluated) -> Tensor | None:
+        if not self.do_weighted_sum:
+            return None
+        weights = self._coefficients_on(evaluated.components.device)
+        terms = evaluated.components
+        if not self._everything_contributes:
+            terms = torch.where(weights.contributes, terms, weights.zero)
+        return torch.dot(weights.coeffs, terms)
 
     def _coefficients_on(self, device: torch.device) -> _Coefficients:
         if device not in self._coefficients:
@@ -481,47 +589,82 @@ class MetricsManager(nn.Module):
         return "\n".join(f"{entry.describe()}, coeff={entry.coeff}" for entry in self.entries.values())
 
 
-def step_together(loss: MetricsManager, *monitors: MetricsManager, preds: Batch, target: Batch) -> tuple[Values, ...]:
+def step_together(
+    loss: MetricsManager,
+    *monitors: MetricsManager,
+    preds: Batch,
+    target: Batch,
+    window: Window | None = None,
+    signals: Tensor | None = None,
+) -> tuple[Values, ...]:
     """Compute and accumulate a batch in several managers over one merge: the loss, and metrics that only watch.
 
     Gradients flow through the first manager only. The others see detached predictions.
+
+    With a ``window``, the batch is one of the micro-batches that make up a step. Values are then those of its
+    micro-batches so far, in the end those of the whole; the gradient of ``weighted_sum`` is this micro-batch's part of
+    that of the whole, and the parts are to be added, not averaged. The window's counts travel with the first merge.
 
     Args:
         loss: the manager that gradients flow through, if they do.
         monitors: managers without gradients.
         preds: predictions by field name.
         target: labels by field name.
+        window: what :meth:`MetricsManager.window` of the loss has made of the targets of all micro-batches of the step.
+        signals: numbers of this rank, ``[num_signals]`` float64, that travel with the rows; they are replaced by their
+            sums over the ranks where the rows are merged.
 
     Returns:
         Values of each manager.
+
+    Raises:
+        ValueError: the window is not one of this loss, is complete already, or was made of other targets.
     """
     managers = (loss, *monitors)
+    if window is not None:
+        window.begin(loss._layout, loss._ordered_coeffs)
     measured = [loss._measure(preds, target)]
     if monitors:
         watched = detached(preds)
         with torch.no_grad():
             measured += [manager._measure(watched, target) for manager in monitors]
     rows = [row for row, _ in measured]
-    merged = rows[0].requires_grad or any(manager._wants_sync for manager in managers)
+    merged = rows[0].requires_grad or window is not None or any(manager._wants_sync for manager in managers)
     num_ranks = data_parallel_size(loss.process_group)
     if merged:
         if num_ranks > 1:
             _refuse_deferred_loss(loss, rows[0])
-        rows = merge_rows_over_ranks(rows, loss.process_group)
+        announced = [] if window is None or window.is_merged else [window.announcement()]
+        told = [] if signals is None else [Row.of([signals], [], signals.device)]
+        rows = merge_rows_over_ranks([*rows, *announced, *told], loss.process_group)
+        if signals is not None:
+            signals.copy_(rows.pop().additive.detach())
+        if window is not None and announced:
+            window.merged(rows.pop())
+    # what does not merge is known of a batch on one rank only, not of several together
+    alone = (not merged or num_ranks == 1) and (window is None or window.num_micro_batches == 1)
     values = []
-    for manager, row, (_, deferred_inputs) in zip(managers, rows, measured, strict=True):
+    for position, (manager, row, (_, deferred_inputs)) in enumerate(zip(managers, rows, measured, strict=True)):
         with torch.set_grad_enabled(torch.is_grad_enabled() and manager is loss):
             deferred = {
                 index: [
-                    metric.update(group_inputs, local_value=not merged or num_ranks == 1, device=row.additive.device)
+                    metric.update(group_inputs, local_value=alone, device=row.additive.device)
                     for metric, group_inputs in zip(manager._layout.deferred[index], inputs, strict=True)
                 ]
                 for index, inputs in deferred_inputs.items()
             }
-            current = manager.evaluate(row, deferred)
+            if window is None:
+                current = manager.evaluate(row, deferred)
+            else:
+                current = manager.evaluate(window.add(position, row), deferred)
+                if manager is loss and current.weighted_sum is not None:
+                    part = loss._part_of(window, row)  # gives the gradient, and adds exactly zero
+                    current = replace(current, weighted_sum=current.weighted_sum + (part - part.detach()))
         manager._last_step = current.detach()
         manager._accumulate(row, merged)
         values.append(current)
+    if window is not None and window.is_complete:
+        loss._check_window(window)
     return tuple(values)
 
 
@@ -585,6 +728,21 @@ def _refuse_deferred_loss(loss: MetricsManager, row: Row) -> None:
                 f"{type(entry.metric).__name__} cannot be merged over ranks within a step: {metrics[0].reason}. "
                 f"Set its coefficient to null, or train on one rank."
             )
+
+
+def _why_not_linear(metric: Metric) -> str:
+    """Why parts of a batch do not add up to the metric's value."""
+    name = type(metric).__name__
+    if not isinstance(metric, ErrorMetric):
+        return f"{name} of torchmetrics does not say how it depends on its sums"
+    if metric.kind == "maximum":
+        return f"{name} is a maximum, which one of the micro-batches holds"
+    if metric.linear_in_sum:
+        return f"the value of {name} is not a multiple of its sum of errors, although declared so (linear_in_sum)"
+    return (
+        f"the value of {name} is not known to be a multiple of its sum of errors, as a mean is and a root is not "
+        f"(declare linear_in_sum = True on a metric of your own where it is)"
+    )
 
 
 _DeferredInputs = dict[int, list[Any]]

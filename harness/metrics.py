@@ -30,6 +30,7 @@ __all__ = [
     "RootMeanSquaredError",
     "StratifiedHuberForceLoss",
     "check_same_shape",
+    "is_linear",
     "largest",
     "mean",
     "root_mean",
@@ -64,18 +65,43 @@ def largest(accumulated: Tensor, count: Tensor) -> Tensor:
     return accumulated
 
 
+def is_linear(metric: ErrorMetric) -> bool:
+    r"""Whether the value is a multiple of the sum at a given count, :math:`v(s, n) = s \cdot v(1, n)`.
+
+    Then the parts of a batch contribute :math:`v(s_m, n)` to the value of the whole, with the count :math:`n` of the
+    whole, and the gradients of these parts add up to its gradient. True of :func:`mean` and :func:`total`, and of
+    functions of one's own that are declared (``linear_in_sum = True`` on the metric) and found so on made-up numbers.
+    """
+    if metric.kind != "sum":
+        return False
+    if metric.value in (mean, total):
+        return True
+    if not metric.linear_in_sum:
+        return False
+    sums = torch.logspace(-12, 12, 49, dtype=torch.float64)
+    for number in (1.0, 3.0, 1e6):
+        count = torch.full_like(sums, number)
+        expected = sums * metric.value(torch.ones_like(sums), count)
+        if not torch.allclose(metric.value(sums, count), expected, rtol=1e-9, atol=0):
+            return False
+    return True
+
+
 class ErrorMetric(Metric, ABC):
     """Base of error metrics that are a function of a sum and a count, or of a maximum.
 
     A subclass defines :meth:`measure` and ``value`` (one of :func:`mean`, :func:`root_mean`, :func:`total`, or any
-    function of the two numbers), and ``__str__`` for automatic names. NaN in, NaN out; without any data the value is
-    NaN.
+    function of the two numbers; then with ``linear_in_sum`` if it is a multiple of the sum), and ``__str__`` for
+    automatic names. NaN in, NaN out; without any data the value is NaN.
     """
 
     kind: ClassVar[Literal["sum", "maximum"]] = "sum"
     """Whether errors are summed or their maximum is taken."""
     value: Value = staticmethod(mean)
     """(sum, count) → value."""
+    linear_in_sum: ClassVar[bool] = False
+    """Whether a ``value`` of one's own is a multiple of the sum at a given count, which gradient accumulation needs;
+    see :func:`is_linear`."""
 
     full_state_update = False
     is_differentiable = True

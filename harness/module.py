@@ -8,6 +8,7 @@ Keys of what it logs: ``train_loss_step/…``, ``train_loss_epoch/…``, ``train
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
-from harness.fields import Batch
-from harness.manager import MetricsManager, Values, compute_together, merge_accumulated, step_together
+from harness.fields import FOLLOWING, Batch
+from harness.manager import MetricsManager, Values, Window, compute_together, merge_accumulated, step_together
 from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
@@ -91,6 +94,10 @@ class ForceFieldModule(LightningModule):
         self._lr_scheduler = lr_scheduler
         self.latest: dict[str, float] = {}
         """Loss values of the last step that was logged, for progress bars."""
+        self.wants_to_leave = False
+        """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
+        self._leaving = _LateNumber()
+        self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
 
     def _build(self, source: ManagerSource, what: str) -> MetricsManager:
         if isinstance(source, MetricsManager):
@@ -126,10 +133,10 @@ class ForceFieldModule(LightningModule):
         return self.loss.process_group
 
     def setup(self, stage: str) -> None:
-        """Take up the ranks that share a batch under the trainer's strategy.
+        """Take up the ranks that share a batch; refuse a strategy, or a loss, that cannot do what the trainer is to.
 
         Raises:
-            ValueError: the strategy cannot train forces.
+            ValueError: the strategy cannot train forces, or the two cannot accumulate gradients exactly.
         """
         # epoch values are the same on all ranks before they are logged
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*when logging on epoch level.*")
@@ -137,6 +144,30 @@ class ForceFieldModule(LightningModule):
         group = data_parallel_group(self.trainer.strategy)
         for manager in self._managers_by_key.values():
             manager.process_group = group
+        self._window = None
+        if stage == "fit" and self._largest_window > 1:
+            self._check_accumulation()
+
+    def _check_accumulation(self) -> None:
+        self.loss.check_accumulation()
+        if self.trainer.strategy.handles_gradient_accumulation:
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} counts micro-batches by itself: the last step of an epoch "
+                f"would go on in the next, and losses be divided twice. Use a strategy with "
+                f"harness.strategies.AccumulatesInWindows, such as class Mine(AccumulatesInWindows, "
+                f"{type(self.trainer.strategy).__name__}), or accumulate_grad_batches=1."
+            )
+
+    @property
+    def _largest_window(self) -> int:
+        """Largest number of micro-batches in a step, in all epochs."""
+        schedules = [each.scheduling for each in self._accumulation_schedules]
+        return max(self.trainer.accumulate_grad_batches, *(k for schedule in schedules for k in schedule.values()), 1)
+
+    @property
+    def _accumulation_schedules(self) -> list[GradientAccumulationScheduler]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
 
     def configure_model(self) -> None:
         """Prepare the model for a strategy that splits its parameters; once only."""
@@ -161,26 +192,77 @@ class ForceFieldModule(LightningModule):
 
     # --- training ---
 
+    def on_train_start(self) -> None:
+        """Take up a schedule of ``accumulate_grad_batches``; after a restart in mid-epoch Lightning does not."""
+        for schedule in self._accumulation_schedules:
+            k = schedule.get_accumulate_grad_batches(self.trainer.current_epoch)
+            self.trainer.accumulate_grad_batches = k
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch."""
+        """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch.
+
+        Under ``Trainer(accumulate_grad_batches=k)`` the batch is one of k micro-batches, whose gradients add up to that
+        of the one batch that they make up; see :mod:`harness.window`. What is logged is that batch's, too.
+        """
         if batch_idx == 0:
             # The first batch, and not a hook, starts an epoch's statistics: after a restart Lightning leaves out hooks
             # of the epoch that a checkpoint has ended, but its batches are counted on.
             for manager in self._train_managers:
                 manager.reset()
-        values = step_together(*self._train_managers, preds=self(batch), target=batch)
+        batch, window = self._place_in_step(batch, batch_idx)
+        leaving = torch.full((1,), float(self.wants_to_leave), dtype=torch.float64, device=self.device)
+        values = step_together(*self._train_managers, preds=self(batch), target=batch, window=window, signals=leaving)
+        self._leaving.send(leaving)
         weighted_sum = values[0].weighted_sum
         if weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
-        if self._logs_step_of(batch_idx):
+        if self._logs_step and (window is None or window.is_complete):
             self._log_step(values)
-        return weighted_sum * gradient_scale(self.process_group)
+        return weighted_sum * gradient_scale(self.process_group, self.trainer.accumulate_grad_batches)
 
-    def _logs_step_of(self, batch_idx: int) -> bool:
+    @property
+    def leaving(self) -> bool:
+        """Whether any rank wanted to leave when it took the last step: the same on all ranks, after each step.
+
+        On a GPU it is the step before the last, for which the host need not wait.
+        """
+        return self._leaving.read() > 0
+
+    def _place_in_step(self, batch: Batch, batch_idx: int) -> tuple[Batch, Window | None]:
+        """The batch as its model is to see it, and the micro-batches of its step; None if it is the only one."""
+        following = batch.get(FOLLOWING) if isinstance(batch, Mapping) else None
+        if following is not None:
+            batch = {name: value for name, value in batch.items() if name != FOLLOWING}
+        k = self.trainer.accumulate_grad_batches
+        if k == 1:
+            self._window = None
+            return batch, None
+        # The trainer's steps end at multiples of k and with the epoch, wherever this training began.
+        num_left = int(min(k - batch_idx % k, self.trainer.num_training_batches - batch_idx))
+        in_progress = self._window is not None and batch_idx % k != 0
+        if following is not None and not in_progress:
+            self._window = self.loss.window([batch, *following][:num_left])
+        window = self._window
+        num_announced = 0 if window is None else window.num_micro_batches - window.num_done
+        if math.isfinite(self.trainer.num_training_batches):
+            as_expected = num_announced == num_left
+        else:  # it is the loader that knows where the last step ends
+            as_expected = 0 < num_announced <= num_left
+        if not as_expected or (following is not None and in_progress):
+            found = "nothing" if following is None else f"a step of {len(following) + 1} micro-batches"
+            raise ValueError(
+                f"Batch {batch_idx} is one of accumulate_grad_batches={k} micro-batches, with {num_left} to come in "
+                f"its step, but the data loader has announced {found}. The gradient needs the number of labels of a "
+                f"step before its first backward pass. Give the trainer a loader that looks ahead: "
+                f"harness.data.look_ahead(loader, {k}). The data modules of harness.data do so by themselves, given "
+                f"as `datamodule=` rather than as their loaders."
+            )
+        return batch, window
+
+    @property
+    def _logs_step(self) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not every or (self.trainer.global_step + 1) % every:
-            return False
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0  # the last micro-batch of the step
+        return bool(every) and (self.trainer.global_step + 1) % every == 0
 
     def _log_step(self, values: tuple[Values, ...]) -> None:
         if not self.trainer.is_global_zero:
@@ -249,6 +331,12 @@ class ForceFieldModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete the managers' states: ranks have accumulated different data since the last merge."""
+        if self._window is not None and not self._window.is_complete:
+            rank_zero_warn(
+                f"A checkpoint is made in the middle of a step, after {self._window.num_done} of its "
+                f"{self._window.num_micro_batches} micro-batches: a run that continues from it makes a step of the "
+                f"others alone. Save at the end of a step."
+            )
         managers = self._managers_by_key
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names
@@ -284,6 +372,8 @@ class ForceFieldModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer, and learning-rate scheduler if there is one, from their callables or configs."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("The model has no parameters that require a gradient: there is nothing to train.")
         optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(parameters, lr=1e-3)
             if self._optimizer is None
@@ -297,6 +387,32 @@ class ForceFieldModule(LightningModule):
             options = {"scheduler": self._lr_scheduler}
         options["scheduler"] = _call(options["scheduler"], "lr_scheduler", optimizer)
         return {"optimizer": optimizer, "lr_scheduler": options}
+
+
+class _LateNumber:
+    """A number of a step on the host, without making it wait: on a GPU it is read one step later."""
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[Tensor, torch.cuda.Event | None]] = []
+
+    def send(self, number: Tensor) -> None:
+        """Start to copy a step's number, ``[1]``."""
+        if number.is_cuda:
+            host = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._sent = [*self._sent[-1:], (host, arrived)]
+        else:
+            self._sent = [(number, None)]
+
+    def read(self) -> float:
+        """The newest number that need not be waited for; 0 before there is one."""
+        if not self._sent or (self._sent[0][1] is not None and len(self._sent) < 2):
+            return 0.0
+        number, arrived = self._sent[0]
+        if arrived is not None:
+            arrived.synchronize()  # of the step before: long past, unless the host runs ahead of the device
+        return float(number.numpy()[0])
 
 
 def _call(source: Callable[..., Any] | Mapping[str, Any], what: str, argument: Any) -> Any:

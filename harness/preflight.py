@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
+import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningDataModule
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
+from torch.distributed import Backend
+from torch.nn.parallel import DistributedDataParallel
 
-from harness.distributed import exchange, launched_ranks
+from harness.agreement import Facts, difference
+from harness.data import AtomsDataModule
+from harness.distributed import START_LIMIT, decide, launched_rank, launched_ranks, share
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.strategies import refuse_folder
 
-__all__ = ["check_labels", "check_monitors", "check_settings", "refusal"]
+__all__ = [
+    "check_accumulation",
+    "check_labels",
+    "check_monitors",
+    "check_settings",
+    "check_shares",
+    "check_trainer",
+    "refusal",
+]
+
+_MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 def check_settings(config: DictConfig) -> None:
@@ -24,12 +48,28 @@ def check_settings(config: DictConfig) -> None:
     for key in ("max_epochs", "seed"):
         if isinstance(config[key], bool) or not isinstance(config[key], int):
             raise ValueError(f"{key} is a whole number, found {config[key]!r}.")
+    if config.max_epochs < 1 and config.max_epochs != -1:
+        raise ValueError(f"max_epochs is at least 1, or -1 for no limit, found {config.max_epochs}.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed is at least 0 and below 2^32, found {config.seed}.")
     if isinstance(config.cutoff, bool) or not isinstance(config.cutoff, int | float):
         raise ValueError(f"cutoff is a number of Å, found {config.cutoff!r}.")
+    if config.resume not in ("restart", "auto", None):
+        raise ValueError(f"resume is restart, auto or null, found {config.resume!r}.")
     if config.ckpt_path and Path(config.ckpt_path).is_dir():
         refuse_folder(config.ckpt_path)
+    _check_cutoffs(config)
+    if config.matmul_precision not in _MATMUL_PRECISIONS:
+        raise ValueError(
+            f"matmul_precision is one of {', '.join(_MATMUL_PRECISIONS)}, found {config.matmul_precision!r}."
+        )
+    timeout = config.trainer.get("timeout")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < 1e6:
+        raise ValueError(f"trainer.timeout is a positive number of seconds, found {timeout!r}.")
     if config.ckpt_path and not Path(config.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={config.ckpt_path}: there is no such file.")
+    if config.ckpt_path:
+        _check_checkpoint(config.ckpt_path)
     if not config.train and not config.ckpt_path:
         raise ValueError("train=false only tests: give it a checkpoint with ckpt_path=...")
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -38,6 +78,43 @@ def check_settings(config: DictConfig) -> None:
         raise ValueError(
             f"trainer.devices={asked}, but {started} rank(s) have been started on this node. Use a launcher: "
             f"torchrun --nproc-per-node {asked} -m harness.train ..."
+        )
+    nodes, asked_nodes = launched_ranks() // started, config.trainer.get("num_nodes", 1)
+    if asked_nodes != nodes:
+        raise ValueError(
+            f"trainer.num_nodes={asked_nodes}, but ranks have been started on {nodes} node(s). Use a launcher: "
+            f"torchrun --nnodes {asked_nodes} ... on each of them, or leave trainer.num_nodes as it is."
+        )
+
+
+def _check_checkpoint(path: str) -> None:
+    """Refuse a file that is no checkpoint, or is torn."""
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # of pickle, zip and torch, each in its own words
+        raise ValueError(
+            f"ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}). Is the file complete, and "
+            f"written by this command?"
+        ) from error
+    missing = {"state_dict", "epoch", "loops"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ValueError(
+            f"ckpt_path={path} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}. Give one of the "
+            f"files in the folder checkpoints/ of a run."
+        )
+
+
+def _check_cutoffs(config: DictConfig) -> None:
+    """Refuse neighbour lists that are not those that the model is made for: it would miss edges without a word."""
+    lengths = [section.get("cutoff") for section in (config.data, config.model) if section]
+    if len(lengths) < 2 or not all(isinstance(each, int | float) and not isinstance(each, bool) for each in lengths):
+        return
+    of_data, of_model = map(float, lengths)
+    ours = str(config.model.get("_target_")).startswith("harness.models.")  # its filters grow again beyond the cutoff
+    if of_data < of_model or (ours and of_data > of_model):
+        raise ValueError(
+            f"data.cutoff={of_data}, but model.cutoff={of_model}: the model needs the neighbours within its cutoff. "
+            f"Set `cutoff`, which both follow."
         )
 
 
@@ -68,6 +145,28 @@ def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> N
                     )
 
 
+def check_accumulation(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
+    """Refuse a loss whose gradient the micro-batches of a step do not make up, if they are to."""
+    k = config.trainer.get("accumulate_grad_batches", 1)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches is a whole number, at least 1, found {k!r}.")
+    scheduled = (each for each in callbacks if isinstance(each, GradientAccumulationScheduler))
+    if config.train and (k > 1 or any(each.going_to_accumulate_grad_batches() for each in scheduled)):
+        module.loss.check_accumulation()
+
+
+def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:
+    """Refuse more ranks than frames in a batch, before a process group is made to find out.
+
+    Raises:
+        ValueError: with the numbers of frames and ranks.
+    """
+    if isinstance(datamodule, AtomsDataModule):
+        alike = getattr(strategy, "_tensor_parallel_size", 1)  # ranks that work on the same part of a batch
+        if isinstance(alike, int) and launched_ranks() % alike == 0:
+            datamodule.training_sampler(launched_rank() // alike, launched_ranks() // alike)
+
+
 def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
     """Refuse to monitor an epoch value that nothing logs, before the first epoch has been trained in vain."""
     managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
@@ -84,17 +183,113 @@ def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceF
             )
 
 
-def refusal(error: str | None, stage: str = "start") -> str | None:
+def check_trainer(config: DictConfig, strategy: Strategy | str) -> Trainer:
+    """A trainer as configured that is only to be asked, for its precision, device and strategy.
+
+    Args:
+        config: the whole configuration.
+        strategy: one that no other trainer gets.
+
+    Raises:
+        ValueError: what the trainer cannot be made of.
+    """
+    settings = {key: value for key, value in config.trainer.items() if key != "timeout"}
+    settings |= {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    try:
+        with _silent("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+            trainer: Trainer = instantiate(settings, strategy=strategy, callbacks=None, logger=False)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, Exception):  # of Hydra itself, such as a target that it refuses
+            raise
+        hint = ""
+        if any(word in str(cause).lower() for word in ("accelerator", "backend", "gpu", "cuda", "precision")):
+            named = {key: settings[key] for key in ("accelerator", "devices", "precision") if key in settings}
+            found = ", ".join(f"trainer.{key}={value}" for key, value in named.items())
+            hint = f" Found {found}; without GPUs use trainer.accelerator=cpu and trainer.precision=32-true."
+        raise ValueError(f"The trainer cannot be made: {cause}{hint}") from error
+    backend = (config.strategy or {}).get("process_group_backend")
+    if backend and backend not in Backend.backend_list:
+        raise ValueError(
+            f"strategy.process_group_backend={backend} is unknown to torch; expected one of "
+            f"{', '.join(Backend.backend_list)}."
+        )
+    if backend == "nccl" and trainer.strategy.root_device.type != "cuda":
+        raise ValueError(
+            f"strategy.process_group_backend=nccl, but this rank trains on the {trainer.strategy.root_device.type} "
+            f"(trainer.accelerator={config.trainer.get('accelerator')}); NCCL only moves data of GPUs. Use gloo, or "
+            f"leave it out: strategy.process_group_backend=gloo."
+        )
+    if isinstance(trainer.strategy, DDPStrategy):
+        valid = set(inspect.signature(DistributedDataParallel).parameters)
+        unknown = sorted(set(trainer.strategy._ddp_kwargs) - valid)
+        if unknown:  # it would hand them on when the process group has been made
+            raise ValueError(
+                f"strategy has the unknown option {unknown[0]!r}; DDPStrategy and DistributedDataParallel take "
+                f"{', '.join(sorted(valid - {'module'}))}."
+            )
+    return trainer
+
+
+@contextmanager
+def _silent(*loggers: str) -> Iterator[None]:
+    """Nothing but errors from some loggers."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def refusal(
+    error: str | None, facts: Facts | None = None, timeout: timedelta = START_LIMIT, stage: str = "start"
+) -> str | None:
     """Why the job cannot start, the same text on all ranks, or None if it can on each of them.
+
+    Each rank compares itself with rank 0, and tells rank 0 what is wrong, which makes one verdict of it.
 
     Args:
         error: what is wrong on this rank.
-        stage: name of the moment, used once in a process.
+        facts: what this rank must have in common with the others.
+        timeout: how long ranks wait for each other.
+        stage: name of the moment.
+
+    Raises:
+        RankAbsentError: some ranks did not come; they are named.
     """
-    found = [json.loads(each) for each in exchange(stage, json.dumps([socket.gethostname(), error]))]
-    wrong = [(rank, host, text) for rank, (host, text) in enumerate(found) if text]
+    host = socket.gethostname()
+    first_host, first_facts = json.loads(share(f"{stage}/facts", json.dumps([host, facts or {}]), timeout))
+    differs = difference(first_facts, facts or {})
+    told = None
+    if differs:
+        what, name, first, own = differs
+        told = (
+            f"the ranks disagree on the {what} {name}:\n  {first} on rank 0 (host {first_host})\n"
+            f"  {own} on rank {launched_rank()} (host {host})\n{_AGREE[what]}"
+        )
+    return decide(stage, json.dumps([host, told, error]), _verdict, timeout) or None
+
+
+def _verdict(answers: list[str]) -> str:
+    """What rank 0 makes of ``[host, disagreement, error]`` of every rank: the disagreement may explain the error."""
+    found = [json.loads(each) for each in answers]
+    differing = [told for _, told, _ in found if told]
+    if differing:
+        count = len(differing)
+        return differing[0] + (f"\n{count} of {len(found)} ranks disagree with rank 0." if count > 1 else "")
+    wrong = [(rank, host, text) for rank, (host, _, text) in enumerate(found) if text]
     if not wrong:
-        return None
+        return ""
     rank, host, text = wrong[0]
-    everywhere = len({text for _, _, text in wrong}) == 1 and len(wrong) == launched_ranks()
+    everywhere = len({text for _, _, text in wrong}) == 1 and len(wrong) == len(found)
     return text if everywhere else f"on rank {rank} (host {host}): {text}"
+
+
+_AGREE = {
+    "version": "Install the same environment on all nodes, or start from one checkout that all nodes see.",
+    "setting": "Start all nodes with the same command line and config directory.",
+    "data": "Give all nodes the same files: a shared file system, or fresh copies.",
+}

@@ -112,12 +112,19 @@ class Elements:
         Both sides are replaced by 0 where masked, *before* any arithmetic, so that neither a NaN nor its gradient
         gets through; boolean indexing would synchronise host and device.
         """
-        if not ignore_nan or not target.is_floating_point():  # integers have no NaN
+        labelled = _labelled(target) if ignore_nan else None
+        if labelled is None:
             return cls(prediction, target, None, types, num_groups)
-        labelled = ~target.isnan()
         return cls(
             torch.where(labelled, prediction, 0.0), torch.where(labelled, target, 0.0), labelled, types, num_groups
         )
+
+    @classmethod
+    def of_target(
+        cls, target: Tensor, *, ignore_nan: bool, types: Tensor | None = None, num_groups: int = 1
+    ) -> Elements:
+        """Elements that :meth:`read` makes, for :meth:`counts` alone: no prediction is needed for them."""
+        return cls(target, target, _labelled(target) if ignore_nan else None, types, num_groups)
 
     def detach(self) -> Elements:
         """The same elements without a graph."""
@@ -157,6 +164,11 @@ class Elements:
     def _add_by_type(self, values: Tensor) -> Tensor:
         zeros = values.new_zeros(self.num_groups)
         return zeros.index_add(0, self.types, values)  # type: ignore[arg-type]
+
+
+def _labelled(target: Tensor) -> Tensor | None:
+    """Where there is a label; None if everywhere: integers have no NaN."""
+    return ~target.isnan() if target.is_floating_point() else None
 
 
 def _sum_rows(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ from harness.distributed import (
     ProcessGroup,
     data_parallel_size,
     global_rank,
+    join,
     join_shards,
     launched_ranks,
     merge_over_ranks,
@@ -44,10 +45,12 @@ from harness.distributed import (
 )
 
 __all__ = [
+    "AccumulatesInWindows",
     "FullyShardedStrategy",
     "ZeroStrategy",
     "auto_strategy",
     "check_strategy",
+    "connect",
     "data_parallel",
     "data_parallel_group",
     "data_parallel_ranks",
@@ -212,7 +215,37 @@ class FullyShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({"state": sharded, "param_groups": state["param_groups"]})
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class AccumulatesInWindows:
+    """To be put before ``DeepSpeedStrategy``: steps of several micro-batches that end where Lightning's end.
+
+    DeepSpeed counts micro-batches across epochs and steps at every k-th, so that the last step of an epoch would go on
+    in the next one while Lightning counts anew, and it divides the loss by k once more, after Lightning. Here Lightning
+    says where a step ends, also a shorter last one, and the loss is divided once.
+
+    Example:
+        >>> from lightning.pytorch.strategies import DeepSpeedStrategy
+        >>> class WindowedDeepSpeed(AccumulatesInWindows, DeepSpeedStrategy): ...
+    """
+
+    handles_gradient_accumulation = False
+    """Lightning steps at the end of a window, as without DeepSpeed."""
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Nothing: DeepSpeed is told the end of a step, and its ``no_sync`` refuses ZeRO 2."""
+        return nullcontext()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass, whose gradients DeepSpeed keeps for itself until the last micro-batch of the step."""
+        engine, trainer = self.model, self.lightning_module.trainer  # type: ignore[attr-defined]
+        engine.set_gradient_accumulation_boundary(not trainer.fit_loop._should_accumulate())
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward pass of a loss that is not divided again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)  # type: ignore[misc]
+
+
+class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[misc]
     """Lightning's ``DeepSpeedStrategy`` with whole checkpoints in one file, and labels in the dtype that they have.
 
     DeepSpeed's own checkpoints are folders that only the same number of ranks continues, and that are unpickled without
@@ -395,6 +428,20 @@ def _copy(value: Any) -> Any:
 
 
 # --- what others ask of a strategy ---
+
+
+def connect(trainer: Trainer) -> None:
+    """Make the process group that the trainer's strategy would make, in a way that restarts of the ranks do not upset.
+
+    See :func:`harness.distributed.join`. Strategies take a group that is there as it is.
+    """
+    strategy: Any = trainer.strategy
+    if launched_ranks() == 1 or not hasattr(strategy, "_get_process_group_backend"):
+        return
+    device = strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    join(strategy._get_process_group_backend(), strategy._timeout, device)
 
 
 def shard_root(model: nn.Module, strategy: ModelParallelStrategy) -> None:

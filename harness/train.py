@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import logging
 import os
 import sys
 import warnings
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,23 +24,38 @@ from threading import Event
 
 import hydra
 import torch
-from hydra.utils import get_object, instantiate
+from filelock import FileLock
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from harness.callbacks import ParityPlot
-from harness.distributed import agree, launched_rank, launched_ranks
+from harness.agreement import facts
+from harness.callbacks import ParityPlot, Preempted, ResumeCheckpoint
+from harness.checkpoints import AtomicCheckpointIO, step_of
+from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
+from harness.dry_step import check_first_batch
+from harness.faults import Whereabouts, reported
+from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_labels, check_monitors, check_settings, refusal
+from harness.preflight import (
+    check_accumulation,
+    check_labels,
+    check_monitors,
+    check_settings,
+    check_shares,
+    check_trainer,
+    refusal,
+)
 from harness.report import values_table
-from harness.strategies import check_strategy, load_weights
+from harness.runs import claim, interrupted_run, record
+from harness.strategies import check_strategy, connect, load_weights
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
 
@@ -48,7 +64,7 @@ _BAD_INPUT = (
     ValueError,
     TypeError,
     KeyError,
-    FileNotFoundError,
+    OSError,
     hydra.errors.InstantiationException,
     OmegaConfBaseException,
     MisconfigurationException,
@@ -63,6 +79,15 @@ def _config_folder() -> str:
 
 def _now() -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _interrupted_stamp() -> str | None:
+    """Last part of the output directory of the interrupted run that this command continues, if there is one."""
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    if not requeued and "resume=auto" not in sys.argv:
+        return None
+    interrupted = interrupted_run(_overrides(), Path("outputs"))
+    return None if interrupted is None else interrupted.name
 
 
 def _register_resolvers() -> None:
@@ -91,6 +116,11 @@ class Job:
     module: ForceFieldModule
     callbacks: list[Callback]
     strategy: Strategy | str
+    whereabouts: Whereabouts
+    resume_from: str | None = None
+    """Checkpoint of an interrupted run in the same output directory."""
+    lock: FileLock | None = None
+    """Of the output directory, on rank 0, for the life of the process."""
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -117,12 +147,18 @@ def prepare(config: DictConfig) -> Job:
     check_labels(module, datamodule)
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
     check_monitors(config, callbacks, module)
+    check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
-    strategy = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
-    check_strategy(strategy, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
+    timeout = timedelta(seconds=config.trainer.timeout)
+    checked = check_trainer(config, instantiate(config.strategy, timeout=timeout))
+    check_strategy(checked.strategy, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
+    check_shares(datamodule, checked.strategy)
+    if config.dry_step:
+        check_first_batch(module, datamodule, checked, train=config.train)
+    strategy = instantiate(config.strategy, timeout=timeout)
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    return Job(config, console, datamodule, module, callbacks, strategy)
+    return Job(config, console, datamodule, module, callbacks, strategy, Whereabouts())
 
 
 def execute(job: Job) -> dict[str, float]:
@@ -133,6 +169,7 @@ def execute(job: Job) -> dict[str, float]:
     """
     config, console, datamodule, module, callbacks = job.config, job.console, job.datamodule, job.module, job.callbacks
     output_dir = Path(config.output_dir)
+    resumed_from = job.resume_from or config.ckpt_path
     if hasattr(datamodule, "describe"):
         console.print(datamodule.describe(), highlight=False)
     loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
@@ -141,20 +178,28 @@ def execute(job: Job) -> dict[str, float]:
     trainer: Trainer = instantiate(
         {key: value for key, value in config.trainer.items() if key != "timeout"},  # of the strategy
         strategy=job.strategy,
-        callbacks=callbacks,
+        callbacks=[*callbacks, job.whereabouts],
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
+        plugins=[AtomicCheckpointIO()],
     )
+    connect(trainer)
     settings = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
+        if job.resume_from and hasattr(logger, "resume_from"):
+            logger.resume_from(step_of(Path(job.resume_from)))
         logger.log_hyperparams(settings)  # type: ignore[arg-type]
 
     results: dict[str, float] = {}
     best = config.ckpt_path
     if config.train:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=config.ckpt_path, weights_only=True)
+        # before the weights of a checkpoint are loaded, which float32 parameters would round
+        trainer.precision_plugin.convert_module(module)
+        if resumed_from:
+            console.print(f"goes on from {resumed_from}", highlight=False)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        best = _best_checkpoint(callbacks, config.ckpt_path)
+        best = _best_checkpoint(callbacks, resumed_from)
     if config.test and module.test_metrics:
         if best:
             # not by the trainer: an averaging callback would put back the weights that are not averaged
@@ -177,11 +222,16 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
     type_names = getattr(datamodule, "type_names", None)
     offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
     try:
-        wanted = inspect.signature(get_object(config.model._target_)).parameters
-    except Exception as error:  # whatever the import of a user's module raises
+        # by instantiate(), which refuses what a config may not call; get_object() would look up anything
+        target = instantiate({"_target_": config.model._target_, "_partial_": True}).func
+    except hydra.errors.InstantiationException as error:
+        if not isinstance(error.__cause__, Exception):
+            raise
         raise ValueError(
-            f"model._target_={config.model._target_} cannot be imported: {error}. Is its folder on PYTHONPATH?"
+            f"model._target_={config.model._target_} cannot be imported: {error.__cause__}. Is its folder on "
+            f"PYTHONPATH?"
         ) from error
+    wanted = inspect.signature(target).parameters
     model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
     return ForceFieldModule(
         model=model,
@@ -224,31 +274,42 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and launched_rank() == 0:
-            run = logger.experiment
-            folder, offline = Path(run.dir).parent, run.offline
-            run.finish()
-            console.print(f"W&B run     {folder if offline else run.url}", highlight=False)
-            if offline:
-                console.print(f"            upload it with: wandb sync {folder}", highlight=False)
+        if isinstance(logger, WandbLogger) and (place := logger.finish()):
+            console.print(f"W&B run     {place}", highlight=False)
+            if Path(place).is_dir():
+                console.print(f"            upload it with: wandb sync {Path(place).parent}", highlight=False)
 
 
 def run_job(config: DictConfig) -> float | None:
-    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback."""
+    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback.
+
+    A run that is told to leave exits with :data:`~harness.callbacks.REQUEUE_EXIT_CODE`.
+    """
     _COMPOSED.set()
-    config.output_dir = str(Path(config.output_dir).absolute())
-    job, mistake = None, None
     try:
-        job = prepare(config)
-    except _BAD_INPUT as error:
-        mistake = error
-    refused = refusal(None if mistake is None else _message(mistake))
+        return _run_job(config)
+    except RankAbsentError as error:
+        _say_absent(error)
+        sys.exit(1)
+
+
+def _run_job(config: DictConfig) -> float | None:
+    config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
+    limit = _time_limit(config)
+    refused = None
     try:
-        if mistake is not None:
-            raise mistake
-        if job is None or refused:
+        job, refused = _started(config, limit)
+        if job is None:
             raise ValueError(refused)
-        results = execute(job)
+        with (
+            record(Path(config.output_dir), _overrides()) if launched_rank() == 0 else nullcontext(),
+            reported(job.whereabouts, limit),
+        ):
+            results = execute(job)
+    except Preempted as told:
+        if launched_rank() == 0:
+            print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
+        raise
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -256,6 +317,63 @@ def run_job(config: DictConfig) -> float | None:
             print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
+
+
+def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | None]:
+    """The job, ready on all ranks, in an output directory of its own; or why it cannot start.
+
+    Raises:
+        Exception: what is wrong on this rank.
+    """
+    job, mistake, shown = None, None, None
+    try:
+        job = prepare(config)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        mistake, shown = error, _message(error) if isinstance(error, _BAD_INPUT) else f"{type(error).__name__}: {error}"
+    in_common = facts(config, job.datamodule if job else None) if launched_ranks() > 1 else None
+    refused = refusal(shown, in_common, limit)
+    if mistake is not None:
+        raise mistake
+    if job is None or refused:
+        return None, refused
+    found: dict[str, str | None] = {}
+    if launched_rank() == 0:  # one rank looks for all: they must go on from the same
+        try:
+            job.lock = claim(Path(config.output_dir))
+            found["checkpoint"] = _checkpoint_to_resume(config, job.callbacks)
+        except _BAD_INPUT as error:
+            found["error"] = _message(error)
+    found = json.loads(share("resume", json.dumps(found), limit))
+    job.resume_from = found.get("checkpoint")
+    return (None, found["error"]) if found.get("error") else (job, None)
+
+
+def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback]) -> str | None:
+    """The newest whole checkpoint of an interrupted run in this output directory, if it is to be continued."""
+    restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if not config.train or not (config.resume == "auto" or (config.resume == "restart" and restarts > 0)):
+        return None
+    for callback in callbacks:
+        if isinstance(callback, ResumeCheckpoint):
+            newest = callback.newest()
+            return None if newest is None else str(newest)
+    return None
+
+
+def _overrides() -> list[str]:
+    """What the user has typed: the identity of a command that is given again."""
+    return [argument for argument in sys.argv[1:] if argument not in _QUIET_RANK]
+
+
+def _say_absent(error: RankAbsentError) -> None:
+    if str(error).startswith(f"Rank {launched_rank()} "):  # not if it is what another rank has said
+        print(f"\nerror: {error}", file=sys.stderr)
+
+
+def _time_limit(config: DictConfig) -> timedelta:
+    """How long ranks wait for each other, also where ``trainer.timeout`` itself is wrong."""
+    seconds = config.trainer.get("timeout")
+    return timedelta(seconds=seconds) if isinstance(seconds, int | float) and seconds > 0 else START_LIMIT
 
 
 def _message(error: Exception) -> str:
@@ -279,6 +397,14 @@ def _quieten() -> None:
 def main() -> None:
     """Command line of ``harness-train``."""
     _quieten()
+    try:
+        _main()
+    except RankAbsentError as error:
+        _say_absent(error)
+        sys.exit(1)
+
+
+def _main() -> None:
     num_ranks = launched_ranks()
     if num_ranks > 1:
         if {"-m", "--multirun"} & set(sys.argv[1:]):
@@ -286,9 +412,13 @@ def main() -> None:
                 f"error: --multirun under a launcher would run the whole sweep on each of the {num_ranks} ranks. Start "
                 f"a sweep without torchrun."
             )
-        os.environ[_RUN_STAMP] = agree("run_stamp", _now())  # each rank's clock would give it a folder of its own
         if launched_rank() != 0:  # only rank 0 writes
-            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+            sys.argv += _QUIET_RANK
+    stamp = _interrupted_stamp() if launched_rank() == 0 else None
+    if num_ranks > 1:  # each rank's clock would give it a folder of its own
+        stamp = share("run_stamp", agree("run_stamp", stamp or _now()) if launched_rank() == 0 else "")
+    if stamp:
+        os.environ[_RUN_STAMP] = stamp
     _COMPOSED.clear()
     said = io.StringIO()
     try:
@@ -296,6 +426,8 @@ def main() -> None:
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
     except SystemExit:
         if not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+            if launched_rank() == 0:
+                share("output_dir", "")  # which ranks that found none are waiting for
             refused = refusal(said.getvalue().strip() or "the configuration cannot be composed")
             if launched_rank() == 0:
                 print(refused, file=sys.stderr)
@@ -323,6 +455,8 @@ class _UntilComposed(io.TextIOBase):
 
 _COMPOSED = Event()
 """Set once Hydra has composed the configuration and calls the job."""
+# hydra.run.dir is a folder that is there: Hydra would make one on this rank's node too
+_QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
 _HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 

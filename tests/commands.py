@@ -7,8 +7,12 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +67,27 @@ def run(command: list[str], folder: Path, timeout: float = 180, **environment: s
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         out, err = process.communicate()
         raise TimeoutError(f"{command} did not end within {timeout} s:\n{out[-2000:]}\n{err[-4000:]}") from None
     return Finished(process.returncode, out, err, folder)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all below it: torchrun gives each of its ranks a session of its own."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            child, parent = stat.parent.name, stat.read_text().rpartition(")")[2].split()[1]
+        except OSError:  # it has ended
+            continue
+        parents.setdefault(int(parent), []).append(int(child))
+    doomed = [pid]
+    for each in doomed:
+        doomed += parents.get(each, [])
+    for each in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def train(*overrides: str, folder: Path, ranks: int = 1, timeout: float = 180, **environment: str) -> Finished:
@@ -102,3 +123,56 @@ def read_wandb(run_folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def same(left: float, right: float, tolerance: float) -> bool:
     """Equal to a relative or absolute tolerance, NaN to NaN."""
     return (math.isnan(left) and math.isnan(right)) or math.isclose(left, right, rel_tol=tolerance, abs_tol=tolerance)
+
+
+@contextmanager
+def started(*overrides: str, folder: Path, ranks: int, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """The ranks of a training as processes of their own, without a launcher above them; none is left behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "TORCHELASTIC"))}
+    processes = []
+    for rank in range(ranks):
+        env = {
+            **inherited,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "COLUMNS": "140",
+            **environment,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "harness.train", *overrides],
+                cwd=folder,
+                env=env,
+                stdout=(folder / f"stdout.{rank}").open("w"),
+                stderr=(folder / f"stderr.{rank}").open("w"),
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                kill_tree(process.pid)
+            process.wait()
+
+
+def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> Any:
+    """What ``condition`` returns, once it is true."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(f"{what} did not happen within {timeout} s")

@@ -227,6 +227,14 @@ def test_mistakes_on_the_command_line(overrides: list[str], words: list[str], tm
         (["monitor=val0_epoch/force_rmse"], ["val0_epoch/force_rmse", "Did you mean", "val0_epoch/forces_rmse"]),
         (["optimizer.lr=abc"], ["optimizer", "Adam", "abc"]),
         (["max_epochs=many"], ["max_epochs", "'many'"]),
+        (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", "found 0"]),
+        (
+            [
+                "trainer.accumulate_grad_batches=2",
+                "+loss.extra_metrics=[{field: forces, coeff: 1, metric: {_target_: harness.RootMeanSquaredError}}]",
+            ],
+            ["'F_rmse'", "MeanSquaredError", "null", "accumulate_grad_batches=1"],
+        ),
         (["cutoff=5A"], ["cutoff", "'5A'"]),
         (["data.batch_size=8.5"], ["batch_size", "8.5"]),
         (["ckpt_path=nope.ckpt"], ["nope.ckpt"]),

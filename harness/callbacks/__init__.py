@@ -1,6 +1,9 @@
-"""Callbacks that show results; they read values and never reach into a manager's row."""
+"""Callbacks: progress bar, parity plots, checkpoints to go on from."""
+
+from __future__ import annotations
 
 from harness.callbacks.parity import ParityPlot
 from harness.callbacks.progress import LossProgressBar
+from harness.callbacks.resume import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
 
-__all__ = ["LossProgressBar", "ParityPlot"]
+__all__ = ["REQUEUE_EXIT_CODE", "LossProgressBar", "ParityPlot", "Preempted", "ResumeCheckpoint"]

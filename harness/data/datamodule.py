@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,17 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from harness.data.budget import BudgetBatchSampler, EvaluationBudgetSampler
+from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
 from harness.data.loader import ResumableDataLoader
-from harness.data.reading import Frame, LabelKeys, chemical_symbols, read_frames
-from harness.data.samplers import EvaluationBatchSampler, TrainingBatchSampler
+from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_fingerprint, read_frames
+from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.strategies import data_parallel_ranks
@@ -33,7 +37,8 @@ PathLike = str | os.PathLike[str]
 class AtomsDataModule(LightningDataModule):
     """Training, validation and test batches from files that ASE reads.
 
-    Batch sizes are those of all ranks together: a run on more ranks sees the same batches, each rank a part of them.
+    Batch sizes and budgets are those of all ranks together: a run on more ranks sees the same batches, each rank a part
+    of them. One of ``batch_size``, ``max_atoms`` and ``max_edges`` says what a training batch holds.
     Training batches hold every frame once an epoch, evaluation neither pads nor drops. :meth:`setup` may be called
     before there is a trainer or a process group; then ``type_names``, ``statistics``, ``train_set``, ``val_sets`` and
     ``test_sets`` are there. Use it with ``Trainer(use_distributed_sampler=False)``.
@@ -47,7 +52,12 @@ class AtomsDataModule(LightningDataModule):
         num_train: largest number of training frames.
         cutoff: of the neighbour lists, in Å.
         batch_size: frames in a training step, of all ranks together.
-        eval_batch_size: frames in an evaluation step, of all ranks together; ``batch_size`` if None.
+        max_atoms: atoms in a training step, of all ranks together, at most; batches of similar numbers of atoms, ranks
+            with similar shares: see :class:`~harness.data.budget.BudgetBatchSampler`.
+        max_edges: likewise for edges. Makes the neighbour lists of all frames before the first step.
+        balance: with ``batch_size``, what the ranks get similar numbers of, ``atoms`` or ``edges``; if None, they get
+            similar numbers of frames. Budgets are balanced by what they limit.
+        eval_batch_size: frames in an evaluation step, of all ranks together; if None, ``batch_size``, or the budget.
         seed: of the order of the training frames.
         split_seed: of the split, to keep it while the seed changes; ``seed`` if None.
         keys: names of the labels in the files; see :class:`~harness.data.reading.LabelKeys`.
@@ -56,6 +66,8 @@ class AtomsDataModule(LightningDataModule):
         num_workers: processes of each data loader.
         pin_memory: whether batches are made in page-locked memory.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
+        min_distance: frames with closer atoms are refused, in Å; None does not look.
+        check_units: whether files in other units are refused, where that shows; see :mod:`harness.data.checks`.
 
     Raises:
         KeyError: if ``keys`` or ``split`` has an unknown name.
@@ -70,7 +82,10 @@ class AtomsDataModule(LightningDataModule):
         test: PathLike | Sequence[PathLike] | None = None,
         *,
         cutoff: float,
-        batch_size: int,
+        batch_size: int | None = None,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+        balance: str | None = None,
         eval_batch_size: int | None = None,
         split: Mapping[str, int | float] | None = None,
         num_train: int | None = None,
@@ -82,6 +97,8 @@ class AtomsDataModule(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         cache_neighbors: bool = True,
+        min_distance: float | None = 0.1,
+        check_units: bool = True,
     ) -> None:
         super().__init__()
         self.train_files = _paths(train)
@@ -89,17 +106,40 @@ class AtomsDataModule(LightningDataModule):
         self.test_files = _paths(test)
         if not self.train_files:
             raise ValueError("train must name at least one file")
+        if split is not None and not isinstance(split, Mapping):
+            raise TypeError(f"split is a mapping such as {{val: 0.1, test: 50}}, found {split!r}")
         self.split = dict(split or {})
         unknown = sorted(set(self.split) - {"val", "test"})
         if unknown:
             raise KeyError(f"unknown sets {unknown} in the split; valid are ['val', 'test'], the rest is for training")
         if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
             raise ValueError(f"cutoff must be a positive number of Å, found {cutoff!r}")
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("num_train", num_train)):
+        limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
+        for name, value in {**limits, "eval_batch_size": eval_batch_size, "num_train": num_train}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, found {value!r}")
+        given = {name: value for name, value in limits.items() if value is not None}
+        if len(given) != 1:
+            found = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
+            raise ValueError(
+                f"exactly one of {', '.join(limits)} must say what a training batch of all ranks holds, found {found}; "
+                "for a budget of atoms or edges set batch_size to None (data.batch_size=null), otherwise leave them out"
+            )
+        if balance is not None and balance not in ("atoms", "edges"):
+            raise ValueError(f"balance must be 'atoms', 'edges' or None, found {balance!r}")
+        if balance is not None and batch_size is None:
+            raise ValueError(
+                f"balance={balance!r} is for batches of batch_size frames, found {next(iter(given))}, by which "
+                "ranks are balanced already; leave balance out, or give batch_size"
+            )
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"num_workers must be a whole number, at least 0, found {num_workers!r}")
         self.cutoff = float(cutoff)
+        ((self._limited, self._limit),) = given.items()
         self.batch_size = batch_size
+        self.max_atoms = max_atoms
+        self.max_edges = max_edges
+        self.balance = balance
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_train = num_train
         self.seed = seed
@@ -109,6 +149,14 @@ class AtomsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.cache_neighbors = cache_neighbors
+        if min_distance is not None and (isinstance(min_distance, bool) or not isinstance(min_distance, int | float)):
+            raise TypeError(f"min_distance is a number of Å or null, found {min_distance!r}")
+        if min_distance is not None and not 0 < min_distance < float("inf"):
+            raise ValueError(f"min_distance must be a positive number of Å, found {min_distance}; null does not look")
+        if not isinstance(check_units, bool):
+            raise TypeError(f"check_units is true or false, found {check_units!r}")
+        self.min_distance = min_distance
+        self.check_units = check_units
         self._asked_type_names = _checked_type_names(type_names)
         self._is_set_up = False
 
@@ -138,6 +186,7 @@ class AtomsDataModule(LightningDataModule):
         if type_names is None:
             symbols = set().union(*(chemical_symbols(part) for part in (chosen["train"], *val, *test)))
             type_names = sorted(symbols, key=lambda symbol: atomic_numbers[symbol])
+        self._indices = indices
         self.type_names: list[str] = type_names
         self.train_set = self._dataset(chosen["train"])
         self.val_sets = [self._dataset(part) for part in val]
@@ -146,12 +195,21 @@ class AtomsDataModule(LightningDataModule):
         self._is_set_up = True
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch."""
+        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch.
+
+        Under ``Trainer(accumulate_grad_batches=k)`` the first batch of each step brings the labels of the others, see
+        :func:`~harness.data.loader.look_ahead`.
+        """
         self.setup()
-        sampler = TrainingBatchSampler(
-            len(self.train_set), self.batch_size, *data_parallel_ranks(self.trainer), seed=self.seed
+        return ResumableDataLoader(
+            self.train_set,
+            self.training_sampler(*data_parallel_ranks(self.trainer)),
+            self._accumulate_grad_batches,
+            **self._loader_options(),
         )
-        return ResumableDataLoader(self.train_set, sampler, **self._loader_options())
+
+    def _accumulate_grad_batches(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """This rank's part of each validation set, every frame on exactly one rank."""
@@ -184,6 +242,23 @@ class AtomsDataModule(LightningDataModule):
             for field, values in labels.items()
         }
 
+    def fingerprint(self) -> dict[str, str]:
+        """What makes the same batches of two data modules, by name: content of the files, split, types, cutoff.
+
+        The ranks of a job compare it before the first step. Where the files are makes no difference.
+        """
+        self.setup()
+        files = {
+            f"{name} file {number}": path
+            for name, paths in (("train", self.train_files), ("val", self.val_files), ("test", self.test_files))
+            for number, path in enumerate(paths, start=1)
+        }
+        found = {name: file_fingerprint(path.expanduser()) for name, path in files.items()}
+        for part, indices in self._indices.items():
+            digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
+            found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
+        return found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
+
     def describe(self) -> str:
         """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""
         self.setup()
@@ -211,13 +286,45 @@ class AtomsDataModule(LightningDataModule):
         )
 
     def _read(self, path: Path) -> list[Frame]:
-        return read_frames(path, self.keys)
+        frames = read_frames(path, self.keys)
+        if self.check_units:  # first: positions in nm are neighbours within any distance
+            check_units(frames)
+        if self.min_distance is not None:
+            check_distances(frames, self.min_distance)
+        return frames
 
     def _dataset(self, frames: Sequence[Frame]) -> AtomsDataset:
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
 
+    def training_sampler(self, rank: int, num_ranks: int) -> GlobalBatchSampler:
+        """Which training frames make up the batches of one of the ranks that share them.
+
+        Raises:
+            ValueError: the batches have fewer frames than there are ranks, or a frame is larger than the budget.
+        """
+        dataset = self.train_set
+        if self._limited == "batch_size":
+            sizes = None if self.balance is None else _sizes_of(dataset, self.balance)
+            return TrainingBatchSampler(len(dataset), self._limit, rank, num_ranks, seed=self.seed, sizes=sizes)
+        unit = self._limited.removeprefix("max_")
+        return BudgetBatchSampler(
+            _sizes_of(dataset, unit),
+            self._limit,
+            rank,
+            num_ranks,
+            seed=self.seed,
+            unit=unit,
+            name_of=lambda index: dataset.frames[index].location,
+        )
+
     def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, *data_parallel_ranks(self.trainer))
+        rank, num_ranks = data_parallel_ranks(self.trainer)
+        sampler: EvaluationBatchSampler | EvaluationBudgetSampler
+        if self.eval_batch_size is not None:
+            sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, rank, num_ranks)
+        else:
+            sizes = _sizes_of(dataset, self._limited.removeprefix("max_"))
+            sampler = EvaluationBudgetSampler(sizes, self._limit, rank, num_ranks)
         # A rank without frames gets one batch of no graphs: Lightning skips a loop that has no batches, and with it the
         # end of the epoch, where the other ranks wait for this one.
         batches: Any = sampler if len(sampler) else [[]]
@@ -292,6 +399,10 @@ def _checked_type_names(type_names: Sequence[str] | None) -> list[str] | None:
     if repeated:
         raise ValueError(f"type_names must be different, {repeated} is repeated in {names}")
     return names
+
+
+def _sizes_of(dataset: AtomsDataset, unit: str) -> NDArray[np.int64]:
+    return dataset.num_atoms() if unit == "atoms" else dataset.num_edges()
 
 
 def _sizes(datasets: Sequence[AtomsDataset]) -> str:

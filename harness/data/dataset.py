@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from harness.data.collate import frame_to_sample, type_indices
+from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame
 
 __all__ = ["AtomsDataset"]
@@ -42,6 +45,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         self.dtype = dtype
         self.cache_neighbors = cache_neighbors
         self._samples: dict[int, dict[str, Tensor]] = {}
+        self._num_edges: NDArray[np.int64] | None = None
         for frame in self.frames:  # now rather than in the middle of an epoch
             type_indices(frame, self.type_names)
 
@@ -57,3 +61,23 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         if self.cache_neighbors:
             self._samples[index] = sample
         return sample
+
+    def num_atoms(self) -> NDArray[np.int64]:
+        """Number of atoms of each frame, ``[num_frames]``."""
+        return np.array([len(frame.atoms) for frame in self.frames], dtype=np.int64)
+
+    def num_edges(self) -> NDArray[np.int64]:
+        """Number of edges of each frame, ``[num_frames]``: of each pair within the cutoff there are two.
+
+        The first call makes the neighbour lists of all frames. They stay in memory with their samples if
+        ``cache_neighbors``; otherwise only the numbers do.
+        """
+        if self._num_edges is None:
+            self._num_edges = np.array([self._count_edges(index) for index in range(len(self))], dtype=np.int64)
+        return self._num_edges
+
+    def _count_edges(self, index: int) -> int:
+        if self.cache_neighbors:
+            return int(self[index]["edge_index"].shape[1])
+        atoms = self.frames[index].atoms
+        return neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)[0].shape[1]

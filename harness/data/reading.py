@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-__all__ = ["Frame", "LabelKeys", "read_frames"]
+__all__ = ["Frame", "LabelKeys", "chemical_symbols", "file_fingerprint", "read_frames"]
 
 # Results and information that are no labels; left out where the keys of a file are listed.
 _NOT_LABELS = frozenset({"numbers", "positions", "key_value_pairs", "data", "unique_id"})
@@ -183,6 +184,12 @@ def _frame(atoms: Atoms, names: LabelKeys, origin: str, index: int) -> Frame:
     location = f"{origin}, frame {index}"
     if len(atoms) == 0:
         raise ValueError(f"{location}: a frame needs at least one atom, found none")
+    if (atoms.numbers < 1).any():
+        unknown = int(np.argmin(atoms.numbers))
+        raise ValueError(
+            f"{location}: atom {unknown} is {atoms.symbols[unknown]} (atomic number {atoms.numbers[unknown]}), which "
+            f"is no element; expected a chemical symbol. Correct or remove the atom"
+        )
     if not np.isfinite(atoms.positions).all():
         raise ValueError(
             f"{location}: positions must be finite, found {int((~np.isfinite(atoms.positions)).sum())} "
@@ -275,3 +282,12 @@ def _symmetric_matrix(numbers: NDArray[np.float64], key: str, label: str, locati
 def chemical_symbols(frames: Sequence[Frame]) -> set[str]:
     """Symbols of all elements in ``frames``."""
     return set().union(*(frame.atoms.get_chemical_symbols() for frame in frames))
+
+
+def file_fingerprint(path: Path) -> str:
+    """Name, size and SHA-256 of the content of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"{path.name}, {path.stat().st_size} bytes, sha256 {digest.hexdigest()}"

@@ -2,90 +2,82 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-__all__ = ["EvaluationBatchSampler", "TrainingBatchSampler"]
+from harness.data.balance import as_sizes, balanced_shares
+
+__all__ = ["EvaluationBatchSampler", "GlobalBatchSampler", "TrainingBatchSampler"]
 
 
-def _check(num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("num_ranks", num_ranks)):
+def check_ranks(rank: int, num_ranks: int, **counts: int) -> None:
+    """Refuse a rank that is not among the ranks, and counts below 1.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for name, value in {**counts, "num_ranks": num_ranks}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in 0 … {num_ranks - 1} for {num_ranks} ranks, found {rank}")
 
 
-class TrainingBatchSampler(Sampler[list[int]]):
+class GlobalBatchSampler(Sampler[list[int]], ABC):
     r"""Batches of one rank: its part of global batches that do not depend on the number of ranks.
 
-    An epoch is a permutation of all samples, drawn from ``(seed, epoch)`` alone and cut into
-    :math:`\lceil N / B \rceil` global batches whose sizes differ by at most one. Of each, rank :math:`r` of :math:`R`
-    takes the elements :math:`r, r + R, r + 2R, \dots` So every sample is there exactly once in an epoch, no batch of
-    any rank is empty, and all ranks take the same number of steps.
+    What training samplers have in common: the division of global batches, and the position in an epoch, which is that
+    of all ranks and fits any number of them. A subclass makes the global batches of ``epoch``, always the same number.
 
     Args:
-        num_samples: :math:`N`, the size of the data set.
-        batch_size: :math:`B`, the largest size of a global batch, that of all ranks together.
-        rank: :math:`r`.
-        num_ranks: :math:`R`.
-        seed: of the permutations.
-        shuffle: whether to permute; the samples come in order otherwise.
-
-    Raises:
-        ValueError: if a number is out of range, or a global batch has fewer samples than there are ranks.
-
-    Example:
-        >>> [list(TrainingBatchSampler(5, 4, rank, 2, shuffle=False)) for rank in (0, 1)]
-        [[[0, 2], [3]], [[1], [4]]]
+        rank: this rank.
+        num_ranks: number of ranks.
+        sizes: of the samples: a global batch is divided so that the ranks' sums are similar, by
+            :func:`~harness.data.balance.balanced_shares`. If None, rank :math:`r` of :math:`R` takes the elements
+            :math:`r, r + R, r + 2R, \dots`
     """
 
-    def __init__(
-        self, num_samples: int, batch_size: int, rank: int, num_ranks: int, seed: int = 0, shuffle: bool = True
-    ) -> None:
-        _check(num_samples, batch_size, rank, num_ranks)
-        self.num_samples = num_samples
-        self.batch_size = batch_size
+    def __init__(self, rank: int, num_ranks: int, sizes: NDArray[np.int64] | None) -> None:
+        check_ranks(rank, num_ranks)
         self.rank = rank
         self.num_ranks = num_ranks
-        self.seed = seed
-        self.shuffle = shuffle
+        self.sizes = sizes
         self.epoch = 0
         self.start = 0
         """Global batches of the epoch that were handed out before: where the next iteration starts."""
-        self._num_batches = -(-num_samples // batch_size)
-        smallest = num_samples // self._num_batches
-        if smallest < num_ranks:
-            raise ValueError(
-                f"{num_samples} samples in {self._num_batches} global batches of at most {batch_size} leave batches of "
-                f"{smallest} samples for {num_ranks} ranks, and every rank needs one in every step; raise batch_size "
-                f"(it counts the samples of all ranks together), add data, or use at most {smallest} ranks"
-            )
 
+    @abstractmethod
     def __len__(self) -> int:
-        """Number of batches of an epoch, the same on every rank."""
-        return self._num_batches
+        """Number of batches of an epoch, the same in every epoch and on every rank."""
 
+    @abstractmethod
     def global_batches(self) -> list[NDArray[np.int64]]:
         """Samples of all global batches of this epoch, in order; the same on any number of ranks."""
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
-        else:
-            order = np.arange(self.num_samples)
-        return np.array_split(order, self._num_batches)
+
+    @abstractmethod
+    def _order(self) -> dict[str, Any]:
+        """What the global batches of an epoch depend on."""
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's part of the global batches from ``start`` on; the iteration after this one is a whole one."""
         start, self.start = self.start, 0
-        for batch in self.global_batches()[start:]:
-            yield batch[self.rank :: self.num_ranks].tolist()
+        for step, batch in enumerate(self.global_batches()[start:], start):
+            yield self._part(batch, step).tolist()
+
+    def _part(self, batch: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        if self.sizes is None:
+            return batch[self.rank :: self.num_ranks]
+        # The first share has the largest sample: ranks take turns, or one of them would see all the large ones.
+        share = (self.rank + step) % self.num_ranks
+        return batch[balanced_shares(self.sizes[batch], self.num_ranks)[share]]
 
     @property
-    def sampler(self) -> TrainingBatchSampler:
+    def sampler(self) -> GlobalBatchSampler:
         """This object: Lightning looks for ``set_epoch`` on the sampler of a batch sampler."""
         return self
 
@@ -117,6 +109,72 @@ class TrainingBatchSampler(Sampler[list[int]]):
             )
         self.epoch, self.start = int(state["epoch"]), int(state["num_batches_done"])
 
+
+class TrainingBatchSampler(GlobalBatchSampler):
+    r"""Batches of one rank: its part of global batches that do not depend on the number of ranks.
+
+    An epoch is a permutation of all samples, drawn from ``(seed, epoch)`` alone and cut into
+    :math:`\lceil N / B \rceil` global batches whose sizes differ by at most one. Of each, rank :math:`r` of :math:`R`
+    takes the elements :math:`r, r + R, r + 2R, \dots`, or, with ``sizes``, a part of a similar sum of sizes. So every
+    sample is there exactly once in an epoch, no batch of any rank is empty, and all ranks take the same number of
+    steps.
+
+    Args:
+        num_samples: :math:`N`, the size of the data set.
+        batch_size: :math:`B`, the largest size of a global batch, that of all ranks together.
+        rank: :math:`r`.
+        num_ranks: :math:`R`.
+        seed: of the permutations.
+        shuffle: whether to permute; the samples come in order otherwise.
+        sizes: atoms or edges of each sample, for ranks of similar work. Global batches do not depend on them.
+
+    Raises:
+        ValueError: if a number or size is out of range, or a global batch has fewer samples than there are ranks.
+
+    Example:
+        >>> [list(TrainingBatchSampler(5, 4, rank, 2, shuffle=False)) for rank in (0, 1)]
+        [[[0, 2], [3]], [[1], [4]]]
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int,
+        num_ranks: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        sizes: ArrayLike | None = None,
+    ) -> None:
+        check_ranks(rank, num_ranks, num_samples=num_samples, batch_size=batch_size)
+        super().__init__(rank, num_ranks, None if sizes is None else as_sizes(sizes))
+        if self.sizes is not None and len(self.sizes) != num_samples:
+            raise ValueError(f"expected a size for each of {num_samples} samples, found {len(self.sizes)}")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._num_batches = -(-num_samples // batch_size)
+        smallest = num_samples // self._num_batches
+        if smallest < num_ranks:
+            raise ValueError(
+                f"{num_samples} samples in {self._num_batches} global batches of at most {batch_size} leave batches of "
+                f"{smallest} samples for {num_ranks} ranks, and every rank needs one in every step; raise batch_size "
+                f"(it counts the samples of all ranks together), add data, or use at most {smallest} ranks"
+            )
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch, the same in every epoch and on every rank."""
+        return self._num_batches
+
+    def global_batches(self) -> list[NDArray[np.int64]]:
+        """Samples of all global batches of this epoch, in order; the same on any number of ranks."""
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        else:
+            order = np.arange(self.num_samples)
+        return np.array_split(order, self._num_batches)
+
     def _order(self) -> dict[str, Any]:
         """What the global batches of an epoch depend on."""
         return {
@@ -147,7 +205,7 @@ class EvaluationBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
-        _check(num_samples, batch_size, rank, num_ranks)
+        check_ranks(rank, num_ranks, num_samples=num_samples, batch_size=batch_size)
         self._indices = range(rank, num_samples, num_ranks)
         self._batch_size = -(-batch_size // num_ranks)
 

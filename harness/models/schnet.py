@@ -49,6 +49,7 @@ class SchNetEnergy(nn.Module):
         num_gaussians: radial basis functions between 0 and the cutoff.
 
     Raises:
+        TypeError: if a size is no whole number.
         ValueError: if a size is too small or the cutoff not positive.
 
     Reference:
@@ -77,6 +78,8 @@ class SchNetEnergy(nn.Module):
             "num_gaussians": num_gaussians,
         }
         for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be a whole number, found {size!r}")
             if size < smallest[name]:
                 raise ValueError(f"{name} must be at least {smallest[name]}, found {size}")
         self.cutoff = float(cutoff)

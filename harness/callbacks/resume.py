@@ -1,0 +1,241 @@
+"""The checkpoint that an interrupted training goes on from, and the orderly way out when it has to leave."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from harness.checkpoints import keep_previous, newest_valid
+from harness.distributed import gather_objects, global_rank
+from harness.module import ForceFieldModule
+
+__all__ = ["REQUEUE_EXIT_CODE", "Preempted", "ResumeCheckpoint"]
+
+REQUEUE_EXIT_CODE = 75
+"""Exit code of a rank that was told to leave and can go on later: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+_RANDOM_STATES = "random_states"
+
+
+class Preempted(SystemExit):
+    """The training was told to leave and has saved where it is; the same command continues it.
+
+    The process exits with :data:`REQUEUE_EXIT_CODE` unless somebody catches it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(REQUEUE_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps the newest two checkpoints of a training, and leaves with one when a signal says so.
+
+    Saves ``last.ckpt`` when an epoch is complete (validation, schedulers and logs included), optionally every n steps,
+    and ``previous.ckpt`` is the one before. Signals set a flag, nothing more; whether any rank has one is found out
+    within the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.leaving`), so that all ranks leave after
+    the same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for
+    its end. What is resumed is bitwise what would have been trained, on the same number of ranks: batches, accumulated
+    metrics, random states, and schedulers included.
+
+    Args:
+        dirpath: folder of the two checkpoints.
+        every_n_epochs: epochs between checkpoints.
+        every_n_steps: optimizer steps between checkpoints within an epoch; None for none.
+        signals: names of the signals that mean "leave"; SLURM sends the one of ``--signal``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
+    ) -> None:
+        super().__init__()
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is a whole number, at least 1, found {value!r}.")
+        unknown = [name for name in signals if name not in signal.Signals.__members__]
+        if unknown:
+            raise ValueError(f"Unknown signals {unknown}; such as SIGTERM, SIGUSR1, SIGUSR2.")
+        self.dirpath = Path(dirpath)
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.signals = [signal.Signals[name] for name in signals]
+        self._told_to_leave: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._step_before = 0
+        self._first_batch = True
+        self._random_state: dict[str, Any] | None = None
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.dirpath / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:
+        """The one before."""
+        return self.dirpath / "previous.ckpt"
+
+    def newest(self) -> Path | None:
+        """The newest of the two that is whole; a damaged one is warned about."""
+        return newest_valid([self.last, self.previous])
+
+    # --- when ---
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals from Lightning, whose handler calls a collective and hangs where one rank has them."""
+        self._first_batch = True
+        self._listen()
+        # Lightning asks all ranks in every step, by a broadcast of its own for which the host waits, whether its
+        # handler was called. It is not any more.
+        loop = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):
+            loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave at once when told to: a test saves nothing, and its training is complete."""
+        self._listen(at_once=True)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the epoch before has left: everything of it is complete now, which in its own hooks it is not."""
+        epoch = trainer.current_epoch
+        if self._first_batch:  # a start, or a restart between two epochs: there is nothing new to save
+            trainer.fit_loop.restarting = False
+            self._restore_random_state()
+            return
+        leave = self._leaves_at_epoch_end(trainer)
+        if leave or epoch % self.every_n_epochs == 0:
+            self._save(trainer)
+        if leave:
+            raise Preempted(self._message(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the step, and end Lightning's state of restarting."""
+        # which would last until the end of the epoch, and leave out the turn of ReduceLROnPlateau there; between two
+        # epochs, it would count a step that is none
+        if self._first_batch:
+            trainer.fit_loop.restarting = False
+            self._restore_random_state()
+            self._first_batch = False
+        self._step_before = trainer.global_step
+        if isinstance(pl_module, ForceFieldModule):
+            pl_module.wants_to_leave = self._told_to_leave is not None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every n steps, and when any rank has been told to leave."""
+        if trainer.global_step == self._step_before or trainer.is_last_batch:
+            return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
+        if isinstance(pl_module, ForceFieldModule):
+            leave = pl_module.leaving
+        else:  # someone else's module: a collective of its own
+            leave = trainer.strategy.reduce_boolean_decision(self._told_to_leave is not None, all=False)
+        if leave or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+            self._save(trainer)
+        if leave:
+            raise Preempted(self._message(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end."""
+        self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _listen(self, at_once: bool = False) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python gives signals to the main thread alone
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._told_to_leave = signal.Signals(number)
+            if at_once:
+                raise Preempted(f"{self._told_to_leave.name} came during the test; the training is complete.")
+
+        for number in self.signals:
+            found = signal.signal(number, note)
+            self._handlers.setdefault(number, found)
+
+    def _leaves_at_epoch_end(self, trainer: Trainer) -> bool:
+        return bool(trainer.strategy.reduce_boolean_decision(self._told_to_leave is not None, all=False))
+
+    def _message(self, trainer: Trainer) -> str:
+        told = f"{self._told_to_leave.name} came" if self._told_to_leave else "another rank was told to leave"
+        return f"{told}: saved step {trainer.global_step} of epoch {trainer.current_epoch} to {self.last}"
+
+    # --- what ---
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            keep_previous(self.last, self.previous)
+        trainer.save_checkpoint(self.last)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random states of all ranks; let an epoch that is complete count as complete."""
+        checkpoint[_RANDOM_STATES] = gather_objects(_random_state())
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs = loops["epoch_progress"]["total"]
+        if epochs["processed"] == epochs["completed"] and (epochs["started"] == epochs["processed"]):
+            # Between two epochs Lightning keeps the batches of the one before as those of the current one, and would
+            # take the next for done.
+            for name, progress in loops.items():
+                if name.startswith("epoch_loop.") and isinstance(progress, dict) and "current" in progress:
+                    progress["current"] = dict.fromkeys(progress["current"], 0)
+                    if "is_last_batch" in progress:
+                        progress["is_last_batch"] = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember this rank's random state."""
+        states = checkpoint.get(_RANDOM_STATES) or []
+        # on another number of ranks there is no right one
+        self._random_state = states[global_rank()] if len(states) == trainer.world_size else None
+
+    def _restore_random_state(self) -> None:
+        """Once everything that a start draws has been drawn, such as the seeds of the data loaders' workers."""
+        if self._random_state is not None:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+
+def _random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's generators, as numbers and tensors only."""
+    version, internal, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - the one that other people's code draws from
+    name, keys, position, has_gauss, cached = legacy
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

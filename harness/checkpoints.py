@@ -1,0 +1,145 @@
+"""Checkpoint files that a kill, a full disk or a flipped bit cannot turn into a lost training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+__all__ = ["AtomicCheckpointIO", "keep_previous", "newest_valid", "step_of", "why_invalid"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target, flushes it to the disk, and only then gives it its name.
+
+    Whatever happens in between, the target holds either the old checkpoint or the new one. A checkpoint that cannot be
+    written (full disk, read-only file system, quota) is warned about once and training goes on with the old one in
+    place. The first checkpoint of a process is read back with ``weights_only=True`` before it replaces anything, so
+    that one which could not be loaded is noticed when it is written.
+    """
+
+    def __init__(self) -> None:
+        self._proven = False
+        self._warned = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            TypeError: ``storage_options`` are given.
+            ValueError: the checkpoint holds something that only arbitrary unpickling could load.
+        """
+        if storage_options is not None:
+            raise TypeError(f"AtomicCheckpointIO takes no storage_options, found {storage_options!r}.")
+        target = Path(path)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for stale in target.parent.glob(f".{target.name}.*.part"):  # of a process that was killed while writing
+                stale.unlink(missing_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not self._proven:
+                self._prove(part)
+            os.replace(part, target)
+            _flush_folder(target.parent)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
+                raise
+            if not self._warned:
+                self._warned = True
+                free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+                warnings.warn(
+                    f"The checkpoint {target} cannot be written ({error}; {free / 2**20:.0f} MiB are free). Training "
+                    f"goes on without it; the one before is kept. This is said once.",
+                    stacklevel=2,
+                )
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _prove(self, part: Path) -> None:
+        try:
+            torch.load(part, map_location="meta", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"The checkpoint holds something that does not load with weights_only=True, such as an object of a "
+                f"callback's state or a hyperparameter: {error}. Keep to tensors, numbers, strings, lists, "
+                f"dictionaries."
+            ) from error
+        self._proven = True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the new name survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems have no such thing
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def keep_previous(path: Path, previous: Path) -> None:
+    """Let ``previous`` name what is at ``path`` now, without copying it; nothing happens where there is nothing."""
+    if not path.exists():
+        return
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.link")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)  # both names stay valid all the time
+        os.replace(link, previous)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous)
+
+
+def why_invalid(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None; reads all of it, and runs nothing that it holds."""
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()  # torch.load does not look at the checksums
+        if torn is not None:
+            return f"the checksum of {torn} is wrong"
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a torn or foreign file brings up
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'unreadable'}"
+    missing = [key for key in ("state_dict", "loops", "global_step") if key not in checkpoint]
+    return f"it has no {', '.join(missing)}" if missing else None
+
+
+def step_of(path: Path) -> int:
+    """Number of optimizer steps that a checkpoint has behind it."""
+    return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+
+
+def newest_valid(paths: Iterable[Path]) -> Path | None:
+    """The first of ``paths``, newest first, that is a whole checkpoint; None if there is none.
+
+    Warns of a damaged one with the one that is taken in its place.
+    """
+    damaged: list[str] = []
+    for path in paths:
+        if not path.exists():
+            continue
+        reason = why_invalid(path)
+        if reason is None:
+            if damaged:
+                warnings.warn(f"{'; '.join(damaged)}. The one before is used: {path}.", stacklevel=2)
+            return path
+        damaged.append(f"The checkpoint {path} is damaged: {reason}")
+    if damaged:
+        warnings.warn(f"{'; '.join(damaged)}. There is no other: training starts anew.", stacklevel=2)
+    return None

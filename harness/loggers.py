@@ -1,0 +1,785 @@
+"""Loggers that go on across restarts, and that no full disk, dead network or hanging service can stop.
+
+:class:`CSVLogger` and :class:`WandbLogger` are Lightning's, with the same numbers in the same places, and three things
+more. A job that is interrupted and started again in the same output directory continues its file and its W&B run, each
+step in it once. What fails is warned about once, and the training goes on. No secret of the configuration is written.
+"""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import io
+import json
+import logging
+import os
+import queue
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import lightning.pytorch.loggers as lightning_loggers
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers.logger import DummyExperiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+__all__ = ["CSVLogger", "WandbLogger", "without_secrets"]
+
+MASK = "***"
+_SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET_SETTING = re.compile(  # whole words only: `keys` of labels, `tokens` and `keyword` are none
+    r"(^|[^a-z])(key|apikey|token|secret|password|passwd|credentials?)([^a-z]|$)", re.IGNORECASE
+)
+_SHORTEST_SECRET = 8
+
+
+# --- secrets ---
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with ``***`` in the place of whatever looks like a secret.
+
+    That is the value of a setting whose name has a word such as ``key``, ``token``, ``secret``, ``password`` or
+    ``credentials`` in it, and any text that contains the value of an environment variable with such a name
+    (``WANDB_API_KEY``, ``HF_TOKEN``) of at least 8 characters. Values that are paths of this machine are none.
+
+    Args:
+        settings: settings, with dictionaries and lists at any depth; they are left as they are.
+
+    Returns:
+        A copy of them.
+    """
+    return cast(dict[str, Any], _masked(settings, _secret_values()))
+
+
+def _secret_values() -> list[str]:
+    return [
+        value
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET and not os.path.exists(value)
+    ]
+
+
+def _masked(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if _names_a_secret(key) and item not in (None, "") else _masked(item, secrets)
+            for key, item in value.items()
+        }
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_masked(item, secrets) for item in value]
+    text = str(value) if isinstance(value, str | int | float | bytes | Path) else ""
+    return MASK if any(secret in text for secret in secrets) else value
+
+
+def _names_a_secret(name: object) -> bool:
+    return isinstance(name, str) and _SECRET_SETTING.search(re.sub(r"([a-z])([A-Z])", r"\1_\2", name)) is not None
+
+
+def _arguments_have_secrets() -> bool:
+    """Whether the command line of this process, which W&B would store, looks as if it had a secret in it."""
+    secrets = _secret_values()
+    return any(
+        any(secret in argument for secret in secrets) or ("=" in argument and _names_a_secret(argument.split("=")[0]))
+        for argument in sys.argv[1:]
+    )
+
+
+# --- shared ---
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+class _OneWarning:
+    """Says the first thing that goes wrong, and is silent about all that follows."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.said: str | None = None
+
+    def __call__(self, text: str) -> None:
+        with self._lock:
+            if self.said is not None:
+                return
+            self.said = text
+        with suppress(Warning):  # where warnings are errors, this one must not stop the training either
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+# --- CSV ---
+
+
+class CSVLogger(lightning_loggers.CSVLogger):
+    """Lightning's CSV logger, ``metrics.csv`` and ``hparams.yaml``, for jobs that are interrupted and for full disks.
+
+    Rows are appended as they come; only a new column writes the file again. A process that is killed leaves at most
+    one torn line at the end, which is dropped when the file is continued. If a write fails, a warning says so once, the
+    rows wait in memory, and are written when there is room again.
+
+    A file of before is continued after :meth:`resume_from`. Without it the job starts at its beginning: the file of
+    before is kept beside the new one as ``metrics.1.csv``.
+
+    Args:
+        save_dir: directory of the output, on a file system of this machine.
+        name: folder in it; an empty name for none.
+        version: folder in that; numbered ones if not given.
+        prefix: put before the keys, with a ``-``.
+        flush_logs_every_n_steps: rows are written at steps that are multiples of it, and whenever the trainer asks.
+    """
+
+    @property
+    def experiment(self) -> _CSVFile:  # type: ignore[override]
+        """What writes the file; a dummy that writes nothing off rank 0."""
+        if not _is_rank_zero():
+            return cast(_CSVFile, DummyExperiment())
+        if self._experiment is None:
+            self._experiment = cast(Any, _CSVFile(Path(self.log_dir)))
+        return cast(_CSVFile, self._experiment)
+
+    @rank_zero_only
+    def resume_from(self, step: int) -> None:
+        """Continue the file of before, from a checkpoint of ``step`` optimizer steps.
+
+        Its rows of later steps are dropped, since that work is done again. Call it after the checkpoint has been
+        loaded, and before anything is logged.
+        """
+        self.experiment.resume_from(step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is still in memory."""
+        if self._experiment is not None:
+            self.experiment.save(now=True)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
+        """Write settings to ``hparams.yaml``, without the secrets among them."""
+        settings = vars(params) if isinstance(params, Namespace) else dict(params or {})
+        self.experiment.log_hparams(without_secrets(settings))
+
+
+class _CSVFile:
+    """The file of a :class:`CSVLogger`: what Lightning calls the experiment of a logger."""
+
+    longest_wait = 100_000
+    """Rows that wait in memory when they cannot be written; older ones are forgotten."""
+    seconds_between_attempts = 10.0
+    """After a write has failed: each attempt costs the training a moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log_dir = str(folder)
+        self.path = folder / "metrics.csv"
+        self.metrics: list[dict[str, Any]] = []  # rows that have not been written
+        self.metrics_file_path = str(self.path)
+        self.hparams: dict[str, Any] = {}
+        self._columns: list[str] = []  # of the file
+        self._size: int | None = None  # of what is whole in the file; None: the file has not been opened yet
+        self._next_attempt = 0.0
+        self._warn = _OneWarning()
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        self.hparams.update(params)
+        path = Path(self.log_dir, "hparams.yaml")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_hparams_to_yaml(str(path), self.hparams)
+        except OSError as error:
+            self._warn(f"{path} cannot be written ({error}); the training goes on without it.")
+
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+        values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics_dict.items()}
+        self.metrics.append({**values, "step": len(self.metrics) if step is None else step})
+        if len(self.metrics) > self.longest_wait:
+            del self.metrics[: -self.longest_wait]
+
+    def save(self, now: bool = False) -> None:
+        if not self.metrics:
+            return
+        if not now and time.monotonic() < self._next_attempt:
+            return
+        try:
+            self._write()
+        except (OSError, csv.Error) as error:
+            self._next_attempt = time.monotonic() + self.seconds_between_attempts
+            self._warn(
+                f"{self.path} cannot be written ({error}). The training goes on; rows wait in memory until they can "
+                f"be. Is the disk full, or the quota used up?"
+            )
+
+    def resume_from(self, step: int) -> None:
+        try:
+            self._keep(step)
+        except (OSError, ValueError, csv.Error) as error:
+            self._warn(f"{self.path} cannot be continued ({error}); the training goes on.")
+
+    def _write(self) -> None:
+        if self._size is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._put_aside()
+            self._size = 0
+        elif self._size:
+            os.truncate(self.path, self._size)  # what a write that failed has left behind
+        new = set().union(*self.metrics) - set(self._columns)
+        if new:
+            self._rewrite(sorted([*self._columns, *new]))
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self._columns).writerows(self.metrics)
+        block = text.getvalue().encode()
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._size)
+                file.write(block)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, self._size)
+            raise
+        self._size += len(block)
+        self.metrics = []
+
+    def _rewrite(self, columns: list[str], keep: Callable[[dict[str, str]], bool] = lambda row: True) -> None:
+        """Write the file again with these columns and the rows to keep; it is the old or the new one at any time."""
+        part = self.path.with_suffix(".part")
+        try:
+            with part.open("w", newline="") as new:
+                writer = csv.DictWriter(new, columns)
+                writer.writeheader()
+                if self._size:
+                    with self.path.open(newline="") as old:
+                        for row in csv.DictReader(_whole_lines(old)):
+                            if None not in row and None not in row.values() and keep(row):
+                                writer.writerow(row)
+            size = part.stat().st_size
+            os.replace(part, self.path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+        self._columns, self._size = columns, size
+
+    def _keep(self, step: int) -> None:
+        if not self.path.is_file():
+            self._size = None
+            return
+        with self.path.open(newline="") as file:
+            header = next(csv.reader(_whole_lines(file)), [])
+        if "step" not in header:
+            return  # not a file of ours, or none with a row in it: put aside when something is written
+        self._size = self.path.stat().st_size
+        self._rewrite(header, lambda row: int(row["step"]) < step)
+
+    def _put_aside(self) -> None:
+        if self.path.is_file():
+            number = 1
+            while self.path.with_suffix(f".{number}.csv").exists():
+                number += 1
+            os.replace(self.path, self.path.with_suffix(f".{number}.csv"))
+
+
+def _whole_lines(file: io.TextIOBase | Any) -> Any:
+    """Lines that have an end: the last one may have been torn."""
+    return (line for line in file if line.endswith("\n"))
+
+
+# --- Weights & Biases ---
+
+
+class WandbLogger(lightning_loggers.WandbLogger):
+    """Lightning's W&B logger, with every call into W&B on a thread of its own, and one run for a job that is restarted.
+
+    The training hands values to a queue and never waits for W&B. Where W&B cannot start, fails or does not answer, one
+    warning says so, and the training goes on without it: up to ``max_waiting`` calls wait, later ones are dropped. A
+    run whose server cannot be reached is kept on disk. :meth:`finish` waits for the queue, up to a time limit.
+
+    The id of the run is kept in ``<save_dir>/wandb_run_id``: a job that is started again in the same directory
+    continues that run, and values that the run already has are not logged again. Offline, each start makes a folder of
+    its own with the same id; ``wandb sync <save_dir>/wandb`` uploads them as one run, in their order.
+
+    Args:
+        save_dir: output directory of the job; ``wandb/`` and the id of the run are in it.
+        offline: keep the run on disk.
+        start_timeout: seconds that W&B may take to start.
+        finish_timeout: seconds that :meth:`finish` waits for values to be written or uploaded.
+        max_waiting: calls that wait for a W&B that is slower than the training.
+        **options: the others of Lightning's logger and of ``wandb.init``, by name.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        *,
+        offline: bool = False,
+        start_timeout: float = 60.0,
+        finish_timeout: float = 60.0,
+        max_waiting: int = 5000,
+        **options: Any,
+    ) -> None:
+        super().__init__(save_dir=save_dir, offline=offline, **options)
+        self._offline = False  # Lightning would set WANDB_MODE for this process and all that it starts
+        if offline:
+            self._wandb_init["mode"] = "offline"
+        self.start_timeout = start_timeout
+        self.finish_timeout = finish_timeout
+        self.max_waiting = max_waiting
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # W&B warns of it even if it is None
+        self._given_id = self._id
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What belongs to this process and cannot be sent to another one."""
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(self.max_waiting)
+        self._worker: threading.Thread | None = None
+        self._started, self._lost, self._finished = threading.Event(), threading.Event(), False
+        self._logged: Counter[tuple[int, frozenset[str]]] = Counter()
+        self._first_row: int | None = None
+        self._place: str | None = None
+        self._files = Path()
+        self._resumed_step: int | None = None
+        self._journal: IO[str] | None = None
+        self._warn = _OneWarning()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_warn", "_journal", "_experiment"}
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._experiment = None
+        self._prepare()
+
+    # --- what a training calls ---
+
+    @property
+    def experiment(self) -> Any:
+        """The ``wandb.Run``. Reading an attribute of it waits until W&B has started, up to ``start_timeout``.
+
+        Its methods run on the caller's thread, and can fail or hang as W&B does: use those of the logger where there is
+        one. Off rank 0, and when W&B did not start, it is a dummy that takes every call.
+        """
+        if not _is_rank_zero():
+            return _Nothing()
+        if threading.current_thread() is self._worker:
+            return super().experiment
+        self._begin()
+        return _Run(self)
+
+    @rank_zero_only
+    def resume_from(self, step: int) -> None:
+        """Continue the run of before, from a checkpoint of ``step`` optimizer steps.
+
+        What the run has of later steps stays in it, and is not logged again when that work is done again. What it lacks
+        of earlier ones, because W&B was killed before it wrote them, is logged now. Call it before anything is logged.
+        """
+        if self._worker is None:
+            self._resumed_step = step
+        self._begin()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Hand values of a step to the queue."""
+        values = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        self._submit(lambda: self._log_row(values, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Put settings into the run's config, without the secrets among them."""
+        settings = without_secrets(vars(params) if isinstance(params, Namespace) else params)
+        self._submit(lambda: super(WandbLogger, self).log_hyperparams(settings))
+
+    @rank_zero_only
+    def log_table(self, *arguments: Any, **options: Any) -> None:
+        """Log a table, as Lightning's logger does."""
+        self._submit(lambda: super(WandbLogger, self).log_table(*arguments, **options))
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **options: Any) -> None:
+        """Log images: paths, arrays, tensors or PIL images. A file is read soon after, by another thread."""
+        self._log_media("log_image", key, images, step, options)
+
+    @rank_zero_only
+    def log_audio(self, key: str, audios: list[Any], step: int | None = None, **options: Any) -> None:
+        """Log sounds: paths or arrays."""
+        self._log_media("log_audio", key, audios, step, options)
+
+    @rank_zero_only
+    def log_video(self, key: str, videos: list[Any], step: int | None = None, **options: Any) -> None:
+        """Log videos: paths or arrays."""
+        self._log_media("log_video", key, videos, step, options)
+
+    def _log_media(self, method: str, key: str, items: list[Any], step: int | None, options: dict[str, Any]) -> None:
+        if not isinstance(items, list):
+            raise TypeError(f"{method} takes a list, found {type(items).__name__}: put {key!r} in [ ].")
+        copies = [_copied(item) for item in items]
+        log = getattr(super(), method)
+        self._submit(lambda: log(key, copies, step, **options))
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Log checkpoints as artifacts, if ``log_model`` asks for it."""
+        if self._log_model:
+            self._submit(lambda: super(WandbLogger, self).after_save_checkpoint(checkpoint_callback))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Log the checkpoints that are left; the run goes on until :meth:`finish`."""
+        if self._log_model and self._worker is not None:
+            self._submit(lambda: super(WandbLogger, self).finalize(status))
+
+    @rank_zero_only
+    def finish(self) -> str | None:
+        """End the run, waiting up to ``finish_timeout`` seconds for what has not been written or uploaded yet.
+
+        Returns:
+            Where the run is, its folder or its address; None if there is no run, or not all of it.
+        """
+        if self._worker is None:
+            return None
+        if not self._finished:
+            self._finished = True
+            until = time.monotonic() + self.finish_timeout + _GRACE
+            with suppress(queue.Full):
+                self._tasks.put(None, timeout=self.finish_timeout)
+            self._worker.join(max(until - time.monotonic(), 0.0))
+            if self._worker.is_alive():
+                self._warn(
+                    f"W&B did not finish within {self.finish_timeout:g} s, and is left alone; the run in "
+                    f"{self.save_dir} may miss the last values."
+                )
+                self._lost.set()
+            _leave_service()
+        return None if self._lost.is_set() else self._place
+
+    # --- the thread ---
+
+    def _begin(self) -> None:
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="harness-wandb", daemon=True)
+            self._worker.start()
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        if threading.current_thread() is self._worker:
+            task()
+            return
+        self._begin()
+        if self._lost.is_set() or self._finished:
+            return
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            self._warn(
+                f"W&B does not keep up: {self.max_waiting} calls wait for it, and values are dropped until it does. "
+                f"The training goes on. Is the network or the file system of {self.save_dir} slow?"
+            )
+
+    def _work(self) -> None:
+        try:
+            self._start()
+        except BaseException as error:  # SystemExit, too: whatever W&B makes of a network or a disk
+            self._warn(f"W&B cannot start ({_one_line(error)}); the training goes on without it.")
+            self._lost.set()
+        finally:
+            self._started.set()
+        while (task := self._tasks.get()) is not None:
+            if self._lost.is_set():
+                continue
+            try:
+                task()
+                self._check_files()
+            except BaseException as error:
+                self._warn(f"W&B failed ({_one_line(error)}); the training goes on, and the run may miss values.")
+        if not self._lost.is_set():
+            try:
+                self._experiment.finish()  # type: ignore[union-attr]
+                self._check_files(ended=True)
+                if self._journal and self._warn.said is None:  # all is written
+                    self._journal.close()
+                    Path(self._journal.name).unlink()
+            except BaseException as error:
+                self._warn(f"W&B failed to finish ({_one_line(error)}); the run in {self.save_dir} may miss values.")
+                self._lost.set()
+
+    def _start(self) -> None:
+        import wandb
+
+        folder = Path(str(self.save_dir))
+        self._wandb_init["settings"] = self._settings()
+        number = self._take_id(folder)
+        wandb.setup()
+        atexit.register(self.finish)  # after W&B's own: called before it
+        run = self._start_run()
+        for handler in logging.getLogger(
+            "wandb"
+        ).handlers:  # of its debug.log: a traceback for each line it cannot write
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
+        offline = bool(run.offline)
+        self._files = Path(run.dir).parent
+        self._place = str(Path(run.dir).parent) if offline else run.url
+        if not offline:  # the server knows best what it has
+            number = run.starting_step
+            self._logged = Counter()
+        self._first_row = number or None
+        self._log_missing(folder / "wandb" / "rows.jsonl")
+
+    def _start_run(self) -> Any:
+        """The run as it is asked for, or on disk if that cannot be had."""
+        try:
+            return cast(Any, super()).experiment
+        except Exception as error:
+            if self._wandb_init.get("mode") == "offline" or self._lost.is_set():  # or given up meanwhile
+                raise
+            _leave_service()  # which has the id in use
+            self._wandb_init["mode"] = "offline"
+            run = cast(Any, super()).experiment
+            self._warn(
+                f"W&B cannot be reached ({_one_line(error)}). The run is kept on disk: upload it with `wandb sync "
+                f"{Path(run.dir).parents[1]}`."
+            )
+            return run
+
+    def _settings(self) -> Any:
+        import wandb
+
+        given = self._wandb_init.get("settings")
+        settings = wandb.Settings(**given) if isinstance(given, Mapping) else (given or wandb.Settings()).model_copy()
+        limits = {
+            "init_timeout": self.start_timeout,
+            "x_service_wait": self.start_timeout,
+            "finish_timeout": self.finish_timeout,
+        }
+        if _arguments_have_secrets():
+            limits["x_disable_meta"] = True  # W&B would store the command line
+        for name, value in limits.items():
+            if name in type(settings).model_fields and name not in settings.model_fields_set:
+                setattr(settings, name, value)
+        return settings
+
+    def _check_files(self, ended: bool = False) -> None:
+        """Find out whether W&B can write: it says nothing of a full disk, and goes on as if all were well."""
+        disk = os.statvfs(self._files)
+        if disk.f_bavail * disk.f_frsize < _SMALLEST_SPACE:
+            self._warn(f"No space is left on the disk of {self._files}: W&B loses values. The training goes on.")
+        if ended and self._warn.said is None and (log := next(self._files.glob("*.wandb"), None)):
+            with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):  # not with W&B's older versions
+                if json.loads(_inspected(log, self.finish_timeout, "--summary"))["exit_code"] is None:
+                    self._warn(f"W&B has not written all of {log}. Was the disk full, or the quota used up?")
+
+    def _take_id(self, folder: Path) -> int:
+        """Take the id of the directory's run, or give it one; returns the number of rows that the run has."""
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
+        file = folder / "wandb_run_id"
+        kept = file.read_text().strip() if file.is_file() else ""
+        self._id = self._given_id or kept or uuid.uuid4().hex[:8]
+        self._wandb_init["id"] = self._id
+        if self._id != kept:
+            part = file.with_suffix(".part")
+            part.write_text(f"{self._id}\n")
+            os.replace(part, file)
+        number = 0
+        for log in sorted((folder / "wandb").glob(f"*run-*-{self._id}/run-{self._id}.wandb")):
+            text = _inspected(log, self.start_timeout)
+            if '"type":"run"' not in text:  # killed before anything was written: `wandb sync` would stop at it
+                log.rename(log.with_suffix(".empty"))
+            elif '"type":"exit"' not in text:  # killed
+                _mend(log)
+            for row in _rows_of(text):
+                number = max(number, int(row.pop("_step", 0)) + 1)
+                self._logged[_row_key(row, row.get("trainer/global_step"))] += 1
+        return number
+
+    def _log_missing(self, path: Path) -> None:
+        """Log what was handed to W&B and not written; keep a journal for the next time.
+
+        W&B keeps what it is given in memory for a while, and loses it when the training is killed.
+        """
+        kept = [] if self._resumed_step is None else _read_journal(path, self._resumed_step)
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        os.replace(part, path)
+        self._journal = path.open("a", buffering=1)  # a line at a time
+        known = self._logged.copy()
+        for row, step in kept:
+            key = _row_key(row, step)
+            known[key] -= 1
+            if known[key] < 0:
+                self._send(row, step)
+
+    def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
+        known = _row_key(metrics, step)
+        if self._logged[known] > 0:
+            self._logged[known] -= 1
+            return
+        row = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        if self._journal and all(isinstance(value, int | float | str) for value in row.values()):
+            try:
+                self._journal.write(f"{json.dumps([row, step])}\n")
+            except OSError as error:
+                self._warn(f"{self._journal.name} cannot be written ({error}); the training goes on.")
+        self._send(row, step)
+
+    def _send(self, metrics: dict[str, Any], step: int | None) -> None:
+        row = metrics if step is None else {**metrics, "trainer/global_step": step}
+        if self._first_row is None:
+            super().log_metrics(metrics, step)
+            return
+        # The rows of one run are numbered over all its folders; without a number this one would be row 0 again.
+        number, self._first_row = self._first_row, None
+        self.experiment.log(row, step=number, commit=True)
+
+
+_SMALLEST_SPACE = 2**16
+"""Bytes on a disk below which W&B, which writes blocks of 32 KiB, cannot go on."""
+_GRACE = 5.0
+"""Seconds that W&B gets beyond a time limit of its own to say so."""
+
+
+class _Run:
+    """A ``wandb.Run`` that may not have started yet."""
+
+    def __init__(self, logger: WandbLogger) -> None:
+        object.__setattr__(self, "_logger", logger)
+
+    def _get(self) -> Any:
+        logger = object.__getattribute__(self, "_logger")
+        logger._started.wait(logger.start_timeout + _GRACE)
+        return _Nothing() if logger._lost.is_set() or logger._experiment is None else logger._experiment
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._get(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._get(), name, value)
+
+
+class _Nothing:
+    """Stands for a run that could not start: takes every call and every value."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> _Nothing:
+        return self
+
+    def __getitem__(self, key: Any) -> _Nothing:
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+def _copied(item: Any) -> Any:
+    """An array or tensor as it is now; the training may change it in place."""
+    if isinstance(item, Tensor):
+        return item.detach().clone()
+    return item.copy() if hasattr(item, "__array__") and hasattr(item, "copy") else item
+
+
+def _row_key(row: Mapping[str, Any], step: Any) -> tuple[int, frozenset[str]]:
+    """What tells a row from others: its step and the names in it."""
+    media = {name.removesuffix("._type") for name in row if name.endswith("._type")}  # stored as several values
+    names = {name for name in row if name.rpartition(".")[0] not in media and not name.startswith("_")}
+    names.discard("trainer/global_step")
+    return -1 if step is None else int(step), frozenset(names | media)
+
+
+def _read_journal(path: Path, step: int) -> list[tuple[dict[str, Any], int | None]]:
+    """Rows that were handed to W&B before a step; the last line may have been torn."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("]\n")]
+    entries = [json.loads(line) for line in lines]
+    return [(row, at) for row, at in entries if at is None or at < step]
+
+
+def _mend(log: Path) -> None:
+    """Cut a file of W&B's that was torn after its last whole record: ``wandb sync`` would stop there, short of others.
+
+    It is a log in LevelDB's format: blocks of 32 KiB of chunks with a checksum, a length and a kind, 1 for a whole
+    record and 2, 3, 4 for the beginning, the middle and the end of one.
+    """
+    data, block, header = log.read_bytes(), 32768, 7
+    position = end = header  # of the file, as long as that of a chunk
+    while position + header <= len(data):
+        left = block - position % block
+        if left < header:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        position += header + length
+        if kind not in (1, 2, 3, 4) or position > len(data):
+            break
+        if kind in (1, 4):
+            end = position
+    if end < len(data):
+        os.truncate(log, end)
+
+
+def _rows_of(text: str) -> list[dict[str, Any]]:
+    """Rows among what is in a file of W&B's, as far as it is whole."""
+    lines = (line for line in text.splitlines() if '"type":"history"' in line)
+    records = [json.loads(line) for line in lines]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def _inspected(log: Path, timeout: float, *options: str) -> str:
+    """What ``wandb leet inspect --json`` prints of a file, without the second that Python takes to start it."""
+    from wandb.util import get_core_path
+
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *options, "--run-file", str(log)]
+    return subprocess.run(
+        [*command, str(log.parents[1])], capture_output=True, text=True, timeout=timeout, check=False
+    ).stdout
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _leave_service(patience: float = 2.0) -> None:
+    """End W&B's own process, within seconds.
+
+    W&B would do so when Python exits, and wait without a limit for a process that is stuck, or that cannot reach its
+    server to say goodbye. All values are written or uploaded by then, or never will be.
+    """
+    with suppress(Exception):  # private names of W&B: without them W&B ends as it likes
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib.module import unset_globals
+        from wandb.sdk.lib.service import service_token
+
+        setup = cast(Any, wandb_setup.singleton())
+        if setup._connection is None or not setup._connection.owns_service:
+            return
+        connection, setup._connection = setup._connection, None  # the next run in this process gets a new one
+        setup._active_runs.clear()
+        unset_globals()
+        connection._cleanup()  # of what is called when Python exits
+        service_token.clear_service_in_env()
+
+        def end() -> None:
+            with suppress(Exception):
+                connection.teardown(0)
+
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(patience)
+        if ending.is_alive():
+            connection._proc._process.kill()
+            ending.join(patience)

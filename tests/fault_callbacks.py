@@ -1,0 +1,72 @@
+"""Faults that a training brings upon itself at a known step, named in a command by ``+callbacks.fault._target_=…``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class SignalAt(Callback):
+    """Sends this process a signal at the end of a step, once in the life of ``marker``."""
+
+    def __init__(self, step: int, name: str, marker: str, ranks: list[int] | None = None) -> None:
+        self.step = step
+        self.signal = signal.Signals[name]
+        self.ranks = ranks
+        self.marker = Path(marker)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.step or (self.ranks is not None and trainer.global_rank not in self.ranks):
+            return
+        mine = self.marker.with_name(f"{self.marker.name}.{trainer.global_rank}")
+        if not mine.exists():
+            mine.write_text(str(os.getpid()))
+            os.kill(os.getpid(), self.signal)
+
+
+class Noise(Callback):
+    """Changes the weights at random in every step: without the random state of before, a restart shows."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        with torch.no_grad():
+            generator = torch.rand(())  # torch's own generator, the same on all ranks
+            for parameter in pl_module.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 + 0.1 * generator)
+
+
+class Ballast(Callback):
+    """Makes checkpoints so large that writing one takes a while."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.megabytes = megabytes
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ballast"] = torch.zeros(self.megabytes * 2**18)
+
+
+class WeightsAtEnd(Callback):
+    """Writes the weights at the end of the training."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(pl_module.model.state_dict(), self.path)
+
+
+class Slow(Callback):
+    """Takes its time over every step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds)

@@ -1,0 +1,402 @@
+"""The loggers with the real W&B, offline: restarts, full disks, and a W&B that hangs, dies or cannot be reached."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.loggers as lightning_loggers
+import pytest
+import torch
+from commands import BIN, TINY, Finished, train
+from disturbances import fill, service_of
+
+from harness.loggers import CSVLogger, WandbLogger, _mend, without_secrets
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+SMALL = (*TINY, "max_epochs=3", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false")
+TESTS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Rows of all W&B folders of a run, in the order of their starts, as `wandb sync` uploads them."""
+    rows = []
+    for log in sorted(folder.rglob("*.wandb")):
+        done = subprocess.run(
+            [str(BIN / "wandb"), "leet", "inspect", "--json", str(log)], capture_output=True, text=True, timeout=60
+        )
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        rows += [record["history"]["item"] for record in records if record["type"] == "history"]
+    return rows
+
+
+def values_of(row: dict[str, Any]) -> dict[str, float]:
+    """What a training has logged in a row."""
+    return {key: float(value) for key, value in row.items() if not key.startswith("_")}
+
+
+def said(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)]
+
+
+def offline(folder: Path, **options: Any) -> WandbLogger:
+    return WandbLogger(folder, offline=True, project="test", settings={"quiet": True}, **options)
+
+
+# --- CSV ---
+
+
+def csv_logger(folder: Path) -> CSVLogger:
+    return CSVLogger(folder, name="", version="csv")
+
+
+def log_steps(logger: lightning_loggers.CSVLogger, steps: range) -> None:
+    for step in steps:
+        logger.log_metrics({"loss": 0.1 * step, "epoch": step // 4}, step)
+        if step % 4 == 3:
+            logger.log_metrics({"val": torch.tensor(step / 3, dtype=torch.float64), "epoch": step // 4}, step)  # type: ignore[dict-item]
+        logger.save()
+
+
+def test_csv_is_that_of_lightning(tmp_path: Path) -> None:
+    for logger in (csv_logger(tmp_path / "ours"), lightning_loggers.CSVLogger(tmp_path / "theirs", "", "csv")):
+        log_steps(logger, range(10))
+        logger.log_hyperparams({"lr": 0.1, "layers": [1, 2]})
+        logger.finalize("success")
+    for name in ("metrics.csv", "hparams.yaml"):
+        assert (tmp_path / "ours/csv" / name).read_bytes() == (tmp_path / "theirs/csv" / name).read_bytes()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("step", [0, 3, 4, 8])
+def test_csv_after_an_interruption_is_that_of_an_undisturbed_run(step: int, torn: bool, tmp_path: Path) -> None:
+    log_steps(csv_logger(tmp_path / "whole"), range(12))
+    log_steps(csv_logger(tmp_path / "cut"), range(9))
+    path = tmp_path / "cut/csv/metrics.csv"
+    if torn:
+        path.write_bytes(path.read_bytes()[:-3])
+    again = csv_logger(tmp_path / "cut")
+    again.resume_from(step)
+    log_steps(again, range(step, 12))
+    assert path.read_bytes() == (tmp_path / "whole/csv/metrics.csv").read_bytes()
+    assert sorted(each.name for each in path.parent.iterdir()) == ["metrics.csv"]
+
+
+def test_csv_of_a_job_that_begins_anew_is_kept_aside(tmp_path: Path) -> None:
+    path = tmp_path / "csv/metrics.csv"
+    for number in range(3):
+        log_steps(csv_logger(tmp_path), range(number + 1))
+    assert [len(file.read_text().splitlines()) for file in sorted(path.parent.glob("*.csv"))] == [2, 3, 4]
+
+
+def test_csv_appends_and_does_not_write_the_file_again(tmp_path: Path) -> None:
+    logger = csv_logger(tmp_path)
+    log_steps(logger, range(4))
+    path = tmp_path / "csv/metrics.csv"
+    number = path.stat().st_ino
+    log_steps(logger, range(4, 12))
+    assert path.stat().st_ino == number
+
+
+def test_csv_on_a_full_disk_warns_once_and_is_whole_when_there_is_room(
+    small_disk: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    logger = csv_logger(small_disk)
+    log_steps(logger, range(4))
+    before = (small_disk / "csv/metrics.csv").read_bytes()
+    fill(small_disk)
+    log_steps(logger, range(4, 1000))
+    after = (small_disk / "csv/metrics.csv").read_bytes()
+    assert after.startswith(before)
+    assert after.endswith(b"\n")
+    (warning,) = said(recwarn.list)
+    assert "metrics.csv" in warning
+    assert "No space left on device" in warning
+    (small_disk / "ballast").unlink()
+    logger.finalize("success")
+    with (small_disk / "csv/metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]] == [0.1 * i for i in range(1000)]
+    assert len(said(recwarn.list)) == 1
+
+
+# --- W&B ---
+
+
+def test_wandb_values_are_read_back(tmp_path: Path) -> None:
+    logger = offline(tmp_path)
+    logged = [{"loss": 0.1 * step, "nan": math.nan, "tensor": torch.tensor(step / 8)} for step in range(20)]
+    logger.log_hyperparams({"lr": 0.1})
+    for step, row in enumerate(logged):
+        logger.log_metrics(row, step)
+    picture = torch.zeros(3, 4, 4)
+    logger.log_image("picture", [picture])
+    logger.log_metrics({"last": 1.0}, 20)
+    place = logger.finish()
+    assert place is not None
+    assert Path(place).parent == tmp_path / "wandb"
+    rows = rows_of(tmp_path)
+    assert [row["_step"] for row in rows] == list(range(22))
+    for step, (row, expected) in enumerate(zip(rows, logged, strict=False)):
+        assert values_of(row) == pytest.approx({**values_of(expected), "trainer/global_step": step}, nan_ok=True)
+    assert rows[20]["picture.count"] == 1
+    assert values_of(rows[21]) == {"last": 1.0, "trainer/global_step": 20}
+    assert logger.version == (tmp_path / "wandb_run_id").read_text().strip()
+    assert isinstance(logger, lightning_loggers.WandbLogger)
+
+
+def test_wandb_of_a_second_start_has_each_step_once(tmp_path: Path) -> None:
+    first = offline(tmp_path)
+    for step in range(10):
+        first.log_metrics({"loss": float(step)}, step)
+    first.finish()
+    second = offline(tmp_path)
+    second.resume_from(6)
+    for step in range(6, 15):
+        second.log_metrics({"loss": float(step)}, step)
+        if step == 8:
+            second.log_metrics({"other": 1.0}, step)  # not a row of before
+    second.finish()
+    assert first.version == second.version
+    rows = rows_of(tmp_path)
+    assert [row["_step"] for row in rows] == list(range(16))  # one run, and not row 0 twice
+    assert sorted(row["loss"] for row in rows if "loss" in row) == list(range(15))
+    assert [row["trainer/global_step"] for row in rows if "other" in row] == [8]
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 40_000])
+def test_wandb_file_that_was_torn_is_mended(cut: int, tmp_path: Path) -> None:
+    """What W&B's own reader finds in it stays, and the reader does not complain any more."""
+    first = offline(tmp_path)
+    for step in range(60):
+        first.log_metrics({f"value{number}": step + number / 7 for number in range(50)}, step)
+    first.finish()
+    (log,) = (tmp_path / "wandb").rglob("*.wandb")
+    content = log.read_bytes()
+    assert len(content) > 70_000  # several blocks
+    log.write_bytes(content[:-cut])
+    inspect = [str(BIN / "wandb"), "leet", "inspect", "--json", str(log)]
+    torn = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+    assert "incomplete" in torn.stderr
+    _mend(log)
+    mended = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+    assert mended.stdout == torn.stdout
+    assert log.stat().st_size > len(content) - cut - 40_000
+    assert "incomplete" not in mended.stderr
+
+
+def test_wandb_that_stops_answering_costs_one_warning_and_no_time(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    logger = offline(tmp_path, finish_timeout=2, max_waiting=100)
+    logger.log_metrics({"loss": 1.0}, 0)
+    assert logger.experiment.id == logger.version
+    process = service_of(os.getpid())
+    assert process is not None
+    os.kill(process, signal.SIGSTOP)
+    start = time.monotonic()
+    row = {f"value{number}": 0.1 for number in range(100)}
+    for step in range(2000):
+        logger.log_metrics(row, step)
+        logger.save()
+    assert time.monotonic() - start < 10
+    assert logger.finish() is None
+    logger.finalize("success")
+    assert time.monotonic() - start < 30
+    assert len(said(recwarn.list)) == 1
+    assert service_of(os.getpid()) is None
+
+
+@pytest.mark.parametrize("place", ["below a file", "read-only"])
+def test_wandb_that_cannot_write_is_left_out(
+    place: str, small_disk: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = small_disk
+    if place == "below a file":
+        (tmp_path / "file").touch()
+        folder = tmp_path / "file" / "output"
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    logger = offline(folder)
+    logger.log_hyperparams({"lr": 0.1})
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.experiment.summary["a"] = 1  # a dummy
+    assert logger.finish() is None
+    (warning,) = said(recwarn.list)
+    assert str(folder) in warning
+    assert "Not a directory" in warning or "Read-only" in warning
+
+
+def test_wandb_whose_server_never_answers_is_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and is silent
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        logger = WandbLogger(tmp_path, project="test", start_timeout=3, finish_timeout=60, settings={"quiet": True})
+        start = time.monotonic()
+        _ = logger.experiment  # as the trainer touches it before it starts
+        for step in range(100):
+            logger.log_metrics({"loss": float(step)}, step)
+        assert time.monotonic() - start < 2
+        place = logger.finish()
+        assert time.monotonic() - start < 75
+    assert place is not None
+    assert [row["loss"] for row in rows_of(Path(place))] == list(range(100))
+    (warning,) = said(recwarn.list)
+    assert "cannot be reached" in warning
+    assert "wandb sync" in warning
+    assert SECRET not in warning
+
+
+# --- secrets ---
+
+
+def test_settings_without_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MY_SECRET_TOKEN", "correct horse battery")
+    monkeypatch.setenv("SHORT_KEY", "adam")
+    monkeypatch.setenv("KEY_FOLDER", str(tmp_path))  # a path is none
+    settings = {
+        "optimizer": "adam",
+        "output": f"{tmp_path}/output",
+        "data": {"keys": {"energy": "energy"}, "tokens": 3, "url": "https://me:correct horse battery@host/"},
+        "list": ["correct horse battery", 1.5, None],
+        "model": {"api_key": "x", "hubToken": "y", "password": None},
+    }
+    kept = json.dumps(settings)
+    assert without_secrets(settings) == {
+        "optimizer": "adam",
+        "output": f"{tmp_path}/output",
+        "data": {"keys": {"energy": "energy"}, "tokens": 3, "url": "***"},
+        "list": ["***", 1.5, None],
+        "model": {"api_key": "***", "hubToken": "***", "password": None},
+    }
+    assert json.dumps(settings) == kept
+
+
+def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        yield str(path), path.read_bytes()
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield from ((f"{path}:{name}", archive.read(name)) for name in archive.namelist())
+
+
+def test_no_secret_reaches_a_file(tmp_path: Path) -> None:
+    token = "a-token-of-the-environment"
+    done = train(
+        *TINY,
+        "max_epochs=1",
+        "logger=[wandb,csv]",
+        "+note=${oc.env:MY_SECRET_TOKEN}",
+        folder=tmp_path,
+        WANDB_API_KEY=SECRET,
+        WANDB_MODE="offline",
+        MY_SECRET_TOKEN=token,
+    )
+    assert done.code == 0, done.err[-4000:]
+    seen = 0
+    for name, content in [*contents(tmp_path), ("stdout", done.out.encode()), ("stderr", done.err.encode())]:
+        seen += 1
+        for secret in (SECRET, token):
+            assert secret.encode() not in content, name
+    assert seen > 20
+    assert "note: '***'" in (done.runs[0] / "csv" / "hparams.yaml").read_text()
+    assert len(rows_of(tmp_path)) > 4
+
+
+# --- trainings ---
+
+
+def assert_trained(done: Finished, num_warnings: int) -> list[str]:
+    assert done.code == 0, done.err[-4000:]
+    found = re.findall(r"RuntimeWarning: (.*)", done.err)
+    assert len(found) == num_warnings, done.err[-4000:]
+    assert "forces_rmse" in done.out
+    assert "Traceback" not in done.err
+    return found
+
+
+def test_a_killed_training_goes_on_in_the_same_csv_and_run(tmp_path: Path) -> None:
+    arguments = [*SMALL, "logger=[wandb,csv]", "callbacks.parity=null", "hydra.run.dir=run", "resume=auto"]
+    whole = train(*arguments, folder=tmp_path / "whole")
+    assert_trained(whole, 0)
+    for step in (3, 6):  # before the first checkpoint, and after it
+        interrupt = f"+callbacks.interrupt={{_target_: disturbances.Interrupt, step: {step}}}"
+        assert train(*arguments, interrupt, folder=tmp_path / "cut", **TESTS).code == -signal.SIGKILL
+    assert_trained(train(*arguments, folder=tmp_path / "cut"), 0)
+    tables = [(tmp_path / name / "run/csv/metrics.csv").read_bytes() for name in ("whole", "cut")]
+    assert tables[0] == tables[1]
+
+    expected, found = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
+    assert [row["_step"] for row in found] == list(range(len(expected)))
+    assert len({log.stem for log in (tmp_path / "cut").rglob("*.wandb")}) == 1
+    rows = [Counter(json.dumps(values_of(row), sort_keys=True) for row in each) for each in (expected, found)]
+    assert rows[0] == rows[1]
+
+
+def test_a_full_disk_under_the_loggers_does_not_stop_a_training(small_disk: Path, tmp_path: Path) -> None:
+    done = train(
+        *SMALL,
+        "logger=[wandb,csv]",
+        f"logger.wandb.save_dir={small_disk}",
+        f"logger.csv.save_dir={small_disk}",
+        f"+callbacks.fill={{_target_: disturbances.FillDisk, folder: {small_disk}, step: 5}}",
+        folder=tmp_path,
+        **TESTS,
+    )
+    wandb, table = sorted(assert_trained(done, 2), key=lambda text: "metrics.csv" in text)
+    assert "No space is left on the disk" in wandb
+    assert str(small_disk) in wandb
+    assert f"{small_disk}/csv/metrics.csv" in table
+    assert "No space left on device" in table
+
+
+@pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
+def test_wandb_that_hangs_or_dies_does_not_stop_a_training(name: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = train(
+        *SMALL,
+        "logger=[wandb,csv]",
+        "logger.wandb.finish_timeout=3",
+        f"+callbacks.disturb={{_target_: disturbances.DisturbService, signal_name: {name}, step: 2}}",
+        folder=tmp_path,
+        **TESTS,
+    )
+    (warning,) = assert_trained(done, 1)
+    assert "disturbed" in done.out
+    assert warning.startswith("W&B ")
+    assert time.monotonic() - start < 150
+    assert len((done.runs[0] / "csv/metrics.csv").read_text().splitlines()) > 12
