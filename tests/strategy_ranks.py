@@ -3,7 +3,8 @@
     python strategy_ranks.py frames.xyz folder strategy,optimizer[,precision[,option ...]] ...
 
 Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
-default the case itself; ``from=checkpoint``; ``clip``, of gradients.
+default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``,
+of two micro-batches a step.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def run(
         enable_model_summary=False,
         default_root_dir=folder,
         gradient_clip_val=0.05 if "clip" in options else None,
+        accumulate_grad_batches=2 if "accumulate" in options else 1,
     )
     start = {name: value.detach().clone() for name, value in module.named_parameters()}
     trainer.fit(module, datamodule=data, ckpt_path=options.get("from"), weights_only=True)

@@ -100,7 +100,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_frames(tmp_path_factory.mktemp("frames") / "frames.xyz")
 
 
-PRECISE = ("single,adam,64-true", "single,adam,bf16-mixed", "single,sgd,32-true,clip")
+PRECISE = ("single,adam,64-true", "single,adam,bf16-mixed", "single,sgd,32-true,clip", "single,sgd,32-true,accumulate")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def folder_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(frames: Path, folder_of_two: Path) -> dict[str, list[Seen]]:
     """Two ranks."""
     cases = [f"{name},{optimizer}" for name in ALL for optimizer in ("sgd", "adam")]
-    cases += [f"{name},sgd,32-true,clip" for name in ("fsdp", "zero2", "zero3")]
+    cases += [f"{name},sgd,32-true,{what}" for name in ("fsdp", "zero2", "zero3") for what in ("clip", "accumulate")]
     return launch(folder_of_two, 2, frames, *cases, "ddp,adam,64-true", "ddp,adam,bf16-mixed", "fsdp,adam,bf16-mixed")
 
 
@@ -148,6 +148,15 @@ def test_gradients_are_clipped_as_in_one_process(
     clipped = alone["single,sgd,32-true,clip"][0]
     assert deviation(alone["single,sgd"][0], clipped)[1] > 1e-3
     same_training(clipped, two[f"{strategy},sgd,32-true,clip"])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_gradients_are_accumulated_as_in_one_process(
+    alone: dict[str, list[Seen]], two: dict[str, list[Seen]], strategy: str
+) -> None:
+    accumulated = alone["single,sgd,32-true,accumulate"][0]
+    assert deviation(alone["single,sgd"][0], accumulated)[1] > 1e-3
+    same_training(accumulated, two[f"{strategy},sgd,32-true,accumulate"])
 
 
 def test_double_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen]]) -> None:
