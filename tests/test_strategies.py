@@ -155,7 +155,8 @@ def test_gradients_are_accumulated_as_in_one_process(
     alone: dict[str, list[Seen]], two: dict[str, list[Seen]], strategy: str
 ) -> None:
     accumulated = alone["single,sgd,32-true,accumulate"][0]
-    assert deviation(alone["single,sgd"][0], accumulated)[1] > 1e-3
+    plain = alone["single,sgd"][0]["parameters"]
+    assert any(float((plain[name] - value).abs().max()) > 1e-3 for name, value in accumulated["parameters"].items())
     same_training(accumulated, two[f"{strategy},sgd,32-true,accumulate"])
 
 
