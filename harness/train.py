@@ -151,8 +151,9 @@ def prepare(config: DictConfig) -> Job:
     check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
     timeout = timedelta(seconds=config.trainer.timeout)
-    checked = check_trainer(config, instantiate(config.strategy, timeout=timeout))
-    check_strategy(checked.strategy, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
+    asked = instantiate(config.strategy, timeout=timeout)
+    check_strategy(asked, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
+    checked = check_trainer(config, asked)
     check_shares(datamodule, checked.strategy)
     if config.dry_step:
         check_first_batch(module, datamodule, checked, train=config.train)
