@@ -263,7 +263,7 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     """
     if launched_ranks() == 1 or is_distributed():
         return
-    store = dist.PrefixStore(f"{_attempt()}/group", _job_store())
+    store = dist.PrefixStore(f"{_attempt()}/group", _job_store())  # type: ignore[attr-defined]
     on_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
     dist.init_process_group(
         backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **on_device
