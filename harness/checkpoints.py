@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(part, target)
             _flush_folder(target.parent)
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             cause = _cause(error)
             if cause is None:
                 raise
@@ -73,10 +76,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.load(part, map_location="meta", weights_only=True)
         except Exception as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"The checkpoint holds something that does not load with weights_only=True, such as an object of a "
-                f"callback's state or a hyperparameter: {error}. Keep to tensors, numbers, strings, lists, "
-                f"dictionaries."
+                f"The checkpoint holds something that does not load with weights_only=True: "
+                f"{found.group(1) if found else error}, in a callback's state or the hyperparameters, perhaps. Keep to "
+                f"tensors, numbers, strings, lists and dictionaries."
             ) from error
         self._proven = True
 
