@@ -345,6 +345,9 @@ class ForceFieldModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load a checkpoint with other metrics than it was made with: the old ones are dropped, new ones start anew."""
+        if self._trainer is not None:
+            # Lightning would do so after it has loaded the weights, which parameters of lower precision round
+            self.trainer.precision_plugin.convert_module(self)
         trained = checkpoint.get("type_names")
         if trained is not None and self.type_names is not None and trained != self.type_names:
             raise ValueError(

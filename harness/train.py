@@ -26,6 +26,7 @@ import hydra
 import torch
 from filelock import FileLock
 from hydra.utils import instantiate
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -178,15 +179,19 @@ def execute(job: Job) -> dict[str, float]:
     loggers = job.loggers
     if not loggers:  # it refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    plugins = [instantiate(each) for each in config.trainer.get("plugins") or []]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
     trainer: Trainer = instantiate(
-        {key: value for key, value in config.trainer.items() if key != "timeout"},  # of the strategy
-        strategy=job.strategy,
+        {key: value for key, value in config.trainer.items() if key not in ("timeout", "plugins")},
+        strategy=job.strategy,  # the time limit is its
         callbacks=[*callbacks, job.whereabouts],
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
-        plugins=[AtomicCheckpointIO()],
+        plugins=plugins,
     )
     connect(trainer)
+    trainer.precision_plugin.convert_module(module)  # before weights are loaded, which other parameters would round
     settings = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
         if job.resume_from and hasattr(logger, "resume_from"):
@@ -196,8 +201,6 @@ def execute(job: Job) -> dict[str, float]:
     results: dict[str, float] = {}
     best = config.ckpt_path
     if config.train:
-        # before the weights of a checkpoint are loaded, which float32 parameters would round
-        trainer.precision_plugin.convert_module(module)
         if resumed_from:
             console.print(f"goes on from {resumed_from}", highlight=False)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
@@ -257,7 +260,8 @@ def _best_checkpoint(callbacks: list[Callback], resumed_from: str | None) -> str
         return None
     best = monitoring[0]
     found: list[tuple[float, str]] = []
-    if best.best_model_path and best.best_model_score is not None:
+    # a full disk may have kept it from being written
+    if best.best_model_score is not None and Path(best.best_model_path).is_file():
         found.append((float(best.best_model_score), best.best_model_path))
     if resumed_from:
         before = torch.load(resumed_from, weights_only=True, map_location="cpu")["callbacks"].get(best.state_key, {})
