@@ -323,7 +323,7 @@ def test_a_file_for_a_set_overrides_its_split(water_file, ethanol_file):
 
 
 def test_more_ranks_than_frames_in_a_batch(water_file, monkeypatch):
-    monkeypatch.setattr(datamodule_file, "data_parallel_size", lambda: 8)
+    monkeypatch.setattr(datamodule_file, "data_parallel_ranks", lambda trainer: (0, 8))
     module = AtomsDataModule(water_file, cutoff=4.0, batch_size=6)
     with pytest.raises(ValueError, match="batches of 5 samples for 8 ranks"):
         module.train_dataloader()

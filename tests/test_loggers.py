@@ -204,7 +204,7 @@ def test_wandb_of_another_job_in_the_directory_is_another_run(tmp_path: Path) ->
         logger.finish()
     logs = sorted((tmp_path / "wandb").rglob("*.wandb"))
     assert len({log.stem for log in logs}) == 2
-    assert [row["loss"] for row in rows_of(tmp_path)] == [0, 1]
+    assert sorted(row["loss"] for row in rows_of(tmp_path)) == [0, 1]  # folders of one second are in no order
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 40_000])

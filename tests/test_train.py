@@ -140,11 +140,13 @@ def test_a_run_continues_from_its_last_epoch_and_remembers_the_best(tmp_path: Pa
     first = train(*arguments, "hydra.run.dir=first", folder=tmp_path)
     assert first.code == 0, first.err[-4000:]
     checkpoints = tmp_path / "first" / "checkpoints"
-    epochs = {name: torch.load(checkpoints / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")}
+    steps = {
+        name: torch.load(checkpoints / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")
+    }
     scores = [
         row["val0_epoch/weighted_sum"] for row in read_csv(tmp_path / "first") if "val0_epoch/weighted_sum" in row
     ]
-    assert epochs == {"best": scores.index(min(scores)), "last": 1}
+    assert steps == {"best": 4 * (1 + scores.index(min(scores))), "last": 8}  # 4 steps in each of 2 epochs
 
     resume = [*arguments, "max_epochs=3", f"ckpt_path={checkpoints / 'last.ckpt'}", "hydra.run.dir=second"]
     second = train(*resume, folder=tmp_path)
