@@ -94,9 +94,11 @@ def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(**{**settings, **options})
 
 
-def fit(folder: Path, data: EmbeddedAlloyDataModule, saving: StopAfter, resumed: Path | None = None) -> Any:
-    """Weights and log of a training, or of a part of it."""
-    module, trainer = build(data), make_trainer(folder, saving)
+def fit(
+    folder: Path, data: EmbeddedAlloyDataModule, saving: StopAfter, resumed: Path | None = None, **options: Any
+) -> Any:
+    """Weights of a training, or of a part of it; its log is in the folder."""
+    module, trainer = build(data), make_trainer(folder, saving, **options)
     if resumed is not None:
         trainer.logger.resume_from(step_of(resumed))  # type: ignore[union-attr]
     try:
@@ -132,6 +134,27 @@ def test_the_two_newest_are_kept(data: EmbeddedAlloyDataModule, tmp_path: Path) 
     fit(tmp_path / "log", data, saving)
     assert [step_of(saving.previous), step_of(saving.last)] == [2, 3]
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["last.ckpt", "previous.ckpt"]
+
+
+OTHERS = {
+    "validation within epochs": {"val_check_interval": 2},
+    "accumulation": {"accumulate_grad_batches": 3},
+    "fewer batches": {"limit_train_batches": 3},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_training_of_another_rhythm_may_be_cut(name: str, data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    options = OTHERS[name]
+    expected = fit(tmp_path / "whole", data, StopAfter(tmp_path / "whole"), **options)
+    for num_saves in (1, 2, 3):
+        folder = tmp_path / str(num_saves)
+        first = StopAfter(folder, num_saves)
+        fit(folder, data, first, **options)
+        weights = fit(folder, data, StopAfter(folder), resumed=first.last, **options)
+        assert all(torch.equal(weights[key], value) for key, value in expected.items()), num_saves
+        logs = [(each / "csv" / "metrics.csv").read_text() for each in (folder, tmp_path / "whole")]
+        assert logs[0] == logs[1], num_saves
 
 
 # --- files ---

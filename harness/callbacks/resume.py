@@ -143,6 +143,8 @@ class ResumeCheckpoint(Checkpoint):
         """Save every n steps, and when any rank has been told to leave."""
         if trainer.global_step == self._step_before or trainer.is_last_batch:
             return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
+        if self._is_validated_next(trainer):
+            return  # Lightning would leave the validation out; a signal is still there after the next step
         if isinstance(pl_module, ForceFieldModule):
             leave = pl_module.leaving
         else:  # someone else's module: a collective of its own
@@ -161,6 +163,12 @@ class ResumeCheckpoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+    @staticmethod
+    def _is_validated_next(trainer: Trainer) -> bool:
+        """Whether a validation within the epoch (``val_check_interval``) follows this batch."""
+        validates = getattr(trainer.fit_loop.epoch_loop, "_should_check_val_fx", None)
+        return validates is not None and bool(validates(trainer.fit_loop._data_fetcher))
 
     def _listen(self, at_once: bool = False) -> None:
         if threading.current_thread() is not threading.main_thread():
