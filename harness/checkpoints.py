@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["AtomicCheckpointIO", "keep_previous", "newest_valid", "step_of", "why_invalid"]
+__all__ = ["AtomicCheckpointIO", "newest_valid", "read", "step_of", "why_invalid"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -105,19 +105,6 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def keep_previous(path: Path, previous: Path) -> None:
-    """Let ``previous`` name what is at ``path`` now, without copying it; nothing happens where there is nothing."""
-    if not path.exists():
-        return
-    link = previous.with_name(f".{previous.name}.{os.getpid()}.link")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)  # both names stay valid all the time
-        os.replace(link, previous)
-    except OSError:  # a file system without hard links
-        os.replace(path, previous)
-
-
 def why_invalid(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None; reads all of it, and runs nothing that it holds."""
     try:
@@ -134,9 +121,15 @@ def why_invalid(path: Path) -> str | None:
     return f"it has no {', '.join(missing)}" if missing else None
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint file, without reading its tensors before they are used."""
+    found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return found
+
+
 def step_of(path: Path) -> int:
     """Number of optimizer steps that a checkpoint has behind it."""
-    return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+    return int(read(path)["global_step"])
 
 
 def newest_valid(paths: Iterable[Path]) -> Path | None:

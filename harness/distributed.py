@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.elastic.timer.file_based_local_timer import FileTimerClient
@@ -263,6 +264,8 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     """
     if launched_ranks() == 1 or is_distributed():
         return
+    # of groups that are made later without a limit of their own: meshes of devices, DeepSpeed's
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     store = dist.PrefixStore(f"{_attempt()}/group", _job_store())  # type: ignore[attr-defined]
     on_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
     dist.init_process_group(

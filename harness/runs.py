@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["RECORD", "claim", "interrupted_run", "record"]
+__all__ = ["RECORD", "claim", "interrupted_run", "is_interrupted", "read", "record"]
 
 RECORD = "run.json"
 
@@ -86,17 +86,28 @@ def _write(output_dir: Path, entry: dict[str, Any]) -> None:
         print(f"warning: {output_dir / RECORD} cannot be written: {error}", file=sys.stderr)
 
 
+def is_interrupted(output_dir: Path, command: Sequence[str]) -> bool:
+    """Whether the last run in a directory was given the same command, and has not finished."""
+    found = read(output_dir)
+    return found.get("state") not in (None, "finished") and _identity(found.get("command", [])) == _identity(command)
+
+
+def _identity(command: Sequence[str]) -> list[str]:
+    """The overrides in any order; whether it is to be resumed makes no other training of it."""
+    return sorted(str(each) for each in command if not str(each).lstrip("+").startswith("resume="))
+
+
 def interrupted_run(command: Sequence[str], root: Path) -> Path | None:
-    """The newest output directory under ``root`` whose run was given the same command and has not finished.
+    """The newest output directory under ``root`` that was given the same command, if it has not finished.
 
     Args:
         command: the overrides, in any order.
-        root: folder of output directories ``{name}/{stamp}``.
+        root: folder of output directories.
     """
-    folders = [each.parent for each in root.glob(f"*/*/{RECORD}")]
-    newest_first = sorted(folders, key=lambda folder: read(folder).get("started", ""), reverse=True)
-    for folder in newest_first:
-        found = read(folder)
-        if sorted(map(str, found.get("command", []))) == sorted(command):
-            return None if found.get("state") == "finished" else folder
-    return None
+    same = [
+        each.parent
+        for each in root.rglob(RECORD)
+        if _identity(read(each.parent).get("command", [])) == _identity(command)
+    ]
+    newest = max(same, key=lambda folder: read(folder).get("started", ""), default=None)
+    return newest if newest is not None and is_interrupted(newest, command) else None

@@ -9,11 +9,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import io
 import json
 import logging
 import os
+import re
+import shutil
 import sys
 import warnings
 from contextlib import nullcontext, redirect_stderr
@@ -25,6 +28,7 @@ from threading import Event
 import hydra
 import torch
 from filelock import FileLock
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
@@ -38,7 +42,8 @@ from rich.console import Console
 
 from harness.agreement import facts
 from harness.callbacks import ParityPlot, Preempted, ResumeCheckpoint
-from harness.checkpoints import AtomicCheckpointIO, step_of
+from harness.callbacks.resume import COMPLETE
+from harness.checkpoints import AtomicCheckpointIO, read, step_of
 from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
 from harness.dry_step import check_first_batch
 from harness.faults import Whereabouts, reported
@@ -55,7 +60,7 @@ from harness.preflight import (
     refusal,
 )
 from harness.report import values_table
-from harness.runs import claim, interrupted_run, record
+from harness.runs import claim, interrupted_run, is_interrupted, record
 from harness.strategies import check_strategy, connect, load_weights
 
 __all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
@@ -85,10 +90,15 @@ def _now() -> str:
 def _interrupted_stamp() -> str | None:
     """Last part of the output directory of the interrupted run that this command continues, if there is one."""
     requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    if not requeued and "resume=auto" not in sys.argv:
+    asked = [each for each in sys.argv[1:] if each.lstrip("+").replace("'", "").replace('"', "") == "resume=auto"]
+    if not requeued and not asked:
         return None
-    interrupted = interrupted_run(_overrides(), Path("outputs"))
-    return None if interrupted is None else interrupted.name
+    root = Path("outputs").absolute()
+    interrupted = interrupted_run(_overrides(), root)
+    if interrupted is None:
+        print(f"resume: no interrupted run of this command under {root}; it starts anew", flush=True)
+        return None
+    return interrupted.name
 
 
 def _register_resolvers() -> None:
@@ -200,7 +210,11 @@ def execute(job: Job) -> dict[str, float]:
 
     results: dict[str, float] = {}
     best = config.ckpt_path
-    if config.train:
+    complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
+    if complete is not None:
+        console.print(f"training is complete in {job.resume_from}", highlight=False)
+        results, best = dict(complete), _best_checkpoint(callbacks, resumed_from) or job.resume_from
+    elif config.train:
         if resumed_from:
             console.print(f"goes on from {resumed_from}", highlight=False)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
@@ -321,9 +335,16 @@ def _run_job(config: DictConfig) -> float | None:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if launched_rank() == 0:
+            _leave_no_trace(Path(config.output_dir))
             print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
+
+
+def _leave_no_trace(output_dir: Path) -> None:
+    """Remove the output directory of a refused job, which holds nothing but Hydra's copy of the config."""
+    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} == {".hydra"}:
+        shutil.rmtree(output_dir, ignore_errors=True)
 
 
 def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | None]:
@@ -363,15 +384,17 @@ def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | No
 
 
 def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback]) -> str | None:
-    """The newest whole checkpoint of an interrupted run in this output directory, if it is to be continued."""
-    restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if not config.train or not (config.resume == "auto" or (config.resume == "restart" and restarts > 0)):
+    """The newest whole checkpoint of this command in this output directory, if it was interrupted and is to go on."""
+    keeping = next((each for each in callbacks if isinstance(each, ResumeCheckpoint)), None)
+    if keeping is None or not config.train:
         return None
-    for callback in callbacks:
-        if isinstance(callback, ResumeCheckpoint):
-            newest = callback.newest()
-            return None if newest is None else str(newest)
-    return None
+    restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    wanted = config.resume == "auto" or (config.resume == "restart" and restarts > 0)
+    if not wanted or not is_interrupted(Path(config.output_dir), _overrides()):
+        keeping.put_aside()
+        return None
+    newest = keeping.newest()
+    return None if newest is None else str(newest)
 
 
 def _overrides() -> list[str]:
@@ -438,14 +461,41 @@ def _main() -> None:
     try:
         with redirect_stderr(_UntilComposed(said)):
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
-    except SystemExit:
-        if not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+    except SystemExit as ended:
+        if ended.code in (None, 0):  # --help and the like
+            sys.stderr.write(said.getvalue())
+        elif not _COMPOSED.is_set():  # a mistake that Hydra has found itself
             if launched_rank() == 0:
                 share("output_dir", "")  # which ranks that found none are waiting for
-            refused = refusal(said.getvalue().strip() or "the configuration cannot be composed")
+            refused = refusal(_of_hydra(said.getvalue()))
             if launched_rank() == 0:
-                print(refused, file=sys.stderr)
+                print(f"\nerror: {refused}", file=sys.stderr)
         raise
+
+
+def _of_hydra(text: str) -> str:
+    """What Hydra says of a wrong configuration, with the setting that a misspelt one may be meant for."""
+    told = text.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
+    misspelt = re.search(r"Could not override '([\w.]+)'", told)
+    if misspelt is None:
+        return told or "the configuration cannot be composed"
+    key = misspelt.group(1)
+    with initialize_config_dir(_config_folder(), version_base="1.3"):
+        valid = _settings_of(compose("train"))
+    close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+    meant = f"Did you mean {' or '.join(close)}? " if close else ""
+    return f"there is no setting {key}. {meant}`harness-train --cfg job` lists all of them.\n({told})"
+
+
+def _settings_of(config: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    names = []
+    for key in map(str, config):
+        node = config._get_node(key)
+        names.append(f"{prefix}{key}")
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            names += _settings_of(node, f"{prefix}{key}.")
+    return names
 
 
 class _UntilComposed(io.TextIOBase):

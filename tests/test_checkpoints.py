@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import socket
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from commands import TINY, train
+from commands import ROOT, TINY, train
 from fault_callbacks import Noise
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -21,7 +24,7 @@ from spawning import spawn
 
 import harness
 from harness.callbacks import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
-from harness.checkpoints import AtomicCheckpointIO, keep_previous, newest_valid, step_of, why_invalid
+from harness.checkpoints import AtomicCheckpointIO, newest_valid, step_of, why_invalid
 from harness.data import EmbeddedAlloyDataModule
 from harness.loggers import CSVLogger
 from harness.models import schnet_force_field
@@ -166,18 +169,30 @@ def save(path: Path, step: int = 1) -> None:
     )
 
 
-def test_keeping_the_one_before_costs_no_space_and_no_moment_without_both(tmp_path: Path) -> None:
-    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
-    keep_previous(last, previous)  # nothing there yet
-    assert not previous.exists()
-    save(last, 1)
-    keep_previous(last, previous)
-    assert os.path.samefile(last, previous)
-    save(last, 2)
-    assert [step_of(previous), step_of(last)] == [1, 2]
-    keep_previous(last, previous)
-    save(last, 3)
-    assert [step_of(previous), step_of(last)] == [2, 3]
+def test_a_damaged_one_never_pushes_out_a_whole_one(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    """The newest is damaged, the one before goes on, and the next one cannot be written: it is still there."""
+    saving = StopAfter(tmp_path / "run", 3)
+    fit(tmp_path / "log", data, saving)
+    os.truncate(saving.last, 1000)
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged"):
+        assert saving.newest() == saving.previous
+    again = StopAfter(tmp_path / "run", 1)
+    fit(tmp_path / "log", data, again, resumed=saving.previous)
+    assert [step_of(path) for path in (again.previous, again.last) if path.exists()] == [2, 3]
+    assert (tmp_path / "run" / "last.damaged").exists()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_kill_between_writing_and_naming_loses_nothing(moved: bool, tmp_path: Path) -> None:
+    saving = ResumeCheckpoint(tmp_path)
+    save(saving.previous, 1)
+    save(saving.last, 2)
+    save(saving.following, 3)
+    if moved:
+        os.replace(saving.last, saving.previous)
+    assert saving.newest() == saving.last
+    assert [step_of(saving.previous), step_of(saving.last)] == [2, 3]
+    assert not saving.following.exists()
 
 
 def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
@@ -309,6 +324,34 @@ class CountCalls(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for name, original in self._originals.items():
             setattr(dist, name, original)
+
+
+def group_timeouts(rank: int, world_size: int, folder: Path) -> list[float]:
+    """Seconds that the groups of a job wait which are made through its own process group."""
+    script = (
+        "from datetime import timedelta\n"
+        "import torch, torch.distributed as dist\n"
+        "from harness.distributed import join\n"
+        "join('gloo', timedelta(seconds=20))\n"
+        "mesh = dist.init_device_mesh('cpu', (1, 2), mesh_dim_names=('a', 'b'))\n"
+        "groups = [None, mesh['a'].get_group(), mesh['b'].get_group(), dist.new_group([0, 1])]\n"
+        "groups = [group or dist.group.WORLD for group in groups]\n"
+        "print(*(g._get_backend(torch.device('cpu')).options._timeout.total_seconds() for g in groups))\n"
+    )
+    port = int((folder / "port").read_text())
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50, check=True
+    )
+    return [float(number) for number in done.stdout.split()]
+
+
+def test_the_time_limit_is_that_of_every_group(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(probe.getsockname()[1]))
+    assert spawn(2, group_timeouts, tmp_path) == [[20.0] * 4] * 2
 
 
 def count_calls(rank: int, world_size: int, folder: Path) -> list[dict[str, int]]:

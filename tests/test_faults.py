@@ -82,6 +82,18 @@ def test_kill_9_of_one_rank_under_torchrun(undisturbed: Path, tmp_path: Path) ->
     assert_same_run(folder, undisturbed)
 
 
+def test_kill_9_after_a_checkpoint_within_an_epoch(undisturbed_alone: Path, tmp_path: Path) -> None:
+    """The log has every step that the checkpoint has."""
+    command = [*ARGUMENTS, "callbacks.last.every_n_steps=3", signal_at(7, "SIGKILL", tmp_path)]
+    killed = train(*command, folder=tmp_path, **TESTS)
+    assert killed.code == -signal.SIGKILL
+    again = train(*command, folder=tmp_path, **TESTS)
+    assert again.code == 0, again.err[-3000:]
+    (folder,) = again.runs
+    assert f"goes on from {folder}/checkpoints/last.ckpt" in again.out
+    assert_same_run(folder, undisturbed_alone)
+
+
 @pytest.mark.slow
 def test_kill_9_of_the_whole_job(undisturbed: Path, tmp_path: Path) -> None:
     fault = signal_at(9, "SIGKILL", tmp_path)
@@ -287,15 +299,53 @@ def test_two_jobs_cannot_share_a_directory(tmp_path: Path) -> None:
     assert "Traceback" not in second.err
 
 
-def test_a_finished_run_is_not_continued(undisturbed_alone: Path) -> None:
-    folder = undisturbed_alone.parents[2]
-    before = set(folder.glob("outputs/*/*"))
-    done = train(
-        *ARGUMENTS, "train=false", f"ckpt_path={undisturbed_alone}/checkpoints/best.ckpt", folder=folder, **TESTS
+@pytest.mark.slow
+def test_a_finished_run_is_not_continued(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = train(*ARGUMENTS, "max_epochs=1", folder=tmp_path, **TESTS)
+        assert done.code == 0, done.err[-3000:]
+        assert "goes on from" not in done.out
+    first, second = (read_csv(folder) for folder in done.runs)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_another_command_in_the_same_directory_starts_anew(tmp_path: Path) -> None:
+    """Also where a launcher says that it is a restart; what the other one has left is not taken for its own."""
+    first = train(*ARGUMENTS, "max_epochs=1", "hydra.run.dir=one", folder=tmp_path, **TESTS)
+    assert first.code == 0, first.err[-3000:]
+    again = {"TORCHELASTIC_RESTART_COUNT": "1", **TESTS}
+    second = train(*ARGUMENTS, "max_epochs=1", "optimizer.lr=1e-3", "hydra.run.dir=one", folder=tmp_path, **again)
+    assert second.code == 0, second.err[-3000:]
+    assert "goes on from" not in second.out
+    left = sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
+    assert left == ["best.ckpt", "last.before", "last.ckpt"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_when_resume_is_added(tmp_path: Path) -> None:
+    """In its last step, too: it leaves before the test, and an early stop is not decided anew."""
+    stopping = (
+        "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: '${monitor}', patience: 1}"
     )
-    assert done.code == 0, done.err[-3000:]
-    (new,) = set(folder.glob("outputs/*/*")) - before
-    shutil.rmtree(new)
+    arguments = [each for each in ARGUMENTS if each != "resume=auto"]
+    command = [
+        *arguments,
+        stopping,
+        "+callbacks.stop.patience=1",
+        "+callbacks.stop.min_delta=1e9",
+        signal_at(7, "SIGTERM", tmp_path),
+    ]
+    told = train(*command, folder=tmp_path, **TESTS)
+    assert told.code == 75, told.err[-3000:]
+    assert "told to leave before the test" in told.out
+    again = train(*command, "resume=auto", folder=tmp_path, **TESTS)
+    assert again.code == 0, again.err[-3000:]
+    (folder,) = again.runs
+    assert f"training is complete in {folder}/checkpoints/last.ckpt" in again.out
+    rows = read_csv(folder)
+    assert sum("val0_epoch/weighted_sum" in row for row in rows) == 2  # the second is no better, by so much
+    assert sum("test0_epoch/weighted_sum" in row for row in rows) == 1
 
 
 def test_a_run_that_has_saved_at_its_end_can_be_prolonged(undisturbed_alone: Path, tmp_path: Path) -> None:

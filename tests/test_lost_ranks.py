@@ -120,8 +120,9 @@ def test_without_torchrun(tmp_path: Path) -> None:
 def test_an_error_before_training_is_told_by_rank_zero(tmp_path: Path) -> None:
     """A model that cannot be made on one rank, by an error that is nobody's input."""
     (tmp_path / "my_model.py").write_text(
-        "import os\n\ndef make(**options):\n    if os.environ['RANK'] == '1':\n        raise MemoryError('too large')\n"
-        "    from torch import nn\n    return nn.Linear(1, 1)\n"
+        "import os\nfrom harness.models import schnet_force_field\n\ndef make(statistics, **options):\n"
+        "    if os.environ['RANK'] == '1':\n        raise MemoryError('too large')\n"
+        "    return schnet_force_field(statistics, **options)\n"
     )
     done = train(
         *ARGUMENTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -15,15 +16,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from harness.checkpoints import keep_previous, newest_valid
+from harness.checkpoints import newest_valid
 from harness.distributed import gather_objects, global_rank
 from harness.module import ForceFieldModule
 
-__all__ = ["REQUEUE_EXIT_CODE", "Preempted", "ResumeCheckpoint"]
+__all__ = ["COMPLETE", "REQUEUE_EXIT_CODE", "Preempted", "ResumeCheckpoint"]
 
 REQUEUE_EXIT_CODE = 75
 """Exit code of a rank that was told to leave and can go on later: EX_TEMPFAIL of sysexits.h, "try again"."""
 
+COMPLETE = "complete"
+"""Key of a checkpoint of a training that has come to its end: its last values by log key."""
 _RANDOM_STATES = "random_states"
 
 
@@ -48,8 +51,8 @@ class ResumeCheckpoint(Checkpoint):
     and ``previous.ckpt`` is the one before. Signals set a flag, nothing more; whether any rank has one is found out
     within the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.leaving`), so that all ranks leave after
     the same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for
-    its end. What is resumed is bitwise what would have been trained, on the same number of ranks: batches, accumulated
-    metrics, random states, and schedulers included.
+    its end; a test is finished. What is resumed is bitwise what would have been trained, on the same number of ranks:
+    batches, accumulated metrics, random states, and schedulers included.
 
     Args:
         dirpath: folder of the two checkpoints.
@@ -81,6 +84,7 @@ class ResumeCheckpoint(Checkpoint):
         self._step_before = 0
         self._first_batch = True
         self._random_state: dict[str, Any] | None = None
+        self._complete: dict[str, float] | None = None
 
     @property
     def last(self) -> Path:
@@ -92,11 +96,43 @@ class ResumeCheckpoint(Checkpoint):
         """The one before."""
         return self.dirpath / "previous.ckpt"
 
+    @property
+    def following(self) -> Path:
+        """The one that is being made; it becomes :attr:`last` once it is whole."""
+        return self.dirpath / "next.ckpt"
+
     def newest(self) -> Path | None:
-        """The newest of the two that is whole; a damaged one is warned about."""
-        return newest_valid([self.last, self.previous])
+        """The newest that is whole; damaged ones are warned about and put aside, lest they push out a whole one."""
+        chosen = newest_valid([self.following, self.last, self.previous])
+        for path in (self.following, self.last, self.previous):
+            if path == chosen:
+                break
+            if path.exists():
+                os.replace(path, path.with_suffix(".damaged"))
+        if chosen == self.following:
+            self._rotate()
+            return self.last
+        return chosen
+
+    def _rotate(self) -> None:
+        if self.last.exists():
+            os.replace(self.last, self.previous)
+        os.replace(self.following, self.last)
+
+    def put_aside(self) -> None:
+        """Keep another run's checkpoints in this folder from being taken for this one's."""
+        for path in (self.following, self.last, self.previous):
+            if path.exists():
+                os.replace(path, path.with_suffix(".before"))
 
     # --- when ---
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember who had the signals before Lightning."""
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to that thread alone
+            self._handlers = {number: signal.getsignal(number) for number in self.signals}
+        if stage == "fit":
+            self._told_to_leave, self._complete = None, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals from Lightning, whose handler calls a collective and hangs where one rank has them."""
@@ -109,8 +145,14 @@ class ResumeCheckpoint(Checkpoint):
             loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave at once when told to: a test saves nothing, and its training is complete."""
-        self._listen(at_once=True)
+        """Leave before a test if told to, such as in the last epoch; a test that has begun is finished.
+
+        The training is complete then, and its end is saved.
+        """
+        leave = self._is_told(trainer)
+        self._listen()
+        if leave:
+            raise Preempted(f"told to leave before the test: the training is complete, and saved in {self.last}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the epoch before has left: everything of it is complete now, which in its own hooks it is not."""
@@ -119,7 +161,7 @@ class ResumeCheckpoint(Checkpoint):
             trainer.fit_loop.restarting = False
             self._restore_random_state()
             return
-        leave = self._leaves_at_epoch_end(trainer)
+        leave = self._is_told(trainer)
         if leave or epoch % self.every_n_epochs == 0:
             self._save(trainer)
         if leave:
@@ -145,23 +187,22 @@ class ResumeCheckpoint(Checkpoint):
             return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
         if self._is_validated_next(trainer):
             return  # Lightning would leave the validation out; a signal is still there after the next step
-        if isinstance(pl_module, ForceFieldModule):
-            leave = pl_module.leaving
-        else:  # someone else's module: a collective of its own
-            leave = trainer.strategy.reduce_boolean_decision(self._told_to_leave is not None, all=False)
+        # in someone else's module it takes a collective of its own
+        leave = pl_module.leaving if isinstance(pl_module, ForceFieldModule) else self._is_told(trainer)
         if leave or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
         if leave:
             raise Preempted(self._message(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end."""
+        """Save the end, and that it is one: early stopping is not to be decided again."""
+        self._complete = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
     @staticmethod
@@ -170,20 +211,15 @@ class ResumeCheckpoint(Checkpoint):
         validates = getattr(trainer.fit_loop.epoch_loop, "_should_check_val_fx", None)
         return validates is not None and bool(validates(trainer.fit_loop._data_fetcher))
 
-    def _listen(self, at_once: bool = False) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python gives signals to the main thread alone
-
+    def _listen(self) -> None:
         def note(number: int, frame: FrameType | None) -> None:
             self._told_to_leave = signal.Signals(number)
-            if at_once:
-                raise Preempted(f"{self._told_to_leave.name} came during the test; the training is complete.")
 
-        for number in self.signals:
-            found = signal.signal(number, note)
-            self._handlers.setdefault(number, found)
+        for number in self._handlers:
+            signal.signal(number, note)
 
-    def _leaves_at_epoch_end(self, trainer: Trainer) -> bool:
+    def _is_told(self, trainer: Trainer) -> bool:
+        """Whether any rank has been told to leave; all must ask."""
         return bool(trainer.strategy.reduce_boolean_decision(self._told_to_leave is not None, all=False))
 
     def _message(self, trainer: Trainer) -> str:
@@ -194,12 +230,18 @@ class ResumeCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            keep_previous(self.last, self.previous)
-        trainer.save_checkpoint(self.last)
+            self.following.unlink(missing_ok=True)
+            for logger in trainer.loggers:
+                logger.save()  # what is logged up to here will not be logged again
+        trainer.save_checkpoint(self.following, weights_only=False)
+        if trainer.is_global_zero and self.following.exists():  # on a full disk it does not, and nothing changes
+            self._rotate()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all ranks; let an epoch that is complete count as complete."""
         checkpoint[_RANDOM_STATES] = gather_objects(_random_state())
+        if self._complete is not None:
+            checkpoint[COMPLETE] = self._complete
         loops = checkpoint["loops"]["fit_loop"]
         epochs = loops["epoch_progress"]["total"]
         if epochs["processed"] == epochs["completed"] and (epochs["started"] == epochs["processed"]):
