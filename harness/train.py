@@ -212,11 +212,11 @@ def execute(job: Job) -> dict[str, float]:
     best = config.ckpt_path
     complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
     if complete is not None:
-        console.print(f"training is complete in {job.resume_from}", highlight=False)
+        console.print(f"training is complete in {job.resume_from}", highlight=False, soft_wrap=True)
         results, best = dict(complete), _best_checkpoint(callbacks, resumed_from) or job.resume_from
     elif config.train:
         if resumed_from:
-            console.print(f"goes on from {resumed_from}", highlight=False)
+            console.print(f"goes on from {resumed_from}", highlight=False, soft_wrap=True)
         trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
         best = _best_checkpoint(callbacks, resumed_from)

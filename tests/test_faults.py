@@ -326,16 +326,11 @@ def test_another_command_in_the_same_directory_starts_anew(tmp_path: Path) -> No
 def test_an_interrupted_run_goes_on_when_resume_is_added(tmp_path: Path) -> None:
     """In its last step, too: it leaves before the test, and an early stop is not decided anew."""
     stopping = (
-        "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: '${monitor}', patience: 1}"
+        "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: '${monitor}', patience: 1, "
+        "min_delta: 1e9}"
     )
-    arguments = [each for each in ARGUMENTS if each != "resume=auto"]
-    command = [
-        *arguments,
-        stopping,
-        "+callbacks.stop.patience=1",
-        "+callbacks.stop.min_delta=1e9",
-        signal_at(7, "SIGTERM", tmp_path),
-    ]
+    command = [each for each in ARGUMENTS if each != "resume=auto"]
+    command += [stopping, signal_at(7, "SIGTERM", tmp_path)]
     told = train(*command, folder=tmp_path, **TESTS)
     assert told.code == 75, told.err[-3000:]
     assert "told to leave before the test" in told.out
