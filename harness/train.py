@@ -391,7 +391,8 @@ def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback]) -> str 
     restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     wanted = config.resume == "auto" or (config.resume == "restart" and restarts > 0)
     if not wanted or not is_interrupted(Path(config.output_dir), _overrides()):
-        keeping.put_aside()
+        if not config.ckpt_path or Path(config.ckpt_path).resolve().parent != keeping.dirpath.resolve():
+            keeping.put_aside()
         return None
     newest = keeping.newest()
     return None if newest is None else str(newest)
