@@ -128,9 +128,9 @@ def read_frames(
     names = LabelKeys.from_mapping(keys)
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"no file of structures at {file}")
+        raise FileNotFoundError(f"no file of structures at {file}; relative paths start at {Path.cwd()}")
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
+        raise ValueError(f"{file} is empty; expected structures, such as extended XYZ. Was it copied completely?")
     try:
         structures = _structures(file)
     except Exception as error:  # every format of ASE fails in its own way
@@ -193,7 +193,8 @@ def _frame(atoms: Atoms, names: LabelKeys, origin: str, index: int) -> Frame:
     if not np.isfinite(atoms.positions).all():
         raise ValueError(
             f"{location}: positions must be finite, found {int((~np.isfinite(atoms.positions)).sum())} "
-            "NaN or infinite components"
+            f"NaN or infinite components, the first of atom {int((~np.isfinite(atoms.positions)).any(axis=1).argmax())}; "
+            "remove the frame or correct it"
         )
     if not np.isfinite(atoms.cell.array).all():
         raise ValueError(f"{location}: cell vectors must be finite, found {atoms.cell.array.tolist()}")
