@@ -190,11 +190,11 @@ def _frame(atoms: Atoms, names: LabelKeys, origin: str, index: int) -> Frame:
             f"{location}: atom {unknown} is {atoms.symbols[unknown]} (atomic number {atoms.numbers[unknown]}), which "
             f"is no element; expected a chemical symbol. Correct or remove the atom"
         )
-    if not np.isfinite(atoms.positions).all():
+    unknown = ~np.isfinite(atoms.positions)
+    if unknown.any():
         raise ValueError(
-            f"{location}: positions must be finite, found {int((~np.isfinite(atoms.positions)).sum())} "
-            f"NaN or infinite components, the first of atom {int((~np.isfinite(atoms.positions)).any(axis=1).argmax())}; "
-            "remove the frame or correct it"
+            f"{location}: positions must be finite, found {int(unknown.sum())} NaN or infinite components, the first "
+            f"of atom {int(unknown.any(axis=1).argmax())}; correct or remove the frame"
         )
     if not np.isfinite(atoms.cell.array).all():
         raise ValueError(f"{location}: cell vectors must be finite, found {atoms.cell.array.tolist()}")
