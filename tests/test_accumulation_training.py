@@ -488,6 +488,7 @@ def test_deep_speed_that_counts_by_itself_is_refused() -> None:
         refused.setup("fit")
 
 
+@pytest.mark.slow
 def test_two_ranks_on_the_command_line(tmp_path: Path) -> None:
     """16 frames: 4 micro-batches of 4 on two ranks are 2 batches of 8 on one."""
     double = (

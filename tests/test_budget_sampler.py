@@ -443,6 +443,7 @@ def values(folder: Path) -> dict[tuple[int, str], float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # three trainings
 def test_a_training_by_budget_on_two_ranks_and_its_continuation_on_one(tmp_path):
     together = train(*BY_BUDGET, KEEP_STEPS, "hydra.run.dir=two", ranks=2, folder=tmp_path)

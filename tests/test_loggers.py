@@ -360,6 +360,7 @@ def assert_trained(done: Finished, num_warnings: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_in_the_same_csv_and_run(tmp_path: Path) -> None:
     arguments = [*SMALL, "logger=[wandb,csv]", "callbacks.parity=null", "hydra.run.dir=run", "resume=auto"]
     whole = train(*arguments, folder=tmp_path / "whole")
@@ -395,6 +396,7 @@ def test_a_full_disk_under_the_loggers_does_not_stop_a_training(small_disk: Path
     assert "No space left on device" in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 def test_wandb_that_hangs_or_dies_does_not_stop_a_training(name: str, tmp_path: Path) -> None:
     start = time.monotonic()

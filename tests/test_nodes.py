@@ -78,6 +78,7 @@ def test_two_hosts_train_as_one_host_with_as_many_ranks(tmp_path: Path) -> None:
     assert nodes[1].out.strip() == ""
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_nodes_with_other_settings_are_refused(tmp_path: Path) -> None:
     arguments = [*TINY, *QUIET, "logger=csv"]

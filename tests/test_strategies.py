@@ -170,6 +170,7 @@ def test_mixed_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen]
     same_training(alone["single,adam,bf16-mixed"][0], two[f"{strategy},adam,bf16-mixed"], 1e-2, 5e-4)
 
 
+@pytest.mark.slow
 def test_a_strategy_that_splits_the_world(alone: dict[str, list[Seen]], frames: Path, tmp_path: Path) -> None:
     """Two by two ranks: two share a batch, and two work on the same part of it."""
     ranks = launch(tmp_path, 4, frames, "fsdp_two_by_two,sgd")["fsdp_two_by_two,sgd"]
@@ -204,6 +205,7 @@ def test_a_checkpoint_is_one_whole_file(two: dict[str, list[Seen]], folder_of_tw
             torch.testing.assert_close(state["state"][number][key], value, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_continued_by_every_strategy_on_any_number_of_ranks(
     alone: dict[str, list[Seen]], two: dict[str, list[Seen]], folder_of_two: Path, frames: Path, tmp_path: Path
 ) -> None:
@@ -252,7 +254,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
     [
         ["strategy=fsdp"],
         # the class for tests, which runs on CPUs
-        ["strategy=deepspeed_zero3", "strategy._target_=cpu_deepspeed.CpuZero"],
+        pytest.param(["strategy=deepspeed_zero3", "strategy._target_=cpu_deepspeed.CpuZero"], marks=pytest.mark.slow),
     ],
     ids=["fsdp", "zero3"],
 )

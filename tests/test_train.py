@@ -228,11 +228,17 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path: Path) -> None:
             [f"data.train={SHARED}/acac/train_300K.xyz", f"data.test={SHARED}/acac/test_MD_300K.xyz"],
             ["forces_rmse_per_type", "per_atom_energy_mae"],
         ),
-        ("mixed", [f"data.train={SHARED}/ethanol_methanol/train_eth_meth.xyz"], ["forces_rmse"]),
-        (
+        pytest.param(
+            "mixed",
+            [f"data.train={SHARED}/ethanol_methanol/train_eth_meth.xyz"],
+            ["forces_rmse"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "carbon",
             [f"data.train={SHARED}/carbon/carbon_100.xyz", "data.keys.forces=force", *STRESS],
             ["stress_rmse", "forces_rmse"],
+            marks=pytest.mark.slow,
         ),
     ],
 )
