@@ -35,6 +35,7 @@ def check_message(name: str, said: Said, folder: Path) -> None:
     assert "Epoch 0" not in said.out + said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ranks == 1])
 def test_a_mistake_is_told_before_training(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -194,7 +195,7 @@ def check_corruption(data: st.DataObject, folder: Path, name: str) -> None:
 
 
 QUICK = settings(max_examples=15, suppress_health_check=list(HealthCheck))
-THOROUGH = settings(max_examples=600, suppress_health_check=list(HealthCheck))
+THOROUGH = settings(max_examples=250, suppress_health_check=list(HealthCheck))
 
 
 @QUICK

@@ -207,7 +207,10 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, emptied])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(truncated, marks=pytest.mark.slow), one_bit_flipped, pytest.param(emptied, marks=pytest.mark.slow)],
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damage: object, stopped: tuple[Path, list[str]], undisturbed_alone: Path, tmp_path: Path
 ) -> None:
@@ -287,6 +290,7 @@ def test_a_full_disk_while_checkpoints_are_written(small_disk: Path, undisturbed
 # --- who may write ---
 
 
+@pytest.mark.slow
 def test_two_jobs_cannot_share_a_directory(tmp_path: Path) -> None:
     slow = "+callbacks.slow={_target_: fault_callbacks.Slow, seconds: 30}"
     command = [*ARGUMENTS, "hydra.run.dir=one"]

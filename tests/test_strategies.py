@@ -249,6 +249,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
     return results(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [

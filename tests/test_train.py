@@ -197,7 +197,9 @@ def test_logger_none_writes_no_logs(tmp_path: Path) -> None:
         (["loss.coeffs.force=1"], ["force"]),
         (["+loss.coeffs.force=1"], ["'force'", "Valid keys: total_energy, forces"]),
         (["data=nothing"], ["nothing", "embedded", "file"]),
-        (["data.batch_size=1", "data.split={val: 4, test: 4}", "ranks=2"], ["1", "2"]),
+        pytest.param(
+            ["data.batch_size=1", "data.split={val: 4, test: 4}", "ranks=2"], ["1", "2"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(overrides: list[str], words: list[str], tmp_path: Path) -> None:
