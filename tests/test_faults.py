@@ -249,7 +249,7 @@ def test_kill_9_while_a_checkpoint_is_written(undisturbed_alone: Path, tmp_path:
             wait_for(lambda: list(folder.glob("outputs/*/*/checkpoints/last.ckpt")), 120, "the first checkpoint")
 
             def half_written() -> list[Path]:
-                parts = folder.glob("outputs/*/*/checkpoints/.last.ckpt.*.part")
+                parts = folder.glob("outputs/*/*/checkpoints/.next.ckpt.*.part")
                 return [part for part in parts if 10 * 2**20 < part.stat().st_size < 380 * 2**20]
 
             wait_for(half_written, 120, "a checkpoint that is being written")
