@@ -32,6 +32,7 @@ from harness.strategies import refuse_folder
 
 __all__ = [
     "check_accumulation",
+    "check_drivers",
     "check_labels",
     "check_monitors",
     "check_settings",
@@ -93,7 +94,8 @@ def check_settings(config: DictConfig) -> None:
 def _check_sections(config: DictConfig) -> None:
     """Refuse what stands where a mapping with a ``_target_`` is needed."""
     needed = {name: config[name] for name in ("data", "model", "loss", "trainer", "strategy")}
-    optional = {name: config.get(name) for name in ("train_metrics", "val_metrics", "test_metrics", "optimizer")}
+    managers = ("train_metrics", "val_metrics", "test_metrics")
+    optional = {name: config.get(name) for name in (*managers, "optimizer", "schedule", "adaptive")}
     if isinstance(config.lr_scheduler, DictConfig) and "scheduler" in config.lr_scheduler:
         needed["lr_scheduler.scheduler"] = config.lr_scheduler.scheduler
     else:
@@ -156,11 +158,11 @@ def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> N
         for name, (missing, total) in datamodule.missing_labels(data_set).items():
             for entry in manager.entries.values():
                 reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
-                if name not in reads or entry.coeff is None or not missing:
+                if name not in reads or entry.name not in manager.ever_weighted or not missing:
                     continue
                 if missing == total:
                     raise ValueError(
-                        f"{what}: component {entry.name!r} has the coefficient {entry.given_coeff}, but none of the "
+                        f"{what}: component {entry.name!r} has a coefficient ({entry.given_coeff}), but none of the "
                         f"{total} frames of {data_set} has {name}. Are the label keys right (data.keys)? Otherwise set "
                         f"its coefficient to null, or choose a loss and metrics without it, such as loss=energy_force "
                         f"metrics=energy_force."
@@ -181,6 +183,24 @@ def check_accumulation(config: DictConfig, callbacks: list[Callback], module: Fo
     scheduled = (each for each in callbacks if isinstance(each, GradientAccumulationScheduler))
     if config.train and (k > 1 or any(each.going_to_accumulate_grad_batches() for each in scheduled)):
         module.loss.check_accumulation()
+
+
+def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
+    """Refuse two things that both move the coefficients of the loss: the later one would undo the other, silently.
+
+    Raises:
+        ValueError: with the names of both.
+    """
+    drivers = [type(each).__name__ for each in callbacks if getattr(each, "drives_coefficients", False)]
+    if module.loss.schedule is not None:
+        drivers.append(f"the schedule {type(module.loss.schedule).__name__}")
+    if module.loss.weighting is not None:
+        drivers.append(type(module.loss.weighting).__name__)
+    if len(drivers) > 1:
+        raise ValueError(
+            f"The coefficients of the loss are moved by {' and by '.join(drivers)}; only one of them can. For several "
+            f"stages in one schedule use Join, or Together, of harness.schedules."
+        )
 
 
 def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:

@@ -103,8 +103,8 @@ class Schedule(ABC):
 
         Args:
             epoch: number of epochs since the training began, at least 0; a fraction within an epoch.
-            learning_rate: learning rate now over that at the start, a ratio. Only :class:`LearningRateCoupled` reads
-                it.
+            learning_rate: learning rate now over that which the optimizer was given, a ratio. Only
+                :class:`LearningRateCoupled` reads it.
         """
 
     @property
@@ -585,13 +585,13 @@ class Together(Schedule):
 class LearningRateCoupled(Schedule):
     r"""From some coefficients to others as the learning rate falls.
 
-    .. math:: c_k = \text{limit}_k + (\text{start}_k - \text{limit}_k) \frac{\mathrm{lr}(e)}{\mathrm{lr}(0)}
+    .. math:: c_k = \text{limit}_k + (\text{start}_k - \text{limit}_k) \frac{\mathrm{lr}(e)}{\mathrm{lr}_0}
 
-    which is ``start`` at the first learning rate and would be ``limit`` at one of 0. A learning rate above the first
-    one, as after a warm-up, leads beyond ``start``; the result is never below 0.
+    which is ``start`` at the learning rate :math:`\mathrm{lr}_0` that the optimizer was given and would be ``limit`` at
+    one of 0. A learning rate above :math:`\mathrm{lr}_0` leads beyond ``start``; the result is never below 0.
 
     Args:
-        start: coefficients at the learning rate of the start.
+        start: coefficients at the learning rate that the optimizer was given.
         limit: coefficients that are approached as the learning rate falls to 0, of the same names.
         interval: ``epoch`` or ``step``, see :class:`Schedule`. ``step`` follows a learning rate that changes within
             epochs.
@@ -625,8 +625,8 @@ class LearningRateCoupled(Schedule):
         """
         if learning_rate is None or not 0 <= learning_rate < math.inf:
             raise ValueError(
-                f"LearningRateCoupled needs the learning rate over that at the start, a finite number of at least 0; "
-                f"found {learning_rate!r}."
+                f"LearningRateCoupled needs the learning rate, as a part of that which the optimizer was given: a "
+                f"finite number of at least 0; found {learning_rate!r}."
             )
         # written so that a ratio of 1 gives `start` to the last bit
         return {
