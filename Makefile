@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
-STRICT := fields distributed statistics foreign metrics components layout window manager presets
+STRICT := fields distributed schedules statistics foreign metrics components coefficients layout window manager presets
 
 export OMP_NUM_THREADS ?= 1
 

@@ -202,7 +202,7 @@ def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> N
     )
     if not weighted_sum.requires_grad:
         raise ValueError(nothing)
-    _guarded(weighted_sum.backward, f"The backward pass of a first {_SETS['train']} batch")
+    _guarded(module.objective(values[0]).backward, f"The backward pass of a first {_SETS['train']} batch")
     unused = [name for name, parameter in parameters.items() if parameter.grad is None]
     if len(unused) == len(parameters):
         raise ValueError(nothing)

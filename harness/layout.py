@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,26 @@ from harness.components import WEIGHTED_SUM, MetricEntry
 from harness.fields import FieldModifier
 from harness.foreign import DeferredMetric, ForeignMetric, why_not_mergeable
 from harness.metrics import ErrorMetric, Value
-from harness.statistics import Row
+from harness.statistics import Row, on_device
 
-__all__ = ["Evaluated", "Layout", "Reading", "Values", "identity"]
+__all__ = ["Evaluated", "Layout", "Reading", "Report", "Values", "identity"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of one step or epoch, as Python numbers.
+
+    Attributes:
+        values: components, per-type values, and ``weighted_sum`` if any component has a coefficient; NaN without data.
+        coeffs: normalised coefficients of the components in the weighted sum.
+        contributions: coefficient × value of these components: they add up to ``weighted_sum``. 0 without data.
+        counts: number of elements behind a value that is made of a sum of errors: three for each atom in ``forces``.
+    """
+
+    values: dict[str, float]
+    coeffs: dict[str, float]
+    contributions: dict[str, float]
+    counts: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,10 @@ class Values:
         reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
         weighted_sum: float64 scalar, or None if no component has a coefficient.
         has_data: bool ``[num_values]``.
+        coeffs: float64 ``[num_components]``: the normalised coefficients that made ``weighted_sum``; 0 outside of it.
+        weighted: positions of the components in the weighted sum.
+        counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.layout`.
+        counted: for each name, which slots of sums its elements are in.
     """
 
     names: tuple[str, ...]
@@ -41,11 +62,15 @@ class Values:
     reported: Tensor
     weighted_sum: Tensor | None
     has_data: Tensor
+    coeffs: Tensor | None = None
+    weighted: tuple[int, ...] = ()
+    counts: Tensor | None = None
+    counted: Mapping[str, range] = field(default_factory=dict)
 
     def detach(self) -> Values:
         """The same values without a graph."""
         weighted_sum = None if self.weighted_sum is None else self.weighted_sum.detach()
-        return Values(self.names, self.order, self.reported.detach(), weighted_sum, self.has_data)
+        return replace(self, reported=self.reported.detach(), weighted_sum=weighted_sum)
 
     def as_dict(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
         """Values by name, as scalar tensors on the device."""
@@ -56,15 +81,31 @@ class Values:
         return values
 
     def to_host(self, prefix: str = "", suffix: str = "") -> dict[str, float]:
-        """Values by name as Python numbers: one copy, and the only place where the host waits for the device."""
-        vector = self.reported.detach()
-        if self.weighted_sum is not None:
-            vector = torch.cat((vector, self.weighted_sum.detach().unsqueeze(0)))
-        numbers = vector.tolist()
-        values = {f"{prefix}{self.names[index]}{suffix}": numbers[index] for index in self.order}
-        if self.weighted_sum is not None:
-            values[f"{prefix}{WEIGHTED_SUM}{suffix}"] = numbers[-1]
-        return values
+        """Values by name as Python numbers: one copy, which the host waits for."""
+        return {f"{prefix}{name}{suffix}": value for name, value in self.to_report().values.items()}
+
+    def to_report(self) -> Report:
+        """Values, coefficients, contributions and counts as Python numbers: one copy, which the host waits for."""
+        pieces = [self.reported, self.weighted_sum, self.coeffs, self.counts]
+        lengths = [0 if piece is None else piece.numel() for piece in pieces]
+        vector = torch.cat([piece.detach().reshape(-1) for piece in pieces if piece is not None])
+        numbers = iter(vector.tolist())
+        reported, total, coeffs, counts = ([next(numbers) for _ in range(length)] for length in lengths)
+        values = {self.names[index]: reported[index] for index in self.order}
+        if total:
+            values[WEIGHTED_SUM] = total[0]
+        in_sum = {self.names[index]: coeffs[index] for index in self.weighted}
+        return Report(
+            values,
+            {name: in_sum[name] for name in values if name in in_sum},
+            {name: _contribution(in_sum[name], values[name]) for name in values if name in in_sum},
+            {name: sum(counts[slot] for slot in self.counted[name]) for name in values if name in self.counted},
+        )
+
+
+def _contribution(coeff: float, value: float) -> float:
+    """Part of the weighted sum; nothing where there is no data, or no weight."""
+    return 0.0 if coeff == 0 or math.isnan(value) else coeff * value
 
 
 @dataclass
@@ -87,11 +128,13 @@ class Evaluated:
         components: float64 ``[num_components]`` in the layout's order; 0 where there is no data.
         reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
         has_data: bool ``[num_values]``.
+        counts: float64 ``[num_slots]``: number of elements in each slot of sums.
     """
 
     components: Tensor
     reported: Tensor
     has_data: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,9 +150,9 @@ class _Span:
 class _Constants:
     """What evaluation needs on a device."""
 
-    slot_weights: Tensor
     slot_component: Tensor
     one: Tensor
+    zero: Tensor
     nan: Tensor
 
 
@@ -180,7 +223,20 @@ class Layout:
         self.readings = self._find_readings()
         self.whole_batches = [position for position, entry in enumerate(self.components) if entry.field is None]
         self.names, self.order = self._name_values(entries)
+        self.counted = self._find_counted()
         self._constants: dict[torch.device, _Constants] = {}
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Take up the weights of the atom types that the entries have now."""
+        self._weights = [weight for e in self.components for weight in e.per_type_coeffs or [1.0] * self.groups(e)]
+        self._all_weigh = all(self._weights)
+        self._slot_weights: dict[torch.device, Tensor] = {}
+
+    @property
+    def type_weights(self) -> tuple[float, ...]:
+        """Weight of every slot in its component's average."""
+        return tuple(self._weights)
 
     def groups(self, entry: MetricEntry) -> int:
         """Number of slots of a component: the number of types, or 1."""
@@ -209,6 +265,16 @@ class Layout:
         position = {name: index for index, name in enumerate(names)}
         shown = [key for entry in entries for key in (*entry.type_keys(self._type_names), entry.name)]
         return tuple(names), tuple(position[key] for key in shown)
+
+    def _find_counted(self) -> dict[str, range]:
+        """Slots of sums that each value is made of, by its name."""
+        counted, start = {}, 0
+        for entry in self.components[: self.num_sums]:
+            stop = start + self.groups(entry)
+            counted[entry.name] = range(start, stop)
+            counted |= {key: range(start + i, start + i + 1) for i, key in enumerate(entry.type_keys(self._type_names))}
+            start = stop
+        return counted
 
     def counts(self, row: Row) -> Tensor:
         """Number of elements in each slot of sums: float64 ``[num_slots]``, without a graph."""
@@ -250,20 +316,22 @@ class Layout:
             zero = row.additive.new_zeros(())
             values.append(torch.stack([zero if other is None else other.to(zero.device) for other in others]))
             has_data.append(torch.tensor([other is not None for other in others], device=zero.device))
-        return self._average(_join(values), _join(has_data))
+        return self._average(_join(values), _join(has_data), self.counts(row) if counts is None else counts)
 
-    def _average(self, slots: Tensor, has_data: Tensor) -> Evaluated:
+    def _average(self, slots: Tensor, has_data: Tensor, counts: Tensor) -> Evaluated:
         """Components as weighted means of their slots that have data."""
         constants = self._constants_on(slots.device)
         components = reported = slots
         if not self._one_slot_each:
-            weights = constants.slot_weights * has_data
+            weights = self._slot_weights_on(slots.device) * has_data
             empty = slots.new_zeros(len(self.components))
             norm = empty.index_add(0, constants.slot_component, weights)
-            components = empty.index_add(0, constants.slot_component, weights * slots)
+            # 0 times an infinite error, or its slope, is NaN
+            terms = slots if self._all_weigh else torch.where(weights > 0, slots, constants.zero)
+            components = empty.index_add(0, constants.slot_component, weights * terms)
             components = components / torch.where(norm > 0, norm, constants.one)
             reported, has_data = torch.cat((components, slots)), torch.cat((norm > 0, has_data))
-        return Evaluated(components, torch.where(has_data, reported, constants.nan), has_data)
+        return Evaluated(components, torch.where(has_data, reported, constants.nan), has_data, counts)
 
     def _evaluate_others(self, row: Row, deferred: Mapping[int, list[Tensor | None]]) -> list[Tensor | None]:
         """Value of each slot of the metrics that are not ours; None without data."""
@@ -281,16 +349,20 @@ class Layout:
 
     def _constants_on(self, device: torch.device) -> _Constants:
         if device not in self._constants:
-            weights = [weight for e in self.components for weight in e.per_type_coeffs or [1.0] * self.groups(e)]
             component = [index for index, entry in enumerate(self.components) for _ in range(self.groups(entry))]
             with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
                 self._constants[device] = _Constants(
-                    torch.tensor(weights, dtype=torch.float64, device=device),
                     torch.tensor(component, dtype=torch.int64, device=device),
                     torch.ones((), dtype=torch.float64, device=device),
+                    torch.zeros((), dtype=torch.float64, device=device),
                     torch.full((), torch.nan, dtype=torch.float64, device=device),
                 )
         return self._constants[device]
+
+    def _slot_weights_on(self, device: torch.device) -> Tensor:
+        if device not in self._slot_weights:
+            self._slot_weights[device] = on_device(self._weights, device)
+        return self._slot_weights[device]
 
 
 def identity(modifier: FieldModifier) -> object:

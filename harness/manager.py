@@ -7,17 +7,17 @@ same evaluation of the accumulated row.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from harness.components import WEIGHTED_SUM, MetricEntry, check_coeff, check_type_names, parse_entries
+from harness.coefficients import Coefficients
+from harness.components import WEIGHTED_SUM, MetricEntry, check_type_names, parse_entries
 from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, global_rank
 from harness.fields import ATOM_TYPES, Batch, take
 from harness.foreign import (
@@ -27,16 +27,19 @@ from harness.foreign import (
     labelled_rows,
     whole_batches,
 )
-from harness.layout import Evaluated, Layout, Reading, Values, identity
+from harness.layout import Evaluated, Layout, Reading, Report, Values, identity
 from harness.metrics import ErrorMetric, check_same_shape, is_linear
-from harness.statistics import Elements, Row, merge_rows_over_ranks
+from harness.schedules import Schedule
+from harness.statistics import Elements, Row, merge_rows_over_ranks, on_device
 from harness.window import Window
 
 __all__ = [
     "WEIGHTED_SUM",
     "MetricEntry",
     "MetricsManager",
+    "Report",
     "Values",
+    "Weighting",
     "Window",
     "compute_together",
     "merge_accumulated",
@@ -51,6 +54,16 @@ class _Coefficients:
     coeffs: Tensor
     contributes: Tensor
     zero: Tensor
+
+
+class Weighting(Protocol):
+    """Changes coefficients on the device, from something that is learnt; an ``nn.Module``."""
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Make what is learnt, for these components in this order."""
+
+    def __call__(self, coeffs: Tensor) -> Tensor:
+        """Normalised coefficients from those that were given: float64 ``[num_components]``, 0 where they are 0."""
 
 
 class MetricsManager(nn.Module):
@@ -77,6 +90,7 @@ class MetricsManager(nn.Module):
             * ``per_type_coeffs``: ``{type: weight}`` for this average, one positive weight for each type.
             * ``ignore_nan``: leave out elements whose target is NaN.
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
         sync_on_step: merge over the ranks in every step, also where no gradients flow.
 
     Raises:
@@ -96,6 +110,7 @@ class MetricsManager(nn.Module):
         metrics: Sequence[Mapping[str, Any]],
         type_names: Sequence[str] | None = None,
         *,
+        schedule: Schedule | None = None,
         sync_on_step: bool = False,
     ) -> None:
         super().__init__()
@@ -108,11 +123,15 @@ class MetricsManager(nn.Module):
         self.entries = parse_entries(metrics, self.type_names)
         self._metrics = nn.ModuleList(entry.metric for entry in self.entries.values())
         self._layout = Layout(list(self.entries.values()), self.type_names)
-        self.do_weighted_sum = False
-        self.set_coeffs({})
-        self._configured_coeffs = self.given_coeffs
+        self.weighting: Weighting | None = None
+        """What changes the coefficients on the device, see :meth:`weigh_by`."""
+        self._coeffs = Coefficients(self.entries, self.type_names)
+        self._coefficients_changed()
+        if schedule is not None:
+            self.follow(schedule)
         self._local: Row | None = None
         self._merged: Row | None = None
+        self._before_step: tuple[Row | None, Row | None] = (None, None)
         self._last_step: Values | None = None
         self._last_epoch: Values | None = None
         self._checked_types = False
@@ -171,7 +190,7 @@ class MetricsManager(nn.Module):
 
     @property
     def given_coeffs(self) -> dict[str, float | None]:
-        """Coefficients as given, by component."""
+        """Coefficients as given or scheduled, by component."""
         return {name: entry.given_coeff for name, entry in self.entries.items()}
 
     @property
@@ -179,34 +198,88 @@ class MetricsManager(nn.Module):
         """Normalised coefficients by component; None for those outside of the weighted sum."""
         return {name: entry.coeff for name, entry in self.entries.items()}
 
-    def set_coeffs(self, coeffs: Mapping[str, float | None]) -> None:
+    def effective_coeffs(self) -> dict[str, float]:
+        """Normalised coefficients of the components in the weighted sum, as a step uses them.
+
+        They differ from :attr:`coeffs` where something is learnt; then the host waits for the device.
+        """
+        given = {name: coeff for name, coeff in self.coeffs.items() if coeff is not None}
+        if self.weighting is None:
+            return given
+        device = next(cast(nn.Module, self.weighting).parameters()).device
+        with torch.no_grad():
+            used = self._coeffs_on(device).tolist()
+        by_name = {entry.name: coeff for entry, coeff in zip(self._layout.components, used, strict=True)}
+        return {name: by_name[name] for name in given}
+
+    @property
+    def type_weights(self) -> dict[str, float]:
+        """Weights of atom types that were given or scheduled, by ``{name}_{type}``; they sum to 1 in a component."""
+        return self._coeffs.type_weights
+
+    @property
+    def ever_weighted(self) -> set[str]:
+        """Components that are in the weighted sum now, or at another epoch of the schedule."""
+        return self._coeffs.ever_weighted
+
+    def set_coeffs(self, coeffs: Mapping[str, float | Mapping[str, float] | None]) -> None:
         """Change some coefficients; the others stay as they were given, and all are normalised anew.
 
         Args:
-            coeffs: ``{component: coefficient}``; None takes a component out of the weighted sum.
+            coeffs: ``{component: coefficient}``; None takes a component out of the weighted sum. A dictionary
+                ``{type: weight}`` in place of the coefficient changes weights of a ``per_type`` component's types.
 
         Raises:
             KeyError: an unknown component; the valid ones are listed. Nothing is changed then.
-            ValueError: a coefficient that is negative or not finite, or only zeros.
+            ValueError: a coefficient that is negative or not finite, or only zeros; or one that a schedule drives.
         """
-        given = self.given_coeffs
-        for name, coeff in coeffs.items():
-            self._entry(name)
-            given[name] = check_coeff(coeff, name)
-        weighted = {name: coeff for name, coeff in given.items() if coeff is not None}
-        total = sum(weighted.values())
-        if weighted and not 0 < total < math.inf:
-            raise ValueError(
-                f"The coefficients {weighted} sum to {total}; at least one must be above 0. To leave a component out "
-                f"of the weighted sum, set its coefficient to null."
-            )
-        for name, entry in self.entries.items():
-            entry.given_coeff = given[name]
-            entry.coeff = weighted[name] / total if name in weighted else None
-        self.do_weighted_sum = bool(weighted)
+        self._coeffs.change(coeffs)
+        self._coefficients_changed()
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What drives coefficients by epoch."""
+        return self._coeffs.schedule
+
+    @property
+    def position(self) -> tuple[float, float | None]:
+        """Epoch, and relative learning rate where it matters, that the schedule was moved to last."""
+        return self._coeffs.position
+
+    def follow(self, schedule: Schedule | None) -> None:
+        """Let a schedule drive coefficients from now on, in place of the one before; None for none.
+
+        Raises:
+            TypeError: no schedule.
+            ValueError: it names a component or type that there is not, or leaves nothing at some epoch.
+        """
+        self._coeffs.follow(schedule)
+        self._coefficients_changed()
+
+    def move_to(self, epoch: float, learning_rate: float | None = None) -> None:
+        """Take up the coefficients of an epoch; any epoch, in any order, and not in the middle of a step.
+
+        Args:
+            epoch: number of the epoch, with a fraction within it.
+            learning_rate: the learning rate divided by that of the start, for schedules that follow it.
+        """
+        if self._coeffs.move_to(epoch, learning_rate):
+            self._coefficients_changed()
+
+    def weigh_by(self, weighting: Weighting) -> None:
+        """Let something that is learnt change the coefficients on the device, from those given or scheduled."""
+        weighting.prepare([entry.name for entry in self._layout.components])
+        self.weighting = weighting
+
+    def _coefficients_changed(self) -> None:
+        self.do_weighted_sum = bool(self._coeffs.weighted)
         self._everything_contributes = all(entry.coeff for entry in self.entries.values())
+        self._weighted = tuple(
+            position for position, entry in enumerate(self._layout.components) if entry.coeff is not None
+        )
         self._coefficients: dict[torch.device, _Coefficients] = {}
         self._may_accumulate = False
+        self._layout.weights_changed()
 
     def _entry(self, name: str) -> MetricEntry:
         try:
@@ -363,7 +436,7 @@ class MetricsManager(nn.Module):
         if not self.do_weighted_sum:
             raise ValueError("No component has a coefficient, so there is no gradient to accumulate.")
         for entry in self.entries.values():
-            if entry.given_coeff is None:
+            if entry.name not in self.ever_weighted:
                 continue
             metric, where = entry.metric, f"Component {entry.name!r} has the coefficient {entry.given_coeff}, but"
             if not isinstance(metric, ErrorMetric) or not is_linear(metric):
@@ -434,11 +507,12 @@ class MetricsManager(nn.Module):
 
     @property
     def _ordered_coeffs(self) -> tuple[float | None, ...]:
-        return tuple(entry.coeff for entry in self._layout.components)
+        return *(entry.coeff for entry in self._layout.components), *self._layout.type_weights
 
     def _part_of(self, window: Window, row: Row) -> Tensor:
         """What a micro-batch contributes to the window's weighted sum; differentiable."""
-        return cast(Tensor, self._weighted_sum(self._layout.evaluate(row, {}, window.counts)))
+        evaluated = self._layout.evaluate(row, {}, window.counts)
+        return self._weighted_sum(evaluated, self._coeffs_on(evaluated.components.device))
 
     def _check_window(self, window: Window) -> None:
         """The one look at what came of a window, at the end of the first: it makes the host wait."""
@@ -453,8 +527,13 @@ class MetricsManager(nn.Module):
             )
         self._checked_window = True
 
+    def undo_step(self) -> None:
+        """Take the last batch out of what has been accumulated, such as one that was not trained on."""
+        self._local, self._merged = self._before_step
+
     def _accumulate(self, row: Row, merged: bool) -> None:
         row = row.detach()
+        self._before_step = self._local, self._merged
         if merged:
             self._merged = row if self._merged is None else row.merge(self._merged)
         else:
@@ -474,28 +553,38 @@ class MetricsManager(nn.Module):
             row: statistics in this manager's layout.
             deferred: values of the components that are not in the row, one for each group; None where unknown.
         """
-        evaluated = self._layout.evaluate(row, deferred or {})
-        weighted_sum = self._weighted_sum(evaluated)
-        return Values(self._layout.names, self._layout.order, evaluated.reported, weighted_sum, evaluated.has_data)
+        layout, evaluated = self._layout, self._layout.evaluate(row, deferred or {})
+        coeffs = self._coeffs_on(evaluated.components.device) if self.do_weighted_sum else None
+        return Values(
+            layout.names,
+            layout.order,
+            evaluated.reported,
+            None if coeffs is None else self._weighted_sum(evaluated, coeffs),
+            evaluated.has_data,
+            coeffs,
+            self._weighted,
+            evaluated.counts,
+            layout.counted,
+        )
 
-    def _weighted_sum(self, evaluated: Evaluated) -> Tensor | None:
-        if not self.do_weighted_sum:
-            return None
-        weights = self._coefficients_on(evaluated.components.device)
+    def _weighted_sum(self, evaluated: Evaluated, coeffs: Tensor) -> Tensor:
         terms = evaluated.components
         if not self._everything_contributes:
-            terms = torch.where(weights.contributes, terms, weights.zero)
-        return torch.dot(weights.coeffs, terms)
+            known = self._coefficients_on(terms.device)
+            terms = torch.where(known.contributes, terms, known.zero)
+        return torch.dot(coeffs, terms)
+
+    def _coeffs_on(self, device: torch.device) -> Tensor:
+        """Normalised coefficients on a device: what was given or scheduled, and then learnt."""
+        coeffs = self._coefficients_on(device).coeffs
+        return coeffs if self.weighting is None else self.weighting(coeffs)
 
     def _coefficients_on(self, device: torch.device) -> _Coefficients:
         if device not in self._coefficients:
-            coeffs = [entry.coeff or 0.0 for entry in self._layout.components]
+            coeffs = on_device([entry.coeff or 0.0 for entry in self._layout.components], device)
             with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
-                self._coefficients[device] = _Coefficients(
-                    torch.tensor(coeffs, dtype=torch.float64, device=device),
-                    torch.tensor([coeff > 0 for coeff in coeffs], device=device),
-                    torch.zeros((), dtype=torch.float64, device=device),
-                )
+                zero = torch.zeros((), dtype=torch.float64, device=device)
+                self._coefficients[device] = _Coefficients(coeffs, coeffs > 0, zero)
         return self._coefficients[device]
 
     def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
@@ -509,6 +598,7 @@ class MetricsManager(nn.Module):
     def reset(self) -> None:
         """Forget everything accumulated."""
         self._local = self._merged = None
+        self._before_step = (None, None)
         for metric in self._deferred_metrics:
             metric.reset()
 
@@ -529,8 +619,7 @@ class MetricsManager(nn.Module):
             row = row if part is None else row.merge(part)
         return {
             "layout": list(self._layout.description),
-            "coeffs": self.given_coeffs,
-            "configured_coeffs": dict(self._configured_coeffs),
+            "coeffs": self._coeffs.state(),
             "additive": row.additive,
             "maxima": row.maxima,
             "deferred": [[*metric.past, *filter(None, [metric.local_part()])] for metric in self._deferred_metrics],
@@ -549,14 +638,8 @@ class MetricsManager(nn.Module):
                 f"{', '.join(missing)}. A checkpoint of another package's manager gives its weights, not its metrics."
             )
         self.reset()
-        if dict(state["configured_coeffs"]) == self._configured_coeffs:
-            self.set_coeffs(state["coeffs"])
-        elif dict(state["coeffs"]) != self.given_coeffs:
-            warnings.warn(
-                f"The checkpoint was made with the coefficients {dict(state['configured_coeffs'])}, this run is "
-                f"configured with {self._configured_coeffs}: the configuration is used.",
-                stacklevel=2,
-            )
+        self._coeffs.restore(state["coeffs"])
+        self._coefficients_changed()
         accumulated = Row(state["additive"].cpu(), state["maxima"].cpu())
         if list(state["layout"]) != self._layout.description:
             if bool((accumulated.additive != 0).any()):

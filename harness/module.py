@@ -1,8 +1,10 @@
 """The Lightning module of a force field: a model, a loss, and metrics of training, validation and test.
 
 Keys of what it logs: ``train_loss_step/…``, ``train_loss_epoch/…``, ``train_metric_step/…``, ``train_metric_epoch/…``,
-``val{i}_epoch/…``, ``test{i}_epoch/…`` with every component, every per-type value and ``weighted_sum``, and
-``loss_coeff/…`` with the normalised coefficients.
+``val{i}_epoch/…``, ``test{i}_epoch/…`` with every component, every per-type value and ``weighted_sum``;
+``loss_coeff_step/…`` and ``loss_coeff/…`` (of the epoch) with the normalised coefficients, and weights of atom types
+where there are any; ``loss_contribution_step/…``, ``loss_contribution_epoch/…``, ``val{i}_contribution/…`` and
+``test{i}_contribution/…`` with coefficient × value, which add up to the ``weighted_sum`` of the same step or epoch.
 """
 
 from __future__ import annotations
@@ -11,27 +13,76 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from harness.components import WEIGHTED_SUM
 from harness.distributed import ProcessGroup, gradient_scale
-from harness.fields import FOLLOWING, Batch
-from harness.manager import MetricsManager, Values, Window, compute_together, merge_accumulated, step_together
+from harness.fields import FOLLOWING, NUM_ATOMS, Batch
+from harness.manager import (
+    MetricsManager,
+    Report,
+    Values,
+    Weighting,
+    Window,
+    compute_together,
+    merge_accumulated,
+    step_together,
+)
+from harness.statistics import on_device
 from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
 
-__all__ = ["ForceFieldModule", "ManagerSource"]
+__all__ = ["AxesLogger", "ForceFieldModule", "ManagerSource", "Step", "StepObserver"]
 
 ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, Any]
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
 
 _EXTRA_STATE = "_extra_state"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, between its forward and its backward pass.
+
+    Attributes:
+        batch: what the model has seen.
+        predictions: what it has made of it, with their graph.
+        values: of the loss, with their graph, merged over the ranks.
+        batch_idx: number of the batch in its epoch.
+        is_whole: whether the batch is all of a step of the optimizer, or the last of its micro-batches.
+        window: the micro-batches of the step; None if it is the only one.
+    """
+
+    batch: Batch
+    predictions: Mapping[str, Tensor]
+    values: Values
+    batch_idx: int
+    is_whole: bool
+    window: Window | None
+
+
+@runtime_checkable
+class StepObserver(Protocol):
+    """A callback that is shown every training step before its backward pass; it must not change it."""
+
+    def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
+        """Look at a step."""
+
+
+@runtime_checkable
+class AxesLogger(Protocol):
+    """A logger that wants to know beforehand which values belong to epochs and which to steps."""
+
+    def define_axes(self, epoch: list[str], step: list[str], minimised: list[str]) -> None:
+        """Take note of names; of those in ``minimised``, smaller is better."""
 
 
 class ForceFieldModule(LightningModule):
@@ -54,6 +105,11 @@ class ForceFieldModule(LightningModule):
         type_names: names of the atom types, handed to losses and metrics; the model's ``type_names`` if not given.
         num_val_sets: number of validation sets.
         num_test_sets: number of test sets.
+        weighting: learns the coefficients of the loss, see :class:`harness.adaptive.UncertaintyWeighting`.
+
+    Attributes:
+        reports: values, coefficients, contributions and counts of the last epoch on the host, by ``train_loss``,
+            ``train_metric``, ``val0``, ``val1``, …, ``test0``, …; the same on all ranks.
 
     Raises:
         ValueError: no component of the loss has a coefficient.
@@ -72,6 +128,7 @@ class ForceFieldModule(LightningModule):
         type_names: list[str] | None = None,
         num_val_sets: int = 1,
         num_test_sets: int = 1,
+        weighting: LearntWeighting | None = None,
     ) -> None:
         super().__init__()
         # of a model that makes its layers in configure_model; this one only shards them there
@@ -85,6 +142,8 @@ class ForceFieldModule(LightningModule):
                 f"No component of the loss has a coefficient, so there is nothing to minimise. Give at least one of "
                 f"{', '.join(self.loss.keys())} a `coeff`."
             )
+        if weighting is not None:
+            self.loss.weigh_by(weighting)
         self.train_metrics = None if train_metrics is None else self._build(train_metrics, "train_metrics")
         self.val_metrics = self._build_several(val_metrics, num_val_sets, "val_metrics")
         self.test_metrics = self._build_several(
@@ -92,12 +151,15 @@ class ForceFieldModule(LightningModule):
         )
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+        self.reports: dict[str, Report] = {}
         self.latest: dict[str, float] = {}
         """Loss values of the last step that was logged, for progress bars."""
         self.wants_to_leave = False
         """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
         self._leaving = _LateNumber()
         self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
+        self._observers: list[StepObserver] = []
+        self._work: Tensor | None = None  # structures, atoms and edges of all ranks so far
 
     def _build(self, source: ManagerSource, what: str) -> MetricsManager:
         if isinstance(source, MetricsManager):
@@ -145,8 +207,37 @@ class ForceFieldModule(LightningModule):
         for manager in self._managers_by_key.values():
             manager.process_group = group
         self._window = None
-        if stage == "fit" and self._largest_window > 1:
-            self._check_accumulation()
+        self._observers = [each for each in self._callbacks if isinstance(each, StepObserver)]
+        if stage == "fit":
+            self._check_schedules()
+            if self._largest_window > 1:
+                self._check_accumulation()
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        return list(self.trainer.callbacks)  # type: ignore[attr-defined]
+
+    def _check_schedules(self) -> None:
+        """Warn of a monitored value that changes its meaning."""
+        monitors = {getattr(each, "monitor", None) for each in self._callbacks}
+        if isinstance(self._lr_scheduler, Mapping):
+            monitors.add(self._lr_scheduler.get("monitor"))
+        for stage, manager in self._scheduled_monitors.items():
+            names = {
+                f"{stage}/{name}" for name in (WEIGHTED_SUM, *(n.rpartition("_")[0] for n in manager.type_weights))
+            }
+            for monitored in sorted(names & {name for name in monitors if name}):
+                rank_zero_warn(
+                    f"{monitored} is monitored, and the schedule of its metrics changes its meaning during training: "
+                    f"the best checkpoint, early stopping or learning rate would follow the coefficients as much as "
+                    f"the errors. Monitor a component such as {stage}/{next(iter(manager))}, or leave the metrics' "
+                    f"schedule out."
+                )
+
+    @property
+    def _scheduled_monitors(self) -> dict[str, MetricsManager]:
+        managers = {f"val{index}_epoch": manager for index, manager in enumerate(self.val_metrics)}
+        return {stage: each for stage, each in managers.items() if each.schedule is not None}  # type: ignore[misc]
 
     def _check_accumulation(self) -> None:
         self.loss.check_accumulation()
@@ -166,8 +257,7 @@ class ForceFieldModule(LightningModule):
 
     @property
     def _accumulation_schedules(self) -> list[GradientAccumulationScheduler]:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
+        return [each for each in self._callbacks if isinstance(each, GradientAccumulationScheduler)]
 
     def configure_model(self) -> None:
         """Prepare the model for a strategy that splits its parameters; once only."""
@@ -182,7 +272,7 @@ class ForceFieldModule(LightningModule):
 
     def _check_strategy(self) -> None:
         strategy = self.trainer.strategy
-        check_strategy(strategy, strategy.root_device.type, self.trainer.precision, self.trainer.callbacks)  # type: ignore[attr-defined]
+        check_strategy(strategy, strategy.root_device.type, self.trainer.precision, self._callbacks)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""
@@ -197,6 +287,12 @@ class ForceFieldModule(LightningModule):
         for schedule in self._accumulation_schedules:
             k = schedule.get_accumulate_grad_batches(self.trainer.current_epoch)
             self.trainer.accumulate_grad_batches = k
+        by_step = any(each.schedule is not None and each.schedule.interval == "step" for each in self._train_managers)
+        if by_step and not math.isfinite(self.trainer.num_training_batches):
+            raise ValueError(
+                "A schedule with `interval: step` needs to know how many batches an epoch has, and the training data "
+                "has no length. Use `interval: epoch`, or limit_train_batches with a whole number."
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch.
@@ -209,16 +305,65 @@ class ForceFieldModule(LightningModule):
             # of the epoch that a checkpoint has ended, but its batches are counted on.
             for manager in self._train_managers:
                 manager.reset()
+        self._follow_schedules(batch_idx)
         batch, window = self._place_in_step(batch, batch_idx)
-        leaving = torch.full((1,), float(self.wants_to_leave), dtype=torch.float64, device=self.device)
-        values = step_together(*self._train_managers, preds=self(batch), target=batch, window=window, signals=leaving)
-        self._leaving.send(leaving)
-        weighted_sum = values[0].weighted_sum
-        if weighted_sum is None:
+        predictions = self(batch)
+        signals = on_device([float(self.wants_to_leave), *_work_of(batch)], self.device)
+        values = step_together(*self._train_managers, preds=predictions, target=batch, window=window, signals=signals)
+        self._leaving.send(signals[:1])
+        self._work = signals[1:] if self._work is None else self._work + signals[1:]
+        if values[0].weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
-        if self._logs_step and (window is None or window.is_complete):
+        is_whole = window is None or window.is_complete
+        for observer in self._observers:
+            observer.on_train_values(
+                self.trainer, self, Step(batch, predictions, values[0], batch_idx, is_whole, window)
+            )
+        if self._logs_step and is_whole:
             self._log_step(values)
-        return weighted_sum * gradient_scale(self.process_group, self.trainer.accumulate_grad_batches)
+        return self.objective(values[0], is_whole)
+
+    def objective(self, values: Values, is_whole: bool = True) -> Tensor:
+        """What backward is called on: the weighted sum, scaled, and what teaches learnt coefficients.
+
+        Args:
+            values: of the loss.
+            is_whole: whether a whole step is in them, or micro-batches are still to come.
+        """
+        if values.weighted_sum is None:
+            raise ValueError("No component of the loss has a coefficient: there is nothing to minimise.")
+        num_micro_batches = self.trainer.accumulate_grad_batches if self._trainer is not None else 1
+        objective = values.weighted_sum * gradient_scale(self.process_group, num_micro_batches)
+        weighting = self.loss.weighting
+        if isinstance(weighting, LearntWeighting) and is_whole:
+            # From merged values, every rank has the whole gradient already: their average needs no factor.
+            objective = objective + num_micro_batches * weighting.objective(values)
+        return objective
+
+    def _follow_schedules(self, batch_idx: int) -> None:
+        """Move on with the epoch, or with the step; never within the micro-batches of one."""
+        for manager in self._train_managers:
+            schedule = manager.schedule
+            if schedule is None or batch_idx % self.trainer.accumulate_grad_batches:
+                continue
+            epoch = float(self.trainer.current_epoch)
+            if schedule.interval == "step":
+                epoch += batch_idx / self.trainer.num_training_batches
+            # a checkpoint in mid-epoch has the learning rate that the epoch began with
+            if batch_idx == 0 or manager.position[0] != epoch:
+                manager.move_to(epoch, self._relative_learning_rate() if schedule.needs_learning_rate else None)
+
+    def _relative_learning_rate(self) -> float:
+        """The learning rate of the first group of parameters, divided by that of the start."""
+        optimizer = self.trainer.optimizers[0]
+        group = optimizer.param_groups[0]
+        start = group.get("initial_lr") or getattr(optimizer, "defaults", {}).get("lr")
+        return float(group["lr"]) / float(start) if start else 1.0
+
+    def read_work(self) -> dict[str, float]:
+        """Numbers of structures, atoms and edges that all ranks have trained on so far; makes the host wait."""
+        numbers = [0.0] * len(_WORK) if self._work is None else self._work.tolist()
+        return dict(zip(_WORK, numbers, strict=True))
 
     @property
     def leaving(self) -> bool:
@@ -267,8 +412,11 @@ class ForceFieldModule(LightningModule):
     def _log_step(self, values: tuple[Values, ...]) -> None:
         if not self.trainer.is_global_zero:
             return
-        logged = values[0].to_host("train_loss_step/")
-        self.latest = {name.partition("/")[2]: value for name, value in logged.items()}
+        report = values[0].to_report()
+        self.latest = report.values
+        logged = _prefixed("train_loss_step/", report.values)
+        logged |= _prefixed("loss_coeff_step/", report.coeffs | self.loss.type_weights)
+        logged |= _prefixed("loss_contribution_step/", report.contributions)
         if len(values) > 1:
             logged |= values[1].to_host("train_metric_step/")
         logged |= {"epoch": self.trainer.current_epoch}
@@ -276,23 +424,63 @@ class ForceFieldModule(LightningModule):
             logger.log_metrics(logged, step=self.trainer.global_step)
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's loss, coefficients and train metrics."""
-        for manager, values, stage in zip(
-            self._train_managers,
-            compute_together(self._train_managers),
-            ("train_loss_epoch/", "train_metric_epoch/"),
-            strict=False,
+        """Log the epoch's loss, coefficients, contributions and train metrics."""
+        for manager, values, what in zip(
+            self._train_managers, compute_together(self._train_managers), ("train_loss", "train_metric"), strict=False
         ):
-            self._log_epoch(values.to_host(stage))
+            report = self.reports[what] = values.to_report()
+            self._log_epoch(_prefixed(f"{what}_epoch/", report.values))
+            if manager is self.loss:
+                self._log_epoch(_prefixed("loss_coeff/", report.coeffs | manager.type_weights))
+                self._log_epoch(_prefixed("loss_contribution_epoch/", report.contributions))
             manager.reset()
-        coefficients = {name: coeff for name, coeff in self.loss.coeffs.items() if coeff is not None}
-        self._log_epoch({f"loss_coeff/{name}": coeff for name, coeff in coefficients.items()})
 
     def _log_epoch(self, values: dict[str, float]) -> None:
         """Hand values to Lightning as float64 tensors; it would round Python numbers to float32."""
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
+    def _define_axes(self) -> None:
+        """Tell the loggers what belongs to epochs and what to steps, before they see any of it."""
+        weighted, types = self.loss.ever_weighted, list(self.loss.type_weights)
+        stages = {"train_loss_epoch/": self.loss, "train_metric_epoch/": self.train_metrics}
+        for stage, managers in (("val", self.val_metrics), ("test", self.test_metrics)):
+            stages |= {f"{stage}{index}_epoch/": manager for index, manager in enumerate(managers)}  # type: ignore[misc]
+        errors = [f"{stage}{name}" for stage, each in stages.items() if each for name in each.value_names]
+        steps = [name.replace("_epoch/", "_step/") for name in errors if name.startswith("train_")]
+        others = [f"loss_contribution_epoch/{name}" for name in weighted]
+        others += [f"loss_coeff/{name}" for name in (*weighted, *types)]
+        for stage, manager in stages.items():
+            if manager and not stage.startswith("train_"):
+                others += [f"{stage.replace('_epoch/', '_contribution/')}{name}" for name in manager.ever_weighted]
+        steps += [f"loss_contribution_step/{name}" for name in weighted]
+        steps += [f"loss_coeff_step/{name}" for name in (*weighted, *types)]
+        for logger in self.trainer.loggers:
+            if isinstance(logger, AxesLogger):
+                logger.define_axes(epoch=sorted([*errors, *others]), step=sorted(steps), minimised=sorted(errors))
+
+    def on_fit_start(self) -> None:
+        """Tell the loggers what is to come."""
+        self._define_axes()
+
+    def on_test_start(self) -> None:
+        """Tell the loggers what is to come."""
+        self._define_axes()
+
     # --- validation and test ---
+
+    def on_validation_epoch_start(self) -> None:
+        """Move scheduled metrics on."""
+        self._follow_epoch(self.val_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        """Move scheduled metrics on."""
+        self._follow_epoch(self.test_metrics)
+
+    def _follow_epoch(self, managers: nn.ModuleList) -> None:
+        for manager in managers:
+            if isinstance(manager, MetricsManager) and manager.schedule is not None:
+                rate = self._relative_learning_rate() if self.trainer.optimizers else None
+                manager.move_to(self.trainer.current_epoch, rate)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Add a batch to the metrics of its validation set; nothing is sent."""
@@ -323,7 +511,9 @@ class ForceFieldModule(LightningModule):
 
     def _log_evaluation(self, managers: nn.ModuleList, stage: str) -> None:
         for index, values in enumerate(compute_together(list(managers))):  # type: ignore[arg-type]
-            self._log_epoch(values.to_host(f"{stage}{index}_epoch/"))
+            report = self.reports[f"{stage}{index}"] = values.to_report()
+            self._log_epoch(_prefixed(f"{stage}{index}_epoch/", report.values))
+            self._log_epoch(_prefixed(f"{stage}{index}_contribution/", report.contributions))
         for manager in managers:
             manager.reset()  # type: ignore[operator]
 
@@ -390,6 +580,29 @@ class ForceFieldModule(LightningModule):
             options = {"scheduler": self._lr_scheduler}
         options["scheduler"] = _call(options["scheduler"], "lr_scheduler", optimizer)
         return {"optimizer": optimizer, "lr_scheduler": options}
+
+
+@runtime_checkable
+class LearntWeighting(Weighting, Protocol):
+    """A weighting with parameters that the optimizer moves."""
+
+    def objective(self, values: Values) -> Tensor:
+        """Float64 scalar whose gradient teaches the parameters; none of it reaches the model."""
+
+
+_WORK = ("structures", "atoms", "edges")
+
+
+def _work_of(batch: Batch) -> list[float]:
+    """Numbers of structures, atoms and edges of a batch, from shapes alone: the host does not wait."""
+    lengths = {name: value.shape for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    nodes = next((lengths[name][0] for name in ("pos", "atom_types", "forces") if name in lengths), 0)
+    edges = lengths["edge_index"][-1] if "edge_index" in lengths else 0
+    return [float(lengths[NUM_ATOMS][0] if NUM_ATOMS in lengths else 0), float(nodes), float(edges)]
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
 
 
 class _LateNumber:

@@ -26,12 +26,14 @@ from harness.agreement import Facts, difference
 from harness.callbacks import LossProgressBar
 from harness.data import AtomsDataModule
 from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
+from harness.drivers import drivers_of, refuse_several
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.strategies import refuse_folder
 
 __all__ = [
     "check_accumulation",
+    "check_drivers",
     "check_labels",
     "check_monitors",
     "check_settings",
@@ -93,7 +95,8 @@ def check_settings(config: DictConfig) -> None:
 def _check_sections(config: DictConfig) -> None:
     """Refuse what stands where a mapping with a ``_target_`` is needed."""
     needed = {name: config[name] for name in ("data", "model", "loss", "trainer", "strategy")}
-    optional = {name: config.get(name) for name in ("train_metrics", "val_metrics", "test_metrics", "optimizer")}
+    managers = ("train_metrics", "val_metrics", "test_metrics")
+    optional = {name: config.get(name) for name in (*managers, "optimizer", "schedule", "adaptive")}
     if isinstance(config.lr_scheduler, DictConfig) and "scheduler" in config.lr_scheduler:
         needed["lr_scheduler.scheduler"] = config.lr_scheduler.scheduler
     else:
@@ -156,11 +159,11 @@ def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> N
         for name, (missing, total) in datamodule.missing_labels(data_set).items():
             for entry in manager.entries.values():
                 reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
-                if name not in reads or entry.coeff is None or not missing:
+                if name not in reads or entry.name not in manager.ever_weighted or not missing:
                     continue
                 if missing == total:
                     raise ValueError(
-                        f"{what}: component {entry.name!r} has the coefficient {entry.given_coeff}, but none of the "
+                        f"{what}: component {entry.name!r} has a coefficient ({entry.given_coeff}), but none of the "
                         f"{total} frames of {data_set} has {name}. Are the label keys right (data.keys)? Otherwise set "
                         f"its coefficient to null, or choose a loss and metrics without it, such as loss=energy_force "
                         f"metrics=energy_force."
@@ -181,6 +184,15 @@ def check_accumulation(config: DictConfig, callbacks: list[Callback], module: Fo
     scheduled = (each for each in callbacks if isinstance(each, GradientAccumulationScheduler))
     if config.train and (k > 1 or any(each.going_to_accumulate_grad_batches() for each in scheduled)):
         module.loss.check_accumulation()
+
+
+def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
+    """Refuse two things that both move the coefficients of the loss: the later one would undo the other, silently.
+
+    Raises:
+        ValueError: with the names of both.
+    """
+    refuse_several(drivers_of(module.loss, callbacks))
 
 
 def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:

@@ -18,6 +18,7 @@ from harness.metrics import (
     MeanSquaredError,
     RootMeanSquaredError,
 )
+from harness.schedules import Schedule
 
 __all__ = [
     "EnergyForceLoss",
@@ -52,6 +53,7 @@ def EnergyForceLoss(
     type_names: Sequence[str] | None = None,
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
+    schedule: Schedule | None = None,
 ) -> MetricsManager:
     """Loss of energy and force mean squared errors: ``per_atom_energy_mse`` (or ``total_energy_mse``), ``forces_mse``.
 
@@ -62,6 +64,7 @@ def EnergyForceLoss(
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy`` or ``forces``.
         extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
         ValueError: an unknown key; the valid ones are listed.
@@ -74,6 +77,7 @@ def EnergyForceLoss(
         type_names,
         ignore_nan,
         extra_metrics,
+        schedule,
     )
 
 
@@ -84,6 +88,7 @@ def EnergyForceStressLoss(
     type_names: Sequence[str] | None = None,
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
+    schedule: Schedule | None = None,
 ) -> MetricsManager:
     """Loss of energy, force and stress mean squared errors: as :func:`EnergyForceLoss`, and ``stress_mse``.
 
@@ -95,6 +100,7 @@ def EnergyForceStressLoss(
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy``, ``forces`` or ``stress``.
         extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
         ValueError: an unknown key; the valid ones are listed.
@@ -107,6 +113,7 @@ def EnergyForceStressLoss(
         type_names,
         ignore_nan,
         extra_metrics,
+        schedule,
     )
 
 
@@ -116,6 +123,7 @@ def EnergyOnlyLoss(
     type_names: Sequence[str] | None = None,
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
+    schedule: Schedule | None = None,
 ) -> MetricsManager:
     """Loss of the energy mean squared error alone: ``per_atom_energy_mse`` (or ``total_energy_mse``).
 
@@ -125,11 +133,12 @@ def EnergyOnlyLoss(
         type_names: names of the atom types.
         ignore_nan: ``{total_energy: true}`` leaves out NaN labels.
         extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
         ValueError: an unknown key; the valid ones are listed.
     """
-    return _loss(("total_energy",), coeffs, per_atom_energy, None, type_names, ignore_nan, extra_metrics)
+    return _loss(("total_energy",), coeffs, per_atom_energy, None, type_names, ignore_nan, extra_metrics, schedule)
 
 
 def EnergyForceMetrics(
@@ -137,6 +146,7 @@ def EnergyForceMetrics(
     type_names: Sequence[str] | None = None,
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
+    schedule: Schedule | None = None,
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_``, ``per_atom_energy_`` and ``forces_``.
 
@@ -148,11 +158,14 @@ def EnergyForceMetrics(
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy`` or ``forces``.
         extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
         ValueError: an unknown key; the valid ones are listed.
     """
-    return _monitor(("total_energy", "per_atom_energy", "forces"), coeffs, type_names, ignore_nan, extra_metrics)
+    return _monitor(
+        ("total_energy", "per_atom_energy", "forces"), coeffs, type_names, ignore_nan, extra_metrics, schedule
+    )
 
 
 def EnergyForceStressMetrics(
@@ -160,6 +173,7 @@ def EnergyForceStressMetrics(
     type_names: Sequence[str] | None = None,
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
+    schedule: Schedule | None = None,
 ) -> MetricsManager:
     """Errors of energy, forces and stress: as :func:`EnergyForceMetrics`, and ``stress_`` × the same errors in eV/Å³.
 
@@ -169,11 +183,12 @@ def EnergyForceStressMetrics(
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy``, ``forces`` or ``stress``.
         extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
         ValueError: an unknown key; the valid ones are listed.
     """
-    return _monitor(tuple(_MONITORED), coeffs, type_names, ignore_nan, extra_metrics)
+    return _monitor(tuple(_MONITORED), coeffs, type_names, ignore_nan, extra_metrics, schedule)
 
 
 def EnergyOnlyMetrics(
@@ -181,6 +196,7 @@ def EnergyOnlyMetrics(
     type_names: Sequence[str] | None = None,
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
+    schedule: Schedule | None = None,
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_`` (eV) and ``per_atom_energy_`` (eV/atom).
 
@@ -190,11 +206,12 @@ def EnergyOnlyMetrics(
         type_names: names of the atom types.
         ignore_nan: ``{total_energy: true}`` leaves out NaN labels.
         extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
         ValueError: an unknown key; the valid ones are listed.
     """
-    return _monitor(("total_energy", "per_atom_energy"), coeffs, type_names, ignore_nan, extra_metrics)
+    return _monitor(("total_energy", "per_atom_energy"), coeffs, type_names, ignore_nan, extra_metrics, schedule)
 
 
 def _loss(
@@ -205,6 +222,7 @@ def _loss(
     type_names: Sequence[str] | None,
     ignore_nan: Mapping[str, bool] | None,
     extra_metrics: Extra | None,
+    schedule: Schedule | None,
 ) -> MetricsManager:
     weights = {**dict.fromkeys(fields, 1.0), **_checked(coeffs, fields, "coeffs")}
     masked = _checked(ignore_nan, fields, "ignore_nan")
@@ -223,7 +241,7 @@ def _loss(
                 "per_type_coeffs": per_type_forces_coeffs if per_type else None,
             }
         )
-    return MetricsManager([*metrics, *(extra_metrics or ())], type_names)
+    return MetricsManager([*metrics, *(extra_metrics or ())], type_names, schedule=schedule)
 
 
 def _monitor(
@@ -232,6 +250,7 @@ def _monitor(
     type_names: Sequence[str] | None,
     ignore_nan: Mapping[str, bool] | None,
     extra_metrics: Extra | None,
+    schedule: Schedule | None,
 ) -> MetricsManager:
     names = {f"{prefix}_{error}": (prefix, error) for prefix in prefixes for error in _ERRORS}
     default: Coeffs = {f"{prefix}_rmse": 1.0 for prefix in prefixes if prefix != "per_atom_energy"}
@@ -249,7 +268,7 @@ def _monitor(
                 "ignore_nan": masked.get(key),
             }
         )
-    return MetricsManager([*metrics, *(extra_metrics or ())], type_names)
+    return MetricsManager([*metrics, *(extra_metrics or ())], type_names, schedule=schedule)
 
 
 def _checked(given: Mapping[str, Any] | None, valid: tuple[str, ...], what: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.distributed import ProcessGroup, merge_over_ranks
 
-__all__ = ["Elements", "Row", "merge_rows_over_ranks"]
+__all__ = ["Elements", "Row", "merge_rows_over_ranks", "on_device"]
 
 _NO_MAXIMUM = -float("inf")
 
@@ -83,6 +83,15 @@ def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None
             strict=True,
         )
     ]
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as a float64 tensor, ``[len(numbers)]``, on a device; the host does not wait for the copy."""
+    with torch.inference_mode(False):  # it may outlive this step, and training saves it for backward
+        vector = torch.tensor(numbers, dtype=torch.float64)
+        if device.type == "cuda":
+            return vector.pin_memory().to(device, non_blocking=True)
+        return vector.to(device)
 
 
 @dataclass(frozen=True)

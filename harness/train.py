@@ -19,11 +19,13 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import hydra
 import torch
@@ -41,7 +43,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from harness.agreement import facts
-from harness.callbacks import ParityPlot, Preempted, ResumeCheckpoint
+from harness.callbacks import CoefficientCurve, ParityPlot, Preempted, ResumeCheckpoint
 from harness.callbacks.resume import COMPLETE
 from harness.checkpoints import AtomicCheckpointIO, read, step_of
 from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
@@ -52,6 +54,7 @@ from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import (
     check_accumulation,
+    check_drivers,
     check_labels,
     check_monitors,
     check_settings,
@@ -61,9 +64,10 @@ from harness.preflight import (
 )
 from harness.report import values_table
 from harness.runs import claim, interrupted_run, is_interrupted, record
+from harness.schedules import Schedule, as_schedule
 from harness.strategies import check_strategy, connect, load_weights
 
-__all__ = ["Job", "build_module", "execute", "main", "prepare", "run_job", "train"]
+__all__ = ["Job", "build_module", "execute", "follow_schedule", "main", "prepare", "run_job", "train"]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
 _BAD_INPUT = (
@@ -102,11 +106,13 @@ def _interrupted_stamp() -> str | None:
 
 
 def _register_resolvers() -> None:
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
         # ranks that a launcher has started on this node; one without a launcher
         "devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        # of a number such as max_epochs, for epochs in schedules
+        "part": lambda number, fraction: number * fraction,
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }
@@ -158,6 +164,12 @@ def prepare(config: DictConfig) -> Job:
     module = build_module(config, datamodule)
     check_labels(module, datamodule)
     callbacks: list[Callback] = [instantiate(each) for each in (config.callbacks or {}).values() if each]
+    adaptive = instantiate(config.adaptive) if config.adaptive else None
+    if isinstance(adaptive, Callback):
+        callbacks.append(adaptive)
+    elif adaptive is not None:
+        module.loss.weigh_by(adaptive)
+    check_drivers(module, callbacks)
     check_monitors(config, callbacks, module)
     check_accumulation(config, callbacks, module)
     module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
@@ -253,7 +265,7 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
         ) from error
     wanted = inspect.signature(target).parameters
     model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
-    return ForceFieldModule(
+    module = ForceFieldModule(
         model=model,
         loss=config.loss,
         train_metrics=config.train_metrics,
@@ -265,6 +277,25 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
         num_val_sets=len(getattr(datamodule, "val_sets", [None])),
         num_test_sets=len(getattr(datamodule, "test_sets", [None])),
     )
+    if config.schedule:
+        follow_schedule(module.loss, instantiate(config.schedule))
+    return module
+
+
+def follow_schedule(loss: MetricsManager, schedule: Schedule) -> None:
+    """Let the schedule of a config drive the loss, unless it says nothing.
+
+    Raises:
+        ValueError: the loss has a schedule of its own.
+    """
+    if not as_schedule(schedule).names:
+        return
+    if loss.schedule is not None:
+        raise ValueError(
+            f"Both `schedule` ({type(schedule).__name__}) and `loss.schedule` ({type(loss.schedule).__name__}) would "
+            f"drive the coefficients. Leave one of them out: schedule=constant, or no `schedule` in the loss."
+        )
+    loss.follow(schedule)
 
 
 def _best_checkpoint(callbacks: list[Callback], resumed_from: str | None) -> str | None:
@@ -294,6 +325,8 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
         if isinstance(callback, ParityPlot):
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
+        if isinstance(callback, CoefficientCurve) and callback.file:
+            console.print(f"coefficients {callback.file}", highlight=False)
     for logger in loggers:
         if isinstance(logger, WandbLogger) and (place := logger.finish()):
             console.print(f"W&B run     {place}", highlight=False)

@@ -1,0 +1,749 @@
+r"""Coefficients that change during a training: pure functions of the epoch, which nest.
+
+A schedule is called with an epoch, and with the learning rate where it needs it, and returns the coefficients that
+hold then, by name. It has no state: a training that is continued at an epoch has the coefficients of that epoch.
+
+    >>> ramp = Linear({"forces_mse": 0}, {"forces_mse": 10}, start_epoch=0, end_epoch=20)
+    >>> later = Constant({"forces_mse": 10, "per_atom_energy_mse": 100})
+    >>> Join([ramp, later], boundaries=[50])(5)
+    {'forces_mse': 2.5}
+
+**Coefficients** are given as users give them to a loss: ``{component: number}``, finite and at least 0; the loss
+normalises them. ``{component: {type: number}}`` are the weights of a component's average over the atom types. They
+go by the names that the per-type values are reported under, ``{component}_{type}``, so that
+``{"forces_mse": {"H": 5, "O": 1}}`` and ``{"forces_mse_H": 5, "forces_mse_O": 1}`` are the same. A name that is absent
+at an epoch is one that the schedule does not touch then: the coefficient that the loss was given holds. 0 is not
+absence: the component stays in the sum, with no weight.
+
+**Epochs** are absolute, in every schedule and also inside of :class:`Join`: 0 is the start of the training. Fractions
+are the steps within an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Generic, Literal, TypeVar
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "Join",
+    "LearningRateCoupled",
+    "Linear",
+    "PiecewiseConstant",
+    "Scale",
+    "Schedule",
+    "Together",
+    "as_schedule",
+]
+
+Coefficients = Mapping[str, float]
+"""Coefficients by flat name."""
+Given = Mapping[str, float | Mapping[str, float]]
+"""Coefficients as users write them: by component, or by component and atom type."""
+
+Interval = Literal["epoch", "step"]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class _Frozen(Mapping[Key, Value], Generic[Key, Value]):
+    """A mapping that nobody changes; its text, as its equality, does not depend on the order of its keys."""
+
+    def __init__(self, content: Mapping[Key, Value]) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: Key) -> Value:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return repr(dict(sorted(self._content.items())))  # keys are all text or all numbers
+
+
+class Schedule(ABC):
+    """Coefficients as a function of the epoch; base of all schedules, and of your own.
+
+    A schedule does not change once it is made. Its text, made of its arguments, is its identity in checkpoints. One of
+    your own defines :meth:`__call__` and :attr:`names`, and hands its arguments on by name to become its attributes:
+    ``super().__init__(interval=interval, period=period)``.
+
+    Args:
+        interval: how often a training moves on: at the start of every ``epoch``, or at every ``step``, with fractions
+            of epochs. Read from the outermost schedule only; inside of another it has no effect.
+        arguments: all other arguments of the subclass.
+
+    Raises:
+        ValueError: an unknown interval.
+    """
+
+    # Not a dataclass: OmegaConf would make configs of those that stand in its lists, as schedules of schedules do.
+
+    interval: Interval = "epoch"
+
+    def __init__(self, *, interval: Interval = "epoch", **arguments: object) -> None:
+        if interval not in ("epoch", "step"):
+            raise ValueError(f"{type(self).__name__}: `interval` is epoch or step, found {interval!r}.")
+        vars(self).update(arguments, interval=interval)
+
+    @abstractmethod
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients at an epoch, by flat name; those that are not set then are absent.
+
+        Args:
+            epoch: number of epochs since the training began, at least 0; a fraction within an epoch.
+            learning_rate: learning rate now over that which the optimizer was given, a ratio. Only
+                :class:`LearningRateCoupled` reads it.
+        """
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        """Whether the coefficients depend on the learning rate."""
+        return any(part.needs_learning_rate for part in self._parts)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Epochs where something begins or ends, sorted."""
+        return tuple(sorted({boundary for part in self._parts for boundary in part.boundaries}))
+
+    @property
+    def _parts(self) -> tuple[Schedule, ...]:
+        """Schedules that this one is made of."""
+        return ()
+
+    @property
+    def _arguments(self) -> dict[str, object]:
+        """What makes an equal schedule."""
+        return vars(self)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._arguments == self._arguments
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        told = {name: value for name, value in self._arguments.items() if (name, value) != ("interval", "epoch")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"A schedule does not change: make another {type(self).__name__} with another {name}.")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"A schedule does not change: {name} stays.")
+
+
+class Constant(Schedule):
+    """The same coefficients at all times; without any, those that the loss was given.
+
+    Args:
+        coeffs: coefficients by component, or by component and atom type.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients, with its name and what is valid.
+
+    Example:
+        >>> Constant({"per_atom_energy_mse": 1, "forces_mse": {"H": 5, "O": 1}})(0)
+        {'per_atom_energy_mse': 1.0, 'forces_mse_H': 5.0, 'forces_mse_O': 1.0}
+        >>> Constant({})(0)
+        {}
+
+    As ``optax.constant_schedule`` (https://optax.readthedocs.io).
+    """
+
+    coeffs: Coefficients
+
+    def __init__(self, coeffs: Given, *, interval: Interval = "epoch") -> None:
+        super().__init__(
+            coeffs=_coefficients(coeffs, "Constant: `coeffs`", may_be_empty=True),
+            interval=interval,
+        )
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """The coefficients."""
+        return dict(self.coeffs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return tuple(self.coeffs)
+
+
+class PiecewiseConstant(Schedule):
+    r"""For each name the coefficient of the last milestone so far that names it.
+
+    .. math:: c_k(e) = m_k(e'), \qquad e' = \max \{\text{milestones} \le e \text{ that name } k\}
+
+    A component that a milestone does not name keeps its coefficient. Before the first milestone that names it, the
+    loss's own coefficient holds.
+
+    Args:
+        milestones: ``{epoch: coefficients}``, in any order; epochs may be written as text, as in YAML.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: a mistake in the milestones, with the epoch and what is valid.
+
+    Example:
+        >>> schedule = PiecewiseConstant({0: {"forces_mse": 10, "stress_mse": 1}, 100: {"forces_mse": 1}})
+        >>> schedule(99.5)
+        {'forces_mse': 10.0, 'stress_mse': 1.0}
+        >>> schedule(100)
+        {'forces_mse': 1.0, 'stress_mse': 1.0}
+
+    Written as the ``schedule`` of NequIP's ``LossCoefficientScheduler`` (https://nequip.readthedocs.io), which drops
+    a component that a milestone does not name.
+    """
+
+    milestones: Mapping[float, Coefficients]
+
+    def __init__(self, milestones: Mapping[float | str, Given], *, interval: Interval = "epoch") -> None:
+        what = "PiecewiseConstant: `milestones`"
+        if not isinstance(milestones, Mapping) or not milestones:
+            raise TypeError(
+                f"{what} maps epochs to coefficients, such as {{0: {{forces_mse: 10}}}}, found {milestones!r}."
+            )
+        read: dict[float, Coefficients] = {}
+        for key, coeffs in milestones.items():
+            epoch = _epoch(_number_of(key), f"{what}: a milestone")
+            if epoch in read:
+                raise ValueError(f"{what}: epoch {epoch:g} stands there twice. Join the two into one.")
+            read[epoch] = _coefficients(coeffs, f"{what}: epoch {epoch:g}")
+        super().__init__(milestones=_Frozen(dict(sorted(read.items()))), interval=interval)
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients of the last milestones."""
+        current: dict[str, float] = {}
+        for milestone, coeffs in self.milestones.items():
+            if milestone <= epoch:
+                current.update(coeffs)
+        return current
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return _union(self.milestones.values())
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The milestones."""
+        return tuple(self.milestones)
+
+
+class _Ramp(Schedule):
+    """From some coefficients to others between two epochs."""
+
+    start: Coefficients
+    end: Coefficients
+    start_epoch: float
+    end_epoch: float
+
+    def __init__(
+        self, start: Given, end: Given, start_epoch: float, end_epoch: float, *, interval: Interval = "epoch"
+    ) -> None:
+        name = type(self).__name__
+        super().__init__(
+            start=_coefficients(start, f"{name}: `start`"),
+            end=_coefficients(end, f"{name}: `end`"),
+            start_epoch=_epoch(start_epoch, f"{name}: `start_epoch`"),
+            end_epoch=_epoch(end_epoch, f"{name}: `end_epoch`"),
+            interval=interval,
+        )
+        _check_same_names(name, start=self.start, end=self.end)
+        if not self.start_epoch < self.end_epoch:
+            raise ValueError(
+                f"{name}: `start_epoch` is before `end_epoch`, found {self.start_epoch:g} and {self.end_epoch:g}. For "
+                f"a jump use PiecewiseConstant or Join."
+            )
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients between the two ends, and exactly those at and beyond them."""
+        if epoch <= self.start_epoch:
+            return dict(self.start)
+        if epoch >= self.end_epoch:
+            return {name: self.end[name] for name in self.names}
+        progress = (epoch - self.start_epoch) / (self.end_epoch - self.start_epoch)
+        between = {}
+        for name, start in self.start.items():
+            low, high = sorted((start, self.end[name]))
+            between[name] = min(max(self._between(start, self.end[name], progress), low), high)  # rounding may lead out
+        return between
+
+    @abstractmethod
+    def _between(self, start: float, end: float, progress: float) -> float:
+        """Value at a progress between 0 and 1."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return tuple(self.start)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Start and end of the ramp."""
+        return (self.start_epoch, self.end_epoch)
+
+
+class Linear(_Ramp):
+    r"""Along a straight line from some coefficients to others.
+
+    .. math:: c_k(e) = (1 - t)\, \text{start}_k + t\, \text{end}_k, \qquad
+        t = \frac{e - \text{start\_epoch}}{\text{end\_epoch} - \text{start\_epoch}} \text{ within } [0, 1]
+
+    Before and after, the coefficients are exactly those of the start and of the end. A ramp from 0 has its component
+    in the sum from the beginning.
+
+    Args:
+        start: coefficients up to ``start_epoch``.
+        end: coefficients from ``end_epoch`` on, of the same names.
+        start_epoch: where the ramp begins.
+        end_epoch: where it ends.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
+
+    Example:
+        >>> Linear({"forces_mse": 0}, {"forces_mse": 10}, start_epoch=10, end_epoch=20)(12.5)
+        {'forces_mse': 2.5}
+
+    As ``optax.linear_schedule`` (https://optax.readthedocs.io).
+    """
+
+    def _between(self, start: float, end: float, progress: float) -> float:
+        return (1 - progress) * start + progress * end
+
+
+class Cosine(_Ramp):
+    r"""Along half a cosine from some coefficients to others: slowly at both ends.
+
+    .. math:: c_k(e) = \text{end}_k + (\text{start}_k - \text{end}_k) \frac{1 + \cos(\pi t)}{2}, \qquad
+        t = \frac{e - \text{start\_epoch}}{\text{end\_epoch} - \text{start\_epoch}} \text{ within } [0, 1]
+
+    Args:
+        start: coefficients up to ``start_epoch``.
+        end: coefficients from ``end_epoch`` on, of the same names.
+        start_epoch: where the ramp begins.
+        end_epoch: where it ends.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
+
+    Example:
+        >>> Cosine({"forces_mse": 1}, {"forces_mse": 9}, start_epoch=0, end_epoch=10)(5)
+        {'forces_mse': 5.0}
+
+    The shape is that of Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017.
+    """
+
+    def _between(self, start: float, end: float, progress: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Exponential(_Ramp):
+    r"""By the same factor in every epoch from some coefficients to others: a straight line of their logarithms.
+
+    .. math:: c_k(e) = \text{start}_k^{1 - t}\; \text{end}_k^{t}, \qquad
+        t = \frac{e - \text{start\_epoch}}{\text{end\_epoch} - \text{start\_epoch}} \text{ within } [0, 1]
+
+    Args:
+        start: coefficients up to ``start_epoch``, above 0.
+        end: coefficients from ``end_epoch`` on, of the same names, above 0.
+        start_epoch: where the ramp begins.
+        end_epoch: where it ends.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
+
+    Example:
+        >>> Exponential({"forces_mse": 1000}, {"forces_mse": 10}, start_epoch=0, end_epoch=10)(5)
+        {'forces_mse': 100.0}
+
+    As ``optax.exponential_decay`` (https://optax.readthedocs.io), with the end in the place of a rate.
+    """
+
+    def __init__(
+        self, start: Given, end: Given, start_epoch: float, end_epoch: float, *, interval: Interval = "epoch"
+    ) -> None:
+        super().__init__(start, end, start_epoch, end_epoch, interval=interval)
+        for what, coeffs in (("start", self.start), ("end", self.end)):
+            zeros = [name for name, value in coeffs.items() if value == 0]
+            if zeros:
+                raise ValueError(
+                    f"Exponential: `{what}` has 0 for {', '.join(zeros)}, where no factor leads to. Use Linear for a "
+                    f"ramp from or to 0."
+                )
+
+    def _between(self, start: float, end: float, progress: float) -> float:
+        return float(start ** (1 - progress) * end**progress)
+
+
+class Join(Schedule):
+    r"""One schedule after the other; at a boundary the later one holds.
+
+    .. math:: c(e) = s_i(e), \qquad b_{i-1} \le e < b_i
+
+    Each is called with the epoch of the training, not with that since its own beginning as in
+    ``optax.join_schedules``: a ``Linear`` that follows a boundary of 50 is given a ``start_epoch`` of 50 or later.
+    What the schedule that holds does not name has the loss's own coefficient, whatever came before.
+
+    Args:
+        schedules: in the order of time.
+        boundaries: epochs between them, one less than there are schedules, rising.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: something that is no schedule, or boundaries that do not fit.
+
+    Example:
+        >>> two_stages = Join([Constant({}), Constant({"per_atom_energy_mse": 1000})], boundaries=[75])
+        >>> two_stages(74), two_stages(75)
+        ({}, {'per_atom_energy_mse': 1000.0})
+
+    As ``optax.join_schedules`` (https://optax.readthedocs.io). Two stages, the second with more weight on the energy,
+    are those of MACE: Batatia et al., NeurIPS 2022.
+    """
+
+    schedules: tuple[Schedule, ...]
+    switches: tuple[float, ...]
+    """The boundaries as given; :attr:`boundaries` are those of the schedules too."""
+
+    def __init__(
+        self, schedules: Sequence[Schedule], boundaries: Sequence[float], *, interval: Interval = "epoch"
+    ) -> None:
+        if not isinstance(boundaries, Sequence) or isinstance(boundaries, str):
+            raise TypeError(f"Join: `boundaries` is a list of epochs, found {boundaries!r}.")
+        super().__init__(
+            schedules=_schedules(schedules, "Join"),
+            switches=tuple(_epoch(each, f"Join: `boundaries[{i}]`") for i, each in enumerate(boundaries)),
+            interval=interval,
+        )
+        if len(self.switches) != len(self.schedules) - 1:
+            raise ValueError(
+                f"Join: {len(self.schedules)} schedules have {len(self.schedules) - 1} boundaries between them, found "
+                f"{len(self.switches)}: {list(self.switches)}."
+            )
+        if any(later <= earlier for earlier, later in zip(self.switches, self.switches[1:], strict=False)):
+            raise ValueError(f"Join: `boundaries` rise strictly, found {list(self.switches)}.")
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients of the schedule that holds."""
+        return self.schedules[bisect_right(self.switches, epoch)](epoch, learning_rate)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return _union(schedule.names for schedule in self.schedules)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The boundaries, and those of each schedule while it holds."""
+        begins, ends = (-math.inf, *self.switches), (*self.switches, math.inf)
+        inner = {
+            boundary
+            for schedule, begin, end in zip(self.schedules, begins, ends, strict=True)
+            for boundary in schedule.boundaries
+            if begin <= boundary < end
+        }
+        return tuple(sorted({*self.switches, *inner}))
+
+    @property
+    def _parts(self) -> tuple[Schedule, ...]:
+        return self.schedules
+
+    @property
+    def _arguments(self) -> dict[str, object]:
+        return {"schedules": self.schedules, "boundaries": self.switches, "interval": self.interval}
+
+
+class Scale(Schedule):
+    r"""A schedule times the factors that another one gives for some of its names.
+
+    .. math:: c_k(e) = s_k(e)\, f_k(e)
+
+    with a factor of 1 for what ``by`` does not name. Where ``schedule`` does not set a name at an epoch, there is
+    nothing to be multiplied: it is absent, and the loss's own coefficient holds unchanged.
+
+    Args:
+        schedule: gives coefficients.
+        by: gives factors, at least 0, for some of the same names.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError: one of the two is no schedule.
+        ValueError: ``by`` names what ``schedule`` never sets; the valid names are listed.
+
+    Example:
+        >>> stages = PiecewiseConstant({0: {"forces_mse": 10}, 50: {"forces_mse": 4}})
+        >>> warm_up = Linear({"forces_mse": 0}, {"forces_mse": 1}, start_epoch=0, end_epoch=10)
+        >>> schedule = Scale(stages, by=warm_up)
+        >>> schedule(5), schedule(20), schedule(50)
+        ({'forces_mse': 5.0}, {'forces_mse': 10.0}, {'forces_mse': 4.0})
+    """
+
+    schedule: Schedule
+    by: Schedule
+
+    def __init__(self, schedule: Schedule, by: Schedule, *, interval: Interval = "epoch") -> None:
+        super().__init__(
+            schedule=as_schedule(schedule, "Scale: `schedule`"),
+            by=as_schedule(by, "Scale: `by`"),
+            interval=interval,
+        )
+        unknown = [name for name in self.by.names if name not in self.schedule.names]
+        if unknown:
+            raise ValueError(
+                f"Scale: `by` names {', '.join(unknown)}, which `schedule` never sets. It sets "
+                f"{', '.join(self.schedule.names) or 'nothing'}. A factor multiplies what `schedule` gives: name the "
+                f"coefficient there too."
+            )
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients times factors."""
+        factors = self.by(epoch, learning_rate)
+        coeffs = self.schedule(epoch, learning_rate)
+        return {name: coeff * factors[name] if name in factors else coeff for name, coeff in coeffs.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return self.schedule.names
+
+    @property
+    def _parts(self) -> tuple[Schedule, ...]:
+        return (self.schedule, self.by)
+
+
+class Together(Schedule):
+    """Several schedules at the same time, each of other names.
+
+    Args:
+        schedules: no two of them set the same name.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError: something that is no schedule.
+        ValueError: two schedules set the same name.
+
+    Example:
+        >>> energy = Linear({"per_atom_energy_mse": 0}, {"per_atom_energy_mse": 8}, start_epoch=0, end_epoch=10)
+        >>> forces = Cosine({"forces_mse": 8}, {"forces_mse": 0}, start_epoch=0, end_epoch=10)
+        >>> Together([energy, forces])(5)
+        {'per_atom_energy_mse': 4.0, 'forces_mse': 4.0}
+    """
+
+    schedules: tuple[Schedule, ...]
+
+    def __init__(self, schedules: Sequence[Schedule], *, interval: Interval = "epoch") -> None:
+        super().__init__(schedules=_schedules(schedules, "Together"), interval=interval)
+        owner: dict[str, int] = {}
+        for position, schedule in enumerate(self.schedules):
+            for name in schedule.names:
+                if name in owner:
+                    raise ValueError(
+                        f"Together: schedules[{owner[name]}] and schedules[{position}] both set {name}. Each name is "
+                        f"set by one of them; for one after the other use Join, for a product Scale."
+                    )
+                owner[name] = position
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients of all of them."""
+        together: dict[str, float] = {}
+        for schedule in self.schedules:
+            together |= schedule(epoch, learning_rate)
+        return together
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return _union(schedule.names for schedule in self.schedules)
+
+    @property
+    def _parts(self) -> tuple[Schedule, ...]:
+        return self.schedules
+
+
+class LearningRateCoupled(Schedule):
+    r"""From some coefficients to others as the learning rate falls.
+
+    .. math:: c_k = \text{limit}_k + (\text{start}_k - \text{limit}_k) \frac{\mathrm{lr}(e)}{\mathrm{lr}_0}
+
+    which is ``start`` at the learning rate :math:`\mathrm{lr}_0` that the optimizer was given and would be ``limit`` at
+    one of 0. A learning rate above :math:`\mathrm{lr}_0` leads beyond ``start``; the result is never below 0.
+
+    Args:
+        start: coefficients at the learning rate that the optimizer was given.
+        limit: coefficients that are approached as the learning rate falls to 0, of the same names.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`. ``step`` follows a learning rate that changes within
+            epochs.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients; when called, no learning rate.
+
+    Example:
+        >>> LearningRateCoupled(start={"forces_mse": 1000}, limit={"forces_mse": 1})(10, learning_rate=0.5)
+        {'forces_mse': 500.5}
+
+    The prefactors of DeePMD-kit: Wang et al., Comput. Phys. Commun. 228, 178 (2018).
+    """
+
+    start: Coefficients
+    limit: Coefficients
+
+    def __init__(self, start: Given, limit: Given, *, interval: Interval = "epoch") -> None:
+        super().__init__(
+            start=_coefficients(start, "LearningRateCoupled: `start`"),
+            limit=_coefficients(limit, "LearningRateCoupled: `limit`"),
+            interval=interval,
+        )
+        _check_same_names("LearningRateCoupled", start=self.start, limit=self.limit)
+
+    def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
+        """Coefficients at a learning rate.
+
+        Raises:
+            ValueError: the learning rate is not given, not finite or below 0.
+        """
+        if learning_rate is None or not 0 <= learning_rate < math.inf:
+            raise ValueError(
+                f"LearningRateCoupled needs the learning rate, as a part of that which the optimizer was given: a "
+                f"finite number of at least 0; found {learning_rate!r}."
+            )
+        # written so that a ratio of 1 gives `start` to the last bit
+        return {
+            name: max(start * learning_rate + self.limit[name] * (1 - learning_rate), 0.0)
+            for name, start in self.start.items()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that is ever set, in order."""
+        return tuple(self.start)
+
+    @property
+    def needs_learning_rate(self) -> bool:
+        """Always."""
+        return True
+
+
+def as_schedule(value: object, what: str = "`schedule`") -> Schedule:
+    """The value, if it is a schedule.
+
+    Args:
+        value: what was found.
+        what: what it is to be called in messages.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, Schedule):
+        return value
+    hint = " Is `_target_` missing, or was the config not instantiated?" if isinstance(value, Mapping) else ""
+    valid = ", ".join(name for name in __all__ if name not in ("Schedule", "as_schedule"))
+    raise TypeError(
+        f"{what} is a schedule, one of {valid} of harness.schedules; found {value!r} ({type(value).__name__}).{hint}"
+    )
+
+
+def _schedules(values: object, what: str) -> tuple[Schedule, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{what}: `schedules` is a list of schedules, found {values!r} ({type(values).__name__}).")
+    if not values:
+        raise ValueError(f"{what}: `schedules` is empty; expected at least one. Constant({{}}) changes nothing.")
+    return tuple(as_schedule(each, f"{what}: schedules[{position}]") for position, each in enumerate(values))
+
+
+def _coefficients(coeffs: object, what: str, may_be_empty: bool = False) -> _Frozen[str, float]:
+    """Coefficients by flat name, checked.
+
+    Raises:
+        TypeError, ValueError: the name, what was found and what is valid.
+    """
+    if not isinstance(coeffs, Mapping):
+        raise TypeError(f"{what} maps components to coefficients, found {coeffs!r} ({type(coeffs).__name__}).")
+    if not coeffs and not may_be_empty:
+        raise ValueError(f"{what} names no component. Constant({{}}) is what changes nothing.")
+    flat: dict[str, float] = {}
+    for component, given in coeffs.items():
+        _check_key(component, f"{what}: the name of a component")
+        if not isinstance(given, Mapping):
+            entries = {component: given}
+        else:
+            if not given:
+                raise ValueError(f"{what}: {component} maps atom types to weights, found none.")
+            for type_name in given:
+                _check_key(type_name, f"{what}: the name of an atom type of {component}")
+            entries = {f"{component}_{type_name}": weight for type_name, weight in given.items()}
+        for name, value in entries.items():
+            if name in flat:
+                raise ValueError(f"{what} sets {name} twice. Per-type weights go by {{component}}_{{type}}.")
+            flat[name] = _coefficient(value, f"{what}: {name}")
+    return _Frozen(flat)
+
+
+def _check_key(key: object, what: str) -> None:
+    if not isinstance(key, str) or not key:
+        hint = " (YAML reads an unquoted No, Y or N as a boolean: quote it)" if isinstance(key, bool) else ""
+        raise TypeError(f"{what} is text, found {key!r}{hint}.")
+
+
+def _coefficient(value: object, what: str) -> float:
+    if value is None:
+        raise TypeError(f"{what} is null; expected a number. 0 keeps the component in the sum, without weight.")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{what} is a number, found {value!r} ({type(value).__name__}).")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what} must be finite and not negative, found {value}.")
+    return abs(float(value))  # -0.0 is 0
+
+
+def _epoch(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{what} is a number of epochs, found {value!r} ({type(value).__name__}).")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what} is a finite number of epochs, at least 0, found {value}.")
+    return abs(float(value))  # -0.0 is 0
+
+
+def _number_of(key: object) -> object:
+    """A number for text that is one, as keys in YAML may be; everything else as it is."""
+    if isinstance(key, str):
+        try:
+            return float(key)
+        except ValueError:
+            return key
+    return key
+
+
+def _check_same_names(what: str, **two: Coefficients) -> None:
+    (one, first), (other, second) = two.items()
+    differ = [name for name in _union((first, second)) if (name in first) != (name in second)]
+    if differ:
+        raise ValueError(
+            f"{what}: `{one}` and `{other}` name the same things; {', '.join(differ)} is in one of them only. `{one}`: "
+            f"{', '.join(first)}; `{other}`: {', '.join(second)}."
+        )
+
+
+def _union(several: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """All names, each once, in order."""
+    return tuple(dict.fromkeys(name for names in several for name in names))
