@@ -124,8 +124,8 @@ class _Preview:
         self.relative_learning_rate = self._learning_rates() if self.needs_learning_rate else None
         if self.schedule is None:
             self.notes.append("There is no schedule: the coefficients of the loss hold all along.")
-        if config.get("adaptive"):
-            self.notes.append("Adaptive weighting changes the coefficients further as it learns; that is not shown.")
+        for name in (*_driving_callbacks(config), *(["adaptive"] if config.get("adaptive") else [])):
+            self.notes.append(f"{name} moves the coefficients during the training: that is not shown.")
 
     @property
     def loss(self) -> MetricsManager:
@@ -253,6 +253,7 @@ class _Preview:
         """Write the normalised coefficients over the epochs as a picture, and the weights of atom types below them."""
         # Figure without pyplot: no global state and no display
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         epochs = self._points()
         values: dict[str, list[float]] = {name: [] for name in (*self.components, *self.weights)}
@@ -267,7 +268,7 @@ class _Preview:
             values = {name: [*series, series[-1]] for name, series in values.items()}
         panels = {"coefficient": self.components, "weight of atom type": self.weights}
         shown = {label: names for label, names in panels.items() if names}
-        figure = Figure(figsize=(8, 3.6 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(9, 3.6 * len(shown)), layout="constrained")
         axes = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
         for axis, (label, names) in zip(axes, shown.items(), strict=True):
             numbers = np.array([values[name] for name in names])
@@ -278,9 +279,10 @@ class _Preview:
                 axis.plot(epochs, series, drawstyle="default" if self.by_steps else "steps-post", label=name)
             for boundary in self._begins():
                 axis.axvline(boundary, color="grey", linewidth=0.5, linestyle=":")
-            axis.legend()
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         axes[0].set_title("no schedule" if self.schedule is None else type(self.schedule).__name__)
         axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
@@ -293,6 +295,16 @@ class _Preview:
             return sorted({*spread.tolist(), *begins, *before})
         before = [epoch - 1 for epoch in begins if epoch]
         return sorted({*spread.round().tolist(), *begins, *before})
+
+
+def _driving_callbacks(config: DictConfig) -> list[str]:
+    """Settings of the callbacks that move coefficients."""
+    targets = {f"callbacks.{name}": each._target_ for name, each in (config.callbacks or {}).items() if each}
+    return [
+        name
+        for name, target in targets.items()
+        if getattr(instantiate({"_target_": target, "_partial_": True}).func, "drives_coefficients", False)
+    ]
 
 
 if __name__ == "__main__":
