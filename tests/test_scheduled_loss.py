@@ -252,7 +252,10 @@ def fit(
         if module.val_metrics:
             source["val_dataloaders"] = data.val_dataloader()
     trainer.fit(module, **source, ckpt_path=resume, weights_only=True)
-    with (folder / "csv" / "metrics.csv").open() as file:
+    table = folder / "csv" / "metrics.csv"
+    if not table.is_file():  # nothing was logged
+        return trainer, []
+    with table.open() as file:
         return trainer, [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
