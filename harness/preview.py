@@ -192,7 +192,7 @@ class _Preview:
             for step in range(1, number + 1):
                 ratios.append(float(group["lr"]) / start if start else 1.0)
                 if step % frequency == 0:
-                    scheduler.step()
+                    _move(scheduler)
         return lambda epoch: ratios[min(int(epoch * per_epoch + 1e-6), number - 1)]
 
     def _steps_of_an_epoch(self) -> int:
@@ -247,7 +247,7 @@ class _Preview:
             for entry in self.loss.entries.values()
             for each, weight in zip(entry.type_keys(self.loss.type_names), entry.per_type_coeffs or (), strict=False)
         }
-        return f"{given[key]:.4g} → {self.loss.type_weights[key]:.4g}" if key in given else "-"
+        return f"{given.get(key, 1):.4g} → {self.loss.type_weights[key]:.4g}"
 
     def draw(self, path: Path) -> None:
         """Write the normalised coefficients over the epochs as a picture, and the weights of atom types below them."""
@@ -295,6 +295,13 @@ class _Preview:
             return sorted({*spread.tolist(), *begins, *before})
         before = [epoch - 1 for epoch in begins if epoch]
         return sorted({*spread.round().tolist(), *begins, *before})
+
+
+def _move(scheduler: Any) -> None:
+    try:
+        scheduler.step()
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"lr_scheduler: {type(scheduler).__name__} cannot be moved on: {error}") from error
 
 
 def _driving_callbacks(config: DictConfig) -> list[str]:

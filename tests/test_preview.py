@@ -55,9 +55,8 @@ def read_table(text: str) -> tuple[list[str], dict[float, dict[str, tuple[float,
     for line in text.splitlines():
         if line.startswith("│"):
             epoch, *cells = [cell.strip() for cell in line.strip("│").split("│")]
-            numbers = {
-                name: [float(n) for n in cell.split(" → ")] for name, cell in zip(columns[1:], cells) if cell != "-"
-            }
+            pairs = zip(columns[1:], cells, strict=True)
+            numbers = {name: [float(n) for n in cell.split(" → ")] for name, cell in pairs if cell != "-"}
             rows[float(epoch)] = {name: (each[0], each[-1]) for name, each in numbers.items()}
     return columns, rows
 
@@ -175,7 +174,10 @@ MISTAKES = [
     (["--every", "0"], ["--every", "at least 1"]),
     (["--evry", "3"], ["unrecognized arguments: --evry"]),
     (["--output", "somewhere.doc"], ["doc", "png"]),
-    (["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"], ["lr_scheduler", "CosineAnnealingLR"]),
+    (
+        ["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"],
+        ["CosineAnnealingLR cannot be moved on", "'str'"],
+    ),
 ]
 
 
@@ -202,8 +204,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["schedule.png"]  # and no directory of a run
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_training_has_what_was_shown(accumulate: int, show: Show, tmp_path: Path) -> None:
+def test_a_training_has_what_was_shown(show: Show, tmp_path: Path) -> None:
     """Type names and number of steps come from the data; the learning rate changes with each step."""
     write_files(tmp_path)
     settings = [
@@ -213,8 +214,8 @@ def test_a_training_has_what_was_shown(accumulate: int, show: Show, tmp_path: Pa
         "+schedule.start.forces_mse_per_type={Cu: 0}",
         "+schedule.limit.forces_mse_per_type={Cu: 3}",
         "lr_scheduler.interval=step",
-        "lr_scheduler.scheduler.T_max=9",
-        f"trainer.accumulate_grad_batches={accumulate}",
+        "lr_scheduler.scheduler.T_max=7",
+        "trainer.accumulate_grad_batches=2",
         "max_epochs=3",
     ]
     shown = show(*settings)
