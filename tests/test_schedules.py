@@ -120,6 +120,7 @@ def test_at_a_boundary_the_later_schedule_holds() -> None:
     assert schedule.names == ("a", "b")
     assert schedule.boundaries == (5.0, 10.0, 25.0)  # where the ramp begins, another schedule holds
     assert Join([Constant({"a": 1})], [])(3) == {"a": 1.0}
+    assert Join([Linear({"a": 0}, {"a": 1}, 5, 30), Constant({})], [10]).boundaries == (5.0, 10.0)  # it never ends
 
 
 def test_a_factor_multiplies_what_is_set() -> None:
