@@ -11,6 +11,7 @@ from harness.callbacks.curve import CoefficientCurve
 from harness.callbacks.parity import ParityPlot
 from harness.callbacks.progress import LossProgressBar
 from harness.callbacks.resume import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
+from harness.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
@@ -22,4 +23,5 @@ __all__ = [
     "ParityPlot",
     "Preempted",
     "ResumeCheckpoint",
+    "ThroughputMonitor",
 ]
