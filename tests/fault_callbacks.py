@@ -70,3 +70,25 @@ class Slow(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         time.sleep(self.seconds)
+
+
+class Spoil(Callback):
+    """Puts NaN into the batch, or the weights, of some steps of a rank.
+
+    Args:
+        steps: numbers of the steps, from 0.
+        what: a field of the batch whose first row becomes NaN; or ``weights``.
+        rank: whose.
+    """
+
+    def __init__(self, steps: list[int], what: str = "forces", rank: int = 0) -> None:
+        self.steps, self.what, self.rank = steps, what, rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step not in self.steps or trainer.global_rank != self.rank:
+            return
+        if self.what == "weights":
+            next(pl_module.model.parameters()).data.view(-1)[0] = torch.nan
+        else:
+            batch[self.what] = batch[self.what].clone()
+            batch[self.what][0] = torch.nan
