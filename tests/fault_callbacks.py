@@ -73,22 +73,34 @@ class Slow(Callback):
 
 
 class Spoil(Callback):
-    """Puts NaN into the batch, or the weights, of some steps of a rank.
+    """Puts NaN, or another number, into a batch or the weights at some steps of a rank.
 
     Args:
-        steps: numbers of the steps, from 0.
-        what: a field of the batch whose first row becomes NaN; or ``weights``.
+        steps: numbers of the steps, from 0; under gradient accumulation the last micro-batch of them is meant.
+        what: a field of the batch whose first row it is put in; or ``weights``.
         rank: whose.
+        value: the number.
+        micro_batch: which one, instead of the last.
     """
 
-    def __init__(self, steps: list[int], what: str = "forces", rank: int = 0) -> None:
-        self.steps, self.what, self.rank = steps, what, rank
+    def __init__(
+        self,
+        steps: list[int],
+        what: str = "forces",
+        rank: int = 0,
+        value: float = float("nan"),
+        micro_batch: int | None = None,
+    ) -> None:
+        self.steps, self.what, self.rank, self.value, self.micro_batch = steps, what, rank, value, micro_batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step not in self.steps or trainer.global_rank != self.rank:
             return
+        k = trainer.accumulate_grad_batches
+        if batch_idx % k != (k - 1 if self.micro_batch is None else self.micro_batch):
+            return
         if self.what == "weights":
-            next(pl_module.model.parameters()).data.view(-1)[0] = torch.nan
+            next(pl_module.model.parameters()).data.fill_(self.value)
         else:
             batch[self.what] = batch[self.what].clone()
-            batch[self.what][0] = torch.nan
+            batch[self.what][0] = self.value

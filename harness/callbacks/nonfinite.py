@@ -57,7 +57,8 @@ class NonFiniteGuard(Callback):
     and what helps; it is the message of a :class:`NonFiniteError`, an alert in W&B, and a file. In the folder
     ``nonfinite`` are, for a step s of epoch e as they are logged: ``epoch{e}_step{s}.txt``, that message;
     ``epoch{e}_step{s}_rank{r}.pt`` of each rank at fault, with ``batch`` and ``predictions``; and, with the end of the
-    training, ``epoch{e}_step{s}.ckpt``, all of its state. Both load with ``weights_only=True``.
+    training, ``epoch{e}_step{s}.ckpt``, all of its state: on a CPU that before the step, from which a training goes on
+    with the next batch. Both load with ``weights_only=True``.
 
     With ``action="skip"`` a step with such a loss changes nothing: no weight, nothing in the optimizer, nothing in the
     averages of the epoch. The number of such steps is logged as ``nonfinite/skipped``; the first is explained in a
@@ -214,8 +215,9 @@ class NonFiniteGuard(Callback):
                 manager.undo_step()
         message = self._explain(trainer, module, seen, trained)
         checkpoint = self._file(seen, ".ckpt")
-        trainer.save_checkpoint(checkpoint)
-        message += f" The state of the training is in {checkpoint}."
+        trainer.save_checkpoint(checkpoint, weights_only=False)
+        goes_on = "" if trained else ", which goes on with the next batch if it is given as ckpt_path"
+        message += f"\nThe state of the training is in {checkpoint}{goes_on}."
         if self._in_a_row:
             message += f"\n{self._in_a_row} steps in a row were skipped before it (max_skipped={self.max_skipped})."
         self._publish(trainer, seen, "Loss is not finite", message)
