@@ -26,6 +26,7 @@ from harness.agreement import Facts, difference
 from harness.callbacks import LossProgressBar
 from harness.data import AtomsDataModule
 from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
+from harness.drivers import drivers_of, refuse_several
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.strategies import refuse_folder
@@ -191,16 +192,7 @@ def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
     Raises:
         ValueError: with the names of both.
     """
-    drivers = [type(each).__name__ for each in callbacks if getattr(each, "drives_coefficients", False)]
-    if module.loss.schedule is not None:
-        drivers.append(f"the schedule {type(module.loss.schedule).__name__}")
-    if module.loss.weighting is not None:
-        drivers.append(type(module.loss.weighting).__name__)
-    if len(drivers) > 1:
-        raise ValueError(
-            f"The coefficients of the loss are moved by {' and by '.join(drivers)}; only one of them can. For several "
-            f"stages in one schedule use Join, or Together, of harness.schedules."
-        )
+    refuse_several(drivers_of(module.loss, callbacks))
 
 
 def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:

@@ -1,0 +1,49 @@
+"""Who moves the coefficients of a loss: one thing at a time, since the later one would undo the other silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+__all__ = ["drivers_of", "refuse_other_drivers", "refuse_several"]
+
+
+def drivers_of(loss: Any, callbacks: Iterable[Callback]) -> list[str]:
+    """Names of all that moves the coefficients of a loss: its schedule, what it learns, and callbacks.
+
+    Callbacks say so by an attribute ``drives_coefficients = True``; those of a class with ``several_are_one = True``
+    count once.
+    """
+    found = [each for each in callbacks if getattr(each, "drives_coefficients", False)]
+    names = [type(each).__name__ for each in found if not getattr(each, "several_are_one", False)]
+    names += dict.fromkeys(type(each).__name__ for each in found if getattr(each, "several_are_one", False))
+    if getattr(loss, "schedule", None) is not None:
+        names.append(f"the schedule {type(loss.schedule).__name__}")
+    if getattr(loss, "weighting", None) is not None:
+        names.append(type(loss.weighting).__name__)
+    return names
+
+
+def refuse_several(names: list[str]) -> None:
+    """Refuse more than one driver.
+
+    Raises:
+        ValueError: with the names of all.
+    """
+    if len(names) > 1:
+        raise ValueError(
+            f"The coefficients of the loss are moved by {' and by '.join(names)}; only one of them can. For several "
+            f"stages in one schedule use Join, or Together, of harness.schedules."
+        )
+
+
+def refuse_other_drivers(callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse to move the coefficients of a module's loss if anything else of this trainer does.
+
+    Raises:
+        ValueError: with the names of all.
+    """
+    callbacks = [callback, *(each for each in trainer.callbacks if each is not callback)]  # type: ignore[attr-defined]
+    refuse_several(drivers_of(getattr(pl_module, "loss", None), callbacks))
