@@ -41,7 +41,7 @@ from harness.manager import (
 from harness.statistics import on_device
 from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
 
-__all__ = ["AxesLogger", "ForceFieldModule", "ManagerSource", "Step", "StepObserver"]
+__all__ = ["AxesLogger", "ForceFieldModule", "ManagerSource", "Step", "StepObserver", "logged_step"]
 
 ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, Any]
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
@@ -436,6 +436,14 @@ class ForceFieldModule(LightningModule):
                 self._log_epoch(_prefixed("loss_contribution_epoch/", report.contributions))
             manager.reset()
 
+    def training_so_far(self) -> dict[str, Report]:
+        """Reports of ``train_loss`` and ``train_metric`` over the steps of the epoch so far; makes the host wait.
+
+        Nothing is sent. In a validation at the end of an epoch they are those of the epoch.
+        """
+        managers = zip(("train_loss", "train_metric"), self._train_managers, strict=False)
+        return {what: manager.so_far().to_report() for what, manager in managers}
+
     def _log_epoch(self, values: dict[str, float]) -> None:
         """Hand values to Lightning as float64 tensors; it would round Python numbers to float32."""
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
@@ -600,6 +608,11 @@ def _work_of(batch: Batch) -> list[float]:
     nodes = next((lengths[name][0] for name in ("pos", "atom_types", "forces") if name in lengths), 0)
     edges = lengths["edge_index"][-1] if "edge_index" in lengths else 0
     return [float(lengths[NUM_ATOMS][0] if NUM_ATOMS in lengths else 0), float(nodes), float(edges)]
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step that a trainer logs values of an epoch with: in a training, that of the last batch before them."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

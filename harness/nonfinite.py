@@ -198,7 +198,8 @@ def largest_force(batch: Batch, place: Callable[[int], str | None] = lambda inde
     """The largest \\|force\\| among the labels of a batch, in eV/Å, and its frame; None without such labels."""
     if "forces" not in batch or not batch["forces"].numel():
         return None
-    lengths = torch.linalg.vector_norm(batch["forces"].double(), dim=-1).nan_to_num(-1.0, -1.0, -1.0)
+    x, y, z = batch["forces"].double().unbind(-1)
+    lengths = torch.hypot(torch.hypot(x, y), z).nan_to_num(-1.0, -1.0)  # whose squares may overflow
     atom = int(lengths.argmax())
     if lengths[atom] < 0:
         return None

@@ -48,6 +48,7 @@ from harness.callbacks import (
     NonFiniteError,
     NonFiniteGuard,
     ParityPlot,
+    PerTypeReport,
     Preempted,
     ResumeCheckpoint,
 )
@@ -335,6 +336,9 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
         if isinstance(callback, ParityPlot):
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
+        if isinstance(callback, PerTypeReport):
+            for path in callback.files:
+                console.print(f"atom types  {path}", highlight=False)
         if isinstance(callback, CoefficientCurve) and callback.file:
             console.print(f"coefficients {callback.file}", highlight=False)
     for logger in loggers:

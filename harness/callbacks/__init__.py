@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.callbacks.best_epoch import BestEpoch
 from harness.callbacks.coefficients import (
     LinearLossCoefficientScheduler,
     LossCoefficientMonitor,
@@ -10,11 +11,14 @@ from harness.callbacks.coefficients import (
 from harness.callbacks.curve import CoefficientCurve
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
+from harness.callbacks.per_type import PerTypeReport
 from harness.callbacks.progress import LossProgressBar
 from harness.callbacks.resume import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
+from harness.callbacks.validation_table import ValidationTable
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
+    "BestEpoch",
     "CoefficientCurve",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",
@@ -23,6 +27,8 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "ParityPlot",
+    "PerTypeReport",
     "Preempted",
     "ResumeCheckpoint",
+    "ValidationTable",
 ]
