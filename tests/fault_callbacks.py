@@ -104,3 +104,14 @@ class Spoil(Callback):
         else:
             batch[self.what] = batch[self.what].clone()
             batch[self.what][0] = self.value
+
+
+class NoteError(Callback):
+    """Writes down the error that ends a training, on each rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        text = f"{type(exception).__name__} in step {trainer.global_step}: {exception}"
+        self.path.with_name(f"{self.path.name}.{trainer.global_rank}").write_text(text)

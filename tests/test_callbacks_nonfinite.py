@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import TINY, Finished, train
+from commands import BIN, ROOT, TINY, started
 from fault_callbacks import Spoil
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -22,8 +25,6 @@ import harness
 from harness.callbacks import NonFiniteError, NonFiniteGuard, ResumeCheckpoint
 from harness.data import EmbeddedAlloyDataModule
 from harness.module import ForceFieldModule, Step
-
-TESTS = Path(__file__).parent
 
 
 def guarded(
@@ -187,6 +188,44 @@ def test_one_micro_batch_spoils_its_step(data: EmbeddedAlloyDataModule, tmp_path
     saved = torch.load(tmp_path / "nonfinite" / "epoch0_step1_rank0.pt", weights_only=True)
     assert saved["micro_batch"] == 0
     assert saved["batch"]["forces"].isnan().any()
+
+
+def test_all_ranks_stop_at_one_sample_of_one_of_them(tmp_path: Path) -> None:
+    overrides = (
+        "experiment=alloy",
+        *TINY,
+        "logger=[wandb]",
+        "dry_step=false",
+        "trainer.timeout=60",
+        "+callbacks.spoil={_target_: fault_callbacks.Spoil, steps: [5], rank: 1}",
+        f"+callbacks.note={{_target_: fault_callbacks.NoteError, path: {tmp_path}/error}}",
+        f"hydra.run.dir={tmp_path}/run",
+    )
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    with started(*overrides, folder=tmp_path, ranks=2, WANDB_MODE="offline", PYTHONPATH=paths) as processes:
+        assert [process.wait(150) for process in processes] == [1, 1]
+    first, second = ((tmp_path / f"error.{rank}").read_text() for rank in range(2))
+    assert first == second
+    assert first.startswith(
+        "NonFiniteError in step 5: The loss is nan in step 5 of epoch 1 (batch 1 of it; all counted"
+    )
+    assert "\n  rank 1: labels of forces: 3 of " in first
+    assert "rank 0:" not in first
+    message = first.removeprefix("NonFiniteError in step 5: ")
+    said, silent = ((tmp_path / f"stderr.{rank}").read_text() for rank in range(2))
+    assert said.count(f"\nerror: {message}\n") == 1
+    assert "The loss is nan" not in silent
+    assert "Traceback" not in said + silent
+    found = {path.name for path in (tmp_path / "run" / "nonfinite").iterdir()}
+    assert found == {f"epoch1_step5{ending}" for ending in (".txt", ".ckpt", "_rank1.pt")}
+    assert torch.load(tmp_path / "run" / "nonfinite" / "epoch1_step5.ckpt", weights_only=True)["global_step"] == 5
+    (run,) = (tmp_path / "run").rglob("*.wandb")
+    inspected = subprocess.run(
+        [BIN / "wandb", "leet", "inspect", "--json", run], capture_output=True, text=True, check=True, timeout=60
+    )
+    records = [json.loads(line) for line in inspected.stdout.splitlines()]
+    assert [record["alert"]["text"] for record in records if record["type"] == "alert"] == [message]
+    assert any(record["type"] == "exit" for record in records)  # nobody was in a hurry
 
 
 # --- skip ---

@@ -65,9 +65,9 @@ class PerTypeReport(Callback):
             stage = f"{what}{index}"
             if not isinstance(manager, MetricsManager) or stage not in module.reports:
                 continue
-            table = _Table.of(manager, module.reports[stage].values, atoms_behind(manager, module.reports[stage]))
-            if not table.values:
+            if not any(entry.per_type for entry in manager.entries.values()):
                 continue
+            table = _Table.of(manager, module.reports[stage].values, atoms_behind(manager, module.reports[stage]))
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
