@@ -11,10 +11,14 @@ left out; steps that are logged are reported apart.
 
 from __future__ import annotations
 
+import sys
+
+# the folder of this script, in which it would be found in the place of Python's own module of this name
+del sys.path[0]
+
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -62,7 +66,7 @@ def overrides(file: Path, folder: Path, monitored: bool, arguments: argparse.Nam
         "optimizer.lr=1e-4",
         "max_epochs=1000",
         f"+trainer.max_steps={arguments.steps + WARM_UP}",
-        "trainer.limit_val_batches=0",
+        "+trainer.limit_val_batches=0",
         f"trainer.log_every_n_steps={LOG_EVERY}",
         "model.energy_shifts=null",
         "model.energy_scales=1.0",
