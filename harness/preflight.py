@@ -22,16 +22,19 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.adaptive import GradientBalance
 from harness.agreement import Facts, difference
-from harness.callbacks import LossProgressBar
+from harness.callbacks import GradientShare, LossProgressBar
 from harness.data import AtomsDataModule
 from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
+from harness.drivers import refuse_several_drivers
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.strategies import refuse_folder
 
 __all__ = [
     "check_accumulation",
+    "check_adaptive",
     "check_drivers",
     "check_labels",
     "check_monitors",
@@ -191,16 +194,21 @@ def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
     Raises:
         ValueError: with the names of both.
     """
-    drivers = [type(each).__name__ for each in callbacks if getattr(each, "drives_coefficients", False)]
-    if module.loss.schedule is not None:
-        drivers.append(f"the schedule {type(module.loss.schedule).__name__}")
-    if module.loss.weighting is not None:
-        drivers.append(type(module.loss.weighting).__name__)
-    if len(drivers) > 1:
-        raise ValueError(
-            f"The coefficients of the loss are moved by {' and by '.join(drivers)}; only one of them can. For several "
-            f"stages in one schedule use Join, or Together, of harness.schedules."
-        )
+    refuse_several_drivers(module.loss, callbacks)
+
+
+def check_adaptive(module: ForceFieldModule, callbacks: list[Callback], trainer: Trainer) -> None:
+    """Refuse adaptive weighting, and measurements of gradients, that the strategy or the loss cannot have.
+
+    Args:
+        module: what is trained.
+        callbacks: of the training.
+        trainer: one as configured that is only to be asked.
+    """
+    module.check_weighting(trainer.strategy)
+    for each in callbacks:
+        if isinstance(each, GradientShare | GradientBalance):
+            each.check(trainer, module)
 
 
 def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:
