@@ -1,69 +1,75 @@
-"""What moves the coefficients of a loss, and that it is one thing only: the later of two would undo the other."""
+"""Who moves the coefficients of a loss: one thing at a time, since the later one would undo the other silently."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["refuse_other_drivers", "refuse_several_drivers"]
+__all__ = ["drivers_of", "loss_of", "refuse_other_drivers", "refuse_several"]
 
-# those of NequIP do not say so themselves
+# they do not say so themselves
 _OF_NEQUIP = ("SoftAdapt", "LossCoefficientScheduler", "LinearLossCoefficientScheduler")
 
 
-def refuse_several_drivers(loss: Any, callbacks: Iterable[Callback]) -> None:
-    """Refuse two things that both move the coefficients of a loss: the later one would undo the other, silently.
+def drivers_of(loss: Any, callbacks: Sequence[Callback]) -> list[str]:
+    """Names of all that moves the coefficients of a loss: its schedule, what it learns, and callbacks.
 
-    Args:
-        loss: a manager, whose schedule or weighting may be one of them.
-        callbacks: those with an attribute ``drives_coefficients`` that is true are others.
+    Callbacks say so by an attribute ``drives_coefficients = True``; those of a class with ``several_are_one = True``
+    count once.
+    """
+    found = [each for each in callbacks if getattr(each, "drives_coefficients", False)]
+    names = [type(each).__name__ for each in found if not getattr(each, "several_are_one", False)]
+    names += dict.fromkeys(type(each).__name__ for each in found if getattr(each, "several_are_one", False))
+    kinds = dict.fromkeys(map(type, callbacks))
+    names += [f"NequIP's {kind.__name__}" for kind in kinds if _is_of_nequip(kind) and kind.__name__ in _OF_NEQUIP]
+    if getattr(loss, "schedule", None) is not None:
+        names.append(f"the schedule {type(loss.schedule).__name__}")
+    if getattr(loss, "weighting", None) is not None:
+        names.append(type(loss.weighting).__name__)
+    return names
+
+
+def _is_of_nequip(kind: type) -> bool:
+    return kind.__module__.startswith("nequip.")
+
+
+def loss_of(pl_module: LightningModule) -> Any:
+    """The manager of a module's loss.
 
     Raises:
-        ValueError: with the names of both.
+        TypeError: the module has none.
     """
-    drivers = [_name(each) for each in callbacks if _drives(each)]
-    if getattr(loss, "schedule", None) is not None:
-        drivers.append(f"the schedule {type(loss.schedule).__name__}")
-    if getattr(loss, "weighting", None) is not None:
-        drivers.append(type(loss.weighting).__name__)
-    if len(drivers) > 1:
+    loss = getattr(pl_module, "loss", None)
+    if not callable(getattr(loss, "set_coeffs", None)) or not hasattr(loss, "entries"):
+        raise TypeError(
+            f"{type(pl_module).__name__}.loss is no manager of components with `set_coeffs` and `entries`, found "
+            f"{type(loss).__name__}. Use harness.ForceFieldModule, or give your module a `loss` that is a "
+            f"harness.MetricsManager."
+        )
+    return loss
+
+
+def refuse_several(names: list[str]) -> None:
+    """Refuse more than one driver.
+
+    Raises:
+        ValueError: with the names of all.
+    """
+    if len(names) > 1:
         raise ValueError(
-            f"The coefficients of the loss are moved by {' and by '.join(drivers)}; only one of them can. For several "
+            f"The coefficients of the loss are moved by {' and by '.join(names)}; only one of them can. For several "
             f"stages in one schedule use Join, or Together, of harness.schedules."
         )
 
 
 def refuse_other_drivers(callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse a module whose loss a callback cannot drive, or not alone; for the callback's ``setup``.
-
-    Args:
-        callback: what drives the coefficients of ``pl_module.loss``.
-        trainer: its callbacks are the others.
-        pl_module: what is trained.
+    """Refuse to move the coefficients of a module's loss if anything else of this trainer does.
 
     Raises:
-        TypeError: the module has no loss whose coefficients can be set.
-        ValueError: something else drives them too.
+        TypeError: the module has no loss with coefficients.
+        ValueError: with the names of all.
     """
-    loss = getattr(pl_module, "loss", None)
-    if not callable(getattr(loss, "set_coeffs", None)) or not hasattr(loss, "entries"):
-        raise TypeError(
-            f"{type(callback).__name__} moves the coefficients of the module's `loss`, found {type(loss).__name__} in "
-            f"{type(pl_module).__name__}; expected a manager of components, such as harness.MetricsManager."
-        )
-    others = [each for each in trainer.callbacks if each is not callback]  # type: ignore[attr-defined]
-    refuse_several_drivers(loss, [callback, *others])
-
-
-def _drives(callback: Callback) -> bool:
-    kind = type(callback)
-    return getattr(callback, "drives_coefficients", False) or (
-        kind.__module__.startswith("nequip.") and kind.__name__ in _OF_NEQUIP
-    )
-
-
-def _name(callback: Callback) -> str:
-    kind = type(callback)
-    return f"NequIP's {kind.__name__}" if kind.__module__.startswith("nequip.") else kind.__name__
+    callbacks = [callback, *(each for each in trainer.callbacks if each is not callback)]  # type: ignore[attr-defined]
+    refuse_several(drivers_of(loss_of(pl_module), callbacks))

@@ -198,6 +198,20 @@ class MetricsManager(nn.Module):
         """Normalised coefficients by component; None for those outside of the weighted sum."""
         return {name: entry.coeff for name, entry in self.entries.items()}
 
+    def effective_coeffs(self) -> dict[str, float]:
+        """Normalised coefficients of the components in the weighted sum, as a step uses them.
+
+        They differ from :attr:`coeffs` where something is learnt; then the host waits for the device.
+        """
+        given = {name: coeff for name, coeff in self.coeffs.items() if coeff is not None}
+        if self.weighting is None:
+            return given
+        device = next(cast(nn.Module, self.weighting).parameters()).device
+        with torch.no_grad():
+            used = self._coeffs_on(device).tolist()
+        by_name = {entry.name: coeff for entry, coeff in zip(self._layout.components, used, strict=True)}
+        return {name: by_name[name] for name in given}
+
     @property
     def type_weights(self) -> dict[str, float]:
         """Weights of atom types that were given or scheduled, by ``{name}_{type}``; they sum to 1 in a component."""

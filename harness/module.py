@@ -24,7 +24,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from harness.components import WEIGHTED_SUM
 from harness.distributed import ProcessGroup, gradient_scale
@@ -228,15 +227,7 @@ class ForceFieldModule(LightningModule):
         return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def _check_schedules(self) -> None:
-        """Refuse steps of an epoch without a known end; warn of a monitored value that changes its meaning."""
-        for manager in self._train_managers:
-            if manager.schedule is not None and manager.schedule.interval == "step":
-                loader = self.trainer.fit_loop._data_source.instance
-                if isinstance(getattr(loader, "dataset", None), IterableDataset):
-                    raise ValueError(
-                        "A schedule with interval: step needs to know how many batches an epoch has, and the training "
-                        "data has no length. Use interval: epoch."
-                    )
+        """Warn of a monitored value that changes its meaning."""
         monitors = {getattr(each, "monitor", None) for each in self._callbacks}
         if isinstance(self._lr_scheduler, Mapping):
             monitors.add(self._lr_scheduler.get("monitor"))
@@ -320,6 +311,12 @@ class ForceFieldModule(LightningModule):
         for schedule in self._accumulation_schedules:
             k = schedule.get_accumulate_grad_batches(self.trainer.current_epoch)
             self.trainer.accumulate_grad_batches = k
+        by_step = any(each.schedule is not None and each.schedule.interval == "step" for each in self._train_managers)
+        if by_step and not math.isfinite(self.trainer.num_training_batches):
+            raise ValueError(
+                "A schedule with `interval: step` needs to know how many batches an epoch has, and the training data "
+                "has no length. Use `interval: epoch`, or limit_train_batches with a whole number."
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch.

@@ -27,7 +27,7 @@ from harness.agreement import Facts, difference
 from harness.callbacks import GradientShare, LossProgressBar
 from harness.data import AtomsDataModule
 from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
-from harness.drivers import refuse_several_drivers
+from harness.drivers import drivers_of, refuse_several
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.strategies import refuse_folder
@@ -194,7 +194,7 @@ def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
     Raises:
         ValueError: with the names of both.
     """
-    refuse_several_drivers(module.loss, callbacks)
+    refuse_several(drivers_of(module.loss, callbacks))
 
 
 def check_adaptive(module: ForceFieldModule, callbacks: list[Callback], trainer: Trainer) -> None:

@@ -25,7 +25,6 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from numbers import Real
 from typing import Generic, Literal, TypeVar
 
@@ -47,6 +46,8 @@ Coefficients = Mapping[str, float]
 """Coefficients by flat name."""
 Given = Mapping[str, float | Mapping[str, float]]
 """Coefficients as users write them: by component, or by component and atom type."""
+
+Interval = Literal["epoch", "step"]
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -71,23 +72,30 @@ class _Frozen(Mapping[Key, Value], Generic[Key, Value]):
         return repr(dict(sorted(self._content.items())))  # keys are all text or all numbers
 
 
-@dataclass(frozen=True)
 class Schedule(ABC):
     """Coefficients as a function of the epoch; base of all schedules, and of your own.
 
-    A schedule of your own is a frozen dataclass too: its text is its identity in checkpoints, so it must tell all
-    that the coefficients depend on. It defines :meth:`__call__` and :attr:`names`.
+    A schedule does not change once it is made. Its text, made of its arguments, is its identity in checkpoints. One of
+    your own defines :meth:`__call__` and :attr:`names`, and hands its arguments on by name to become its attributes:
+    ``super().__init__(interval=interval, period=period)``.
 
-    Attributes:
+    Args:
         interval: how often a training moves on: at the start of every ``epoch``, or at every ``step``, with fractions
             of epochs. Read from the outermost schedule only; inside of another it has no effect.
+        arguments: all other arguments of the subclass.
+
+    Raises:
+        ValueError: an unknown interval.
     """
 
-    interval: Literal["epoch", "step"] = field(default="epoch", kw_only=True)
+    # Not a dataclass: OmegaConf would make configs of those that stand in its lists, as schedules of schedules do.
 
-    def __post_init__(self) -> None:
-        if self.interval not in ("epoch", "step"):
-            raise ValueError(f"{self._name}: `interval` is epoch or step, found {self.interval!r}.")
+    interval: Interval = "epoch"
+
+    def __init__(self, *, interval: Interval = "epoch", **arguments: object) -> None:
+        if interval not in ("epoch", "step"):
+            raise ValueError(f"{type(self).__name__}: `interval` is epoch or step, found {interval!r}.")
+        vars(self).update(arguments, interval=interval)
 
     @abstractmethod
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
@@ -95,8 +103,8 @@ class Schedule(ABC):
 
         Args:
             epoch: number of epochs since the training began, at least 0; a fraction within an epoch.
-            learning_rate: learning rate now over that at the start, a ratio. Only :class:`LearningRateCoupled` reads
-                it.
+            learning_rate: learning rate now over that which the optimizer was given, a ratio. Only
+                :class:`LearningRateCoupled` reads it.
         """
 
     @property
@@ -120,15 +128,27 @@ class Schedule(ABC):
         return ()
 
     @property
-    def _name(self) -> str:
-        return type(self).__name__
+    def _arguments(self) -> dict[str, object]:
+        """What makes an equal schedule."""
+        return vars(self)
 
-    def _set(self, name: str, value: object) -> None:
-        """Put the checked content in the place of what was given."""
-        object.__setattr__(self, name, value)
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._arguments == self._arguments
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        told = {name: value for name, value in self._arguments.items() if (name, value) != ("interval", "epoch")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"A schedule does not change: make another {type(self).__name__} with another {name}.")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"A schedule does not change: {name} stays.")
 
 
-@dataclass(frozen=True)
 class Constant(Schedule):
     """The same coefficients at all times; without any, those that the loss was given.
 
@@ -148,15 +168,17 @@ class Constant(Schedule):
     As ``optax.constant_schedule`` (https://optax.readthedocs.io).
     """
 
-    coeffs: Given
+    coeffs: Coefficients
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("coeffs", _coefficients(self.coeffs, "Constant: `coeffs`", may_be_empty=True))
+    def __init__(self, coeffs: Given, *, interval: Interval = "epoch") -> None:
+        super().__init__(
+            coeffs=_coefficients(coeffs, "Constant: `coeffs`", may_be_empty=True),
+            interval=interval,
+        )
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """The coefficients."""
-        return _copy(self.coeffs)
+        return dict(self.coeffs)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,7 +186,6 @@ class Constant(Schedule):
         return tuple(self.coeffs)
 
 
-@dataclass(frozen=True)
 class PiecewiseConstant(Schedule):
     r"""For each name the coefficient of the last milestone so far that names it.
 
@@ -191,29 +212,28 @@ class PiecewiseConstant(Schedule):
     a component that a milestone does not name.
     """
 
-    milestones: Mapping[float, Given]
+    milestones: Mapping[float, Coefficients]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, milestones: Mapping[float | str, Given], *, interval: Interval = "epoch") -> None:
         what = "PiecewiseConstant: `milestones`"
-        if not isinstance(self.milestones, Mapping) or not self.milestones:
+        if not isinstance(milestones, Mapping) or not milestones:
             raise TypeError(
-                f"{what} maps epochs to coefficients, such as {{0: {{forces_mse: 10}}}}, found {self.milestones!r}."
+                f"{what} maps epochs to coefficients, such as {{0: {{forces_mse: 10}}}}, found {milestones!r}."
             )
         read: dict[float, Coefficients] = {}
-        for key, coeffs in self.milestones.items():
+        for key, coeffs in milestones.items():
             epoch = _epoch(_number_of(key), f"{what}: a milestone")
             if epoch in read:
                 raise ValueError(f"{what}: epoch {epoch:g} stands there twice. Join the two into one.")
             read[epoch] = _coefficients(coeffs, f"{what}: epoch {epoch:g}")
-        self._set("milestones", _Frozen(dict(sorted(read.items()))))
+        super().__init__(milestones=_Frozen(dict(sorted(read.items()))), interval=interval)
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """Coefficients of the last milestones."""
         current: dict[str, float] = {}
         for milestone, coeffs in self.milestones.items():
             if milestone <= epoch:
-                current |= _copy(coeffs)
+                current.update(coeffs)
         return current
 
     @property
@@ -227,40 +247,43 @@ class PiecewiseConstant(Schedule):
         return tuple(self.milestones)
 
 
-@dataclass(frozen=True)
 class _Ramp(Schedule):
     """From some coefficients to others between two epochs."""
 
-    start: Given
-    end: Given
+    start: Coefficients
+    end: Coefficients
     start_epoch: float
     end_epoch: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("start", _coefficients(self.start, f"{self._name}: `start`"))
-        self._set("end", _coefficients(self.end, f"{self._name}: `end`"))
-        _check_same_names(self._name, "start", self.start, "end", self.end)
-        self._set("start_epoch", _epoch(self.start_epoch, f"{self._name}: `start_epoch`"))
-        self._set("end_epoch", _epoch(self.end_epoch, f"{self._name}: `end_epoch`"))
+    def __init__(
+        self, start: Given, end: Given, start_epoch: float, end_epoch: float, *, interval: Interval = "epoch"
+    ) -> None:
+        name = type(self).__name__
+        super().__init__(
+            start=_coefficients(start, f"{name}: `start`"),
+            end=_coefficients(end, f"{name}: `end`"),
+            start_epoch=_epoch(start_epoch, f"{name}: `start_epoch`"),
+            end_epoch=_epoch(end_epoch, f"{name}: `end_epoch`"),
+            interval=interval,
+        )
+        _check_same_names(name, start=self.start, end=self.end)
         if not self.start_epoch < self.end_epoch:
             raise ValueError(
-                f"{self._name}: `start_epoch` is before `end_epoch`, found {self.start_epoch:g} and "
-                f"{self.end_epoch:g}. For a jump use PiecewiseConstant or Join."
+                f"{name}: `start_epoch` is before `end_epoch`, found {self.start_epoch:g} and {self.end_epoch:g}. For "
+                f"a jump use PiecewiseConstant or Join."
             )
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """Coefficients between the two ends, and exactly those at and beyond them."""
-        start, end = _copy(self.start), _copy(self.end)
         if epoch <= self.start_epoch:
-            return start
+            return dict(self.start)
         if epoch >= self.end_epoch:
-            return end
+            return {name: self.end[name] for name in self.names}
         progress = (epoch - self.start_epoch) / (self.end_epoch - self.start_epoch)
         between = {}
-        for name, first in start.items():
-            low, high = sorted((first, end[name]))
-            between[name] = min(max(self._between(first, end[name], progress), low), high)  # rounding may lead out
+        for name, start in self.start.items():
+            low, high = sorted((start, self.end[name]))
+            between[name] = min(max(self._between(start, self.end[name], progress), low), high)  # rounding may lead out
         return between
 
     @abstractmethod
@@ -278,7 +301,6 @@ class _Ramp(Schedule):
         return (self.start_epoch, self.end_epoch)
 
 
-@dataclass(frozen=True)
 class Linear(_Ramp):
     r"""Along a straight line from some coefficients to others.
 
@@ -309,7 +331,6 @@ class Linear(_Ramp):
         return (1 - progress) * start + progress * end
 
 
-@dataclass(frozen=True)
 class Cosine(_Ramp):
     r"""Along half a cosine from some coefficients to others: slowly at both ends.
 
@@ -337,7 +358,6 @@ class Cosine(_Ramp):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@dataclass(frozen=True)
 class Exponential(_Ramp):
     r"""By the same factor in every epoch from some coefficients to others: a straight line of their logarithms.
 
@@ -361,8 +381,10 @@ class Exponential(_Ramp):
     As ``optax.exponential_decay`` (https://optax.readthedocs.io), with the end in the place of a rate.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(
+        self, start: Given, end: Given, start_epoch: float, end_epoch: float, *, interval: Interval = "epoch"
+    ) -> None:
+        super().__init__(start, end, start_epoch, end_epoch, interval=interval)
         for what, coeffs in (("start", self.start), ("end", self.end)):
             zeros = [name for name, value in coeffs.items() if value == 0]
             if zeros:
@@ -375,7 +397,6 @@ class Exponential(_Ramp):
         return float(start ** (1 - progress) * end**progress)
 
 
-@dataclass(frozen=True, init=False, repr=False)
 class Join(Schedule):
     r"""One schedule after the other; at a boundary the later one holds.
 
@@ -407,18 +428,15 @@ class Join(Schedule):
     """The boundaries as given; :attr:`boundaries` are those of the schedules too."""
 
     def __init__(
-        self,
-        schedules: Sequence[Schedule],
-        boundaries: Sequence[float],
-        *,
-        interval: Literal["epoch", "step"] = "epoch",
+        self, schedules: Sequence[Schedule], boundaries: Sequence[float], *, interval: Interval = "epoch"
     ) -> None:
-        self._set("interval", interval)
-        self.__post_init__()
-        self._set("schedules", _schedules(schedules, "Join"))
         if not isinstance(boundaries, Sequence) or isinstance(boundaries, str):
             raise TypeError(f"Join: `boundaries` is a list of epochs, found {boundaries!r}.")
-        self._set("switches", tuple(_epoch(each, f"Join: `boundaries[{i}]`") for i, each in enumerate(boundaries)))
+        super().__init__(
+            schedules=_schedules(schedules, "Join"),
+            switches=tuple(_epoch(each, f"Join: `boundaries[{i}]`") for i, each in enumerate(boundaries)),
+            interval=interval,
+        )
         if len(self.switches) != len(self.schedules) - 1:
             raise ValueError(
                 f"Join: {len(self.schedules)} schedules have {len(self.schedules) - 1} boundaries between them, found "
@@ -452,11 +470,11 @@ class Join(Schedule):
     def _parts(self) -> tuple[Schedule, ...]:
         return self.schedules
 
-    def __repr__(self) -> str:
-        return f"Join(interval={self.interval!r}, schedules={self.schedules!r}, boundaries={self.switches!r})"
+    @property
+    def _arguments(self) -> dict[str, object]:
+        return {"schedules": self.schedules, "boundaries": self.switches, "interval": self.interval}
 
 
-@dataclass(frozen=True)
 class Scale(Schedule):
     r"""A schedule times the factors that another one gives for some of its names.
 
@@ -485,10 +503,12 @@ class Scale(Schedule):
     schedule: Schedule
     by: Schedule
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        as_schedule(self.schedule, "Scale: `schedule`")
-        as_schedule(self.by, "Scale: `by`")
+    def __init__(self, schedule: Schedule, by: Schedule, *, interval: Interval = "epoch") -> None:
+        super().__init__(
+            schedule=as_schedule(schedule, "Scale: `schedule`"),
+            by=as_schedule(by, "Scale: `by`"),
+            interval=interval,
+        )
         unknown = [name for name in self.by.names if name not in self.schedule.names]
         if unknown:
             raise ValueError(
@@ -513,7 +533,6 @@ class Scale(Schedule):
         return (self.schedule, self.by)
 
 
-@dataclass(frozen=True)
 class Together(Schedule):
     """Several schedules at the same time, each of other names.
 
@@ -532,11 +551,10 @@ class Together(Schedule):
         {'per_atom_energy_mse': 4.0, 'forces_mse': 4.0}
     """
 
-    schedules: Sequence[Schedule]
+    schedules: tuple[Schedule, ...]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("schedules", _schedules(self.schedules, "Together"))
+    def __init__(self, schedules: Sequence[Schedule], *, interval: Interval = "epoch") -> None:
+        super().__init__(schedules=_schedules(schedules, "Together"), interval=interval)
         owner: dict[str, int] = {}
         for position, schedule in enumerate(self.schedules):
             for name in schedule.names:
@@ -561,20 +579,19 @@ class Together(Schedule):
 
     @property
     def _parts(self) -> tuple[Schedule, ...]:
-        return tuple(self.schedules)
+        return self.schedules
 
 
-@dataclass(frozen=True)
 class LearningRateCoupled(Schedule):
     r"""From some coefficients to others as the learning rate falls.
 
-    .. math:: c_k = \text{limit}_k + (\text{start}_k - \text{limit}_k) \frac{\mathrm{lr}(e)}{\mathrm{lr}(0)}
+    .. math:: c_k = \text{limit}_k + (\text{start}_k - \text{limit}_k) \frac{\mathrm{lr}(e)}{\mathrm{lr}_0}
 
-    which is ``start`` at the first learning rate and would be ``limit`` at one of 0. A learning rate above the first
-    one, as after a warm-up, leads beyond ``start``; the result is never below 0.
+    which is ``start`` at the learning rate :math:`\mathrm{lr}_0` that the optimizer was given and would be ``limit`` at
+    one of 0. A learning rate above :math:`\mathrm{lr}_0` leads beyond ``start``; the result is never below 0.
 
     Args:
-        start: coefficients at the learning rate of the start.
+        start: coefficients at the learning rate that the optimizer was given.
         limit: coefficients that are approached as the learning rate falls to 0, of the same names.
         interval: ``epoch`` or ``step``, see :class:`Schedule`. ``step`` follows a learning rate that changes within
             epochs.
@@ -589,14 +606,16 @@ class LearningRateCoupled(Schedule):
     The prefactors of DeePMD-kit: Wang et al., Comput. Phys. Commun. 228, 178 (2018).
     """
 
-    start: Given
-    limit: Given
+    start: Coefficients
+    limit: Coefficients
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("start", _coefficients(self.start, "LearningRateCoupled: `start`"))
-        self._set("limit", _coefficients(self.limit, "LearningRateCoupled: `limit`"))
-        _check_same_names("LearningRateCoupled", "start", self.start, "limit", self.limit)
+    def __init__(self, start: Given, limit: Given, *, interval: Interval = "epoch") -> None:
+        super().__init__(
+            start=_coefficients(start, "LearningRateCoupled: `start`"),
+            limit=_coefficients(limit, "LearningRateCoupled: `limit`"),
+            interval=interval,
+        )
+        _check_same_names("LearningRateCoupled", start=self.start, limit=self.limit)
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """Coefficients at a learning rate.
@@ -606,12 +625,14 @@ class LearningRateCoupled(Schedule):
         """
         if learning_rate is None or not 0 <= learning_rate < math.inf:
             raise ValueError(
-                f"LearningRateCoupled needs the learning rate over that at the start, a finite number of at least 0; "
-                f"found {learning_rate!r}."
+                f"LearningRateCoupled needs the learning rate, as a part of that which the optimizer was given: a "
+                f"finite number of at least 0; found {learning_rate!r}."
             )
-        start, limit = _copy(self.start), _copy(self.limit)
         # written so that a ratio of 1 gives `start` to the last bit
-        return {name: max(start[name] * learning_rate + limit[name] * (1 - learning_rate), 0.0) for name in self.names}
+        return {
+            name: max(start * learning_rate + self.limit[name] * (1 - learning_rate), 0.0)
+            for name, start in self.start.items()
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -692,7 +713,7 @@ def _coefficient(value: object, what: str) -> float:
         raise TypeError(f"{what} is a number, found {value!r} ({type(value).__name__}).")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{what} must be finite and not negative, found {value}.")
-    return float(value)
+    return abs(float(value))  # -0.0 is 0
 
 
 def _epoch(value: object, what: str) -> float:
@@ -700,7 +721,7 @@ def _epoch(value: object, what: str) -> float:
         raise TypeError(f"{what} is a number of epochs, found {value!r} ({type(value).__name__}).")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{what} is a finite number of epochs, at least 0, found {value}.")
-    return float(value)
+    return abs(float(value))  # -0.0 is 0
 
 
 def _number_of(key: object) -> object:
@@ -713,7 +734,8 @@ def _number_of(key: object) -> object:
     return key
 
 
-def _check_same_names(what: str, one: str, first: Given, other: str, second: Given) -> None:
+def _check_same_names(what: str, **two: Coefficients) -> None:
+    (one, first), (other, second) = two.items()
     differ = [name for name in _union((first, second)) if (name in first) != (name in second)]
     if differ:
         raise ValueError(
@@ -725,8 +747,3 @@ def _check_same_names(what: str, one: str, first: Given, other: str, second: Giv
 def _union(several: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """All names, each once, in order."""
     return tuple(dict.fromkeys(name for names in several for name in names))
-
-
-def _copy(coeffs: Given) -> dict[str, float]:
-    """Checked coefficients as a dictionary of the caller's own."""
-    return dict(coeffs)  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from harness.agreement import facts
-from harness.callbacks import ParityPlot, Preempted, ResumeCheckpoint
+from harness.callbacks import CoefficientCurve, ParityPlot, Preempted, ResumeCheckpoint
 from harness.callbacks.resume import COMPLETE
 from harness.checkpoints import AtomicCheckpointIO, read, step_of
 from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
@@ -328,6 +328,8 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
         if isinstance(callback, ParityPlot):
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
+        if isinstance(callback, CoefficientCurve) and callback.file:
+            console.print(f"coefficients {callback.file}", highlight=False)
     for logger in loggers:
         if isinstance(logger, WandbLogger) and (place := logger.finish()):
             console.print(f"W&B run     {place}", highlight=False)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.adaptive.set_point import SetPoint
-from harness.drivers import refuse_other_drivers
+from harness.drivers import loss_of, refuse_other_drivers
 from harness.gradients import GradientMeter
 from harness.module import ForceFieldModule, Step
 
@@ -97,8 +97,7 @@ class GradientBalance(Callback):
             TypeError, ValueError: with what is valid.
         """
         self._meter.check(trainer, pl_module)
-        loss: Any = pl_module.loss
-        names = [name for name, entry in loss.entries.items() if entry.coeff]
+        names = [name for name, entry in loss_of(pl_module).entries.items() if entry.coeff]
         if self.target is not None and set(self.target) != set(names):
             raise ValueError(
                 f"`target` gives shares to {', '.join(self.target)}; expected one for each component with a "
@@ -107,7 +106,7 @@ class GradientBalance(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the coefficients."""
-        self._set_point.begin(pl_module.loss)
+        self._set_point.begin(loss_of(pl_module))
 
     def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:
         """Measure on an n-th step."""
@@ -122,7 +121,7 @@ class GradientBalance(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change the coefficients after a measurement, before the first micro-batch of the next step."""
         if self._next is not None and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._set_point.move(pl_module.loss, self._next)
+            self._set_point.move(loss_of(pl_module), self._next)
             self._next = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from harness.adaptive.set_point import SetPoint
-from harness.drivers import refuse_other_drivers
+from harness.drivers import loss_of, refuse_other_drivers
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule, Step
 
@@ -90,7 +90,7 @@ class SoftAdapt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the coefficients."""
-        self._set_point.begin(pl_module.loss)
+        self._set_point.begin(loss_of(pl_module))
 
     # --- values ---
 
@@ -104,7 +104,7 @@ class SoftAdapt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the values of a step of a module that does not show its steps."""
-        loss: Any = pl_module.loss
+        loss = loss_of(pl_module)
         shown = isinstance(pl_module, ForceFieldModule)
         if self.interval == "batch" and not shown and trainer.global_step != self._step_before:
             self._keep(trainer, loss, loss.metrics_values_step)
@@ -112,7 +112,7 @@ class SoftAdapt(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the values of an epoch. They are not taken up before the next one: it is still to be reported."""
         if self.interval == "epoch":
-            self._keep_epoch(trainer, pl_module.loss)
+            self._keep_epoch(trainer, loss_of(pl_module))
         self._num_epochs = trainer.current_epoch + 1
 
     def _keep_epoch(self, trainer: Trainer, loss: Any) -> None:
@@ -142,12 +142,12 @@ class SoftAdapt(Callback):
         if batch_idx == 0 and trainer.current_epoch > self._num_epochs:
             # After a restart from a checkpoint that was made behind its last batch, Lightning does not end an epoch;
             # the loss still has it.
-            if self.interval == "epoch" and isinstance(pl_module.loss, MetricsManager):
-                self._keep_epoch(trainer, pl_module.loss)
+            if self.interval == "epoch" and isinstance(loss_of(pl_module), MetricsManager):
+                self._keep_epoch(trainer, loss_of(pl_module))
             self._num_epochs = trainer.current_epoch
         is_due = len(self._new) + len(self._on_device) >= self.frequency
         if is_due and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._change(pl_module.loss)
+            self._change(loss_of(pl_module))
 
     def _change(self, loss: Any) -> None:
         self._read()
