@@ -62,6 +62,7 @@ from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import (
     check_accumulation,
+    check_adaptive,
     check_drivers,
     check_labels,
     check_monitors,
@@ -197,6 +198,8 @@ def prepare(config: DictConfig) -> Job:
         guard.check(asked, [made["optimizer"] if isinstance(made, dict) else made])
     check_strategy(asked, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
     checked = check_trainer(config, asked)
+    if config.train:
+        check_adaptive(module, callbacks, checked)
     check_shares(datamodule, checked.strategy)
     if config.dry_step:
         check_first_batch(module, datamodule, checked, train=config.train)

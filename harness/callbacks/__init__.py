@@ -9,6 +9,7 @@ from harness.callbacks.coefficients import (
     LossCoefficientScheduler,
 )
 from harness.callbacks.curve import CoefficientCurve
+from harness.callbacks.gradient_share import GradientShare
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
 from harness.callbacks.per_type import PerTypeReport
@@ -21,6 +22,7 @@ __all__ = [
     "REQUEUE_EXIT_CODE",
     "BestEpoch",
     "CoefficientCurve",
+    "GradientShare",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",
     "LossCoefficientScheduler",
