@@ -20,7 +20,8 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -39,7 +40,14 @@ from harness.manager import (
     step_together,
 )
 from harness.statistics import on_device
-from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
+from harness.strategies import (
+    ZeroStrategy,
+    check_strategy,
+    data_parallel_group,
+    keep_whole,
+    shard_root,
+    splits_parameters,
+)
 
 __all__ = ["AxesLogger", "ForceFieldModule", "ManagerSource", "Step", "StepObserver", "logged_step"]
 
@@ -47,6 +55,7 @@ ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, An
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
 
 _EXTRA_STATE = "_extra_state"
+_WEIGHTING = "loss.weighting."
 
 
 @dataclass(frozen=True)
@@ -274,6 +283,21 @@ class ForceFieldModule(LightningModule):
     def _check_strategy(self) -> None:
         strategy = self.trainer.strategy
         check_strategy(strategy, strategy.root_device.type, self.trainer.precision, self._callbacks)
+        self.check_weighting(strategy)
+
+    def check_weighting(self, strategy: Strategy) -> None:
+        """Refuse learnt coefficients under a strategy that cannot learn them.
+
+        Raises:
+            ValueError: the strategy splits parameters over the ranks.
+        """
+        if isinstance(self.loss.weighting, LearntWeighting) and splits_parameters(strategy):
+            raise ValueError(
+                f"{type(self.loss.weighting).__name__} learns coefficients, which every rank needs whole in every "
+                f"step, but {type(strategy).__name__} splits parameters over the ranks, and the optimizer and the "
+                f"clipping of gradients take no whole ones beside split ones. Choose strategy=ddp or deepspeed_zero2, "
+                f"or adaptive weighting without parameters, such as adaptive=softadapt."
+            )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""
@@ -556,11 +580,35 @@ class ForceFieldModule(LightningModule):
         managers = self._managers_by_key
         rooms = ("loss.", "train_metrics.", "val_metrics.", "test_metrics.")
         states = checkpoint.get("state_dict", {})
+        self._take_weighting(states)
         for key in [key for key in states if key.startswith(rooms) and key.endswith(_EXTRA_STATE)]:
             if key not in managers:
                 del states[key]
         for key, manager in managers.items():
             states.setdefault(key, manager.get_extra_state())
+
+    def _take_weighting(self, states: dict[str, Any]) -> None:
+        """Let a checkpoint be tested with another adaptive weighting than it was trained with.
+
+        Raises:
+            ValueError: a training is to go on from it, whose optimizer would have other parameters.
+        """
+        weighting = self.loss.weighting
+        own: dict[str, Any] = {}
+        if isinstance(weighting, nn.Module):
+            own = weighting.state_dict(prefix=_WEIGHTING)
+        found = [key for key in states if key.startswith(_WEIGHTING)]
+        if not states or set(own) == set(found):
+            return
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"The checkpoint has {', '.join(found) or 'no learnt coefficients'}, this training "
+                f"{', '.join(own) or 'no learnt coefficients'}: its optimizer cannot go on. Continue with the same "
+                f"adaptive weighting, or start anew."
+            )
+        for key in found:
+            del states[key]
+        states.update(own)
 
     @property
     def _managers_by_key(self) -> dict[str, MetricsManager]:

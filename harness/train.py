@@ -62,6 +62,7 @@ from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import (
     check_accumulation,
+    check_adaptive,
     check_drivers,
     check_labels,
     check_monitors,
@@ -113,14 +114,23 @@ def _interrupted_stamp() -> str | None:
     return interrupted.name
 
 
+def _part(number: float, fraction: float) -> float:
+    """A fraction of a number such as ``max_epochs``, for the epochs of schedules."""
+    if number < 0:
+        raise ValueError(
+            f"{fraction:g} of {number:g} epochs is no epoch: this schedule needs a number. Give max_epochs=..., "
+            f"or write the epochs in the schedule as numbers."
+        )
+    return number * fraction
+
+
 def _register_resolvers() -> None:
     resolvers: dict[str, Callable[..., Any]] = {
         "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
         # ranks that a launcher has started on this node; one without a launcher
         "devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        # of a number such as max_epochs, for epochs in schedules
-        "part": lambda number, fraction: number * fraction,
+        "part": _part,
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }
@@ -188,6 +198,8 @@ def prepare(config: DictConfig) -> Job:
         guard.check(asked, [made["optimizer"] if isinstance(made, dict) else made])
     check_strategy(asked, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
     checked = check_trainer(config, asked)
+    if config.train:
+        check_adaptive(module, callbacks, checked)
     check_shares(datamodule, checked.strategy)
     if config.dry_step:
         check_first_batch(module, datamodule, checked, train=config.train)

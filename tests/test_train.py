@@ -91,6 +91,8 @@ def test_every_value_is_in_the_one_wandb_run(two_ranks: Path) -> None:
         assert {f"train_loss_step/{name}", f"train_loss_epoch/{name}"} <= logged.keys()
     for name in ("forces_rmse_per_type_Au", "forces_maxabserr", "stress_mae", "weighted_sum"):
         assert {f"train_metric_step/{name}", f"val0_epoch/{name}", f"test0_epoch/{name}"} <= logged.keys()
+    rates = {f"throughput/{name}" for name in ("structures_per_second", "edges_per_second", "data_wait_share")}
+    assert rates <= logged.keys()
     config = summary["config"]
     assert config["loss"]["coeffs"] == {"total_energy": 10, "forces": 1, "stress": 100}
     assert config["data"]["cutoff"] == config["cutoff"] == 4.5  # resolved

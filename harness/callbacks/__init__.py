@@ -9,17 +9,20 @@ from harness.callbacks.coefficients import (
     LossCoefficientScheduler,
 )
 from harness.callbacks.curve import CoefficientCurve
+from harness.callbacks.gradient_share import GradientShare
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
 from harness.callbacks.per_type import PerTypeReport
 from harness.callbacks.progress import LossProgressBar
 from harness.callbacks.resume import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
+from harness.callbacks.throughput import ThroughputMonitor
 from harness.callbacks.validation_table import ValidationTable
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
     "BestEpoch",
     "CoefficientCurve",
+    "GradientShare",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",
     "LossCoefficientScheduler",
@@ -30,5 +33,6 @@ __all__ = [
     "PerTypeReport",
     "Preempted",
     "ResumeCheckpoint",
+    "ThroughputMonitor",
     "ValidationTable",
 ]
