@@ -528,12 +528,17 @@ class MetricsManager(nn.Module):
         self._checked_window = True
 
     def undo_step(self) -> None:
-        """Take the last batch out of what has been accumulated, such as one that was not trained on."""
+        """Take the last step out of what has been accumulated, such as one that was not trained on.
+
+        That is the last batch, or all micro-batches of the last :meth:`window`. Metrics of others that do not merge
+        keep it.
+        """
         self._local, self._merged = self._before_step
 
-    def _accumulate(self, row: Row, merged: bool) -> None:
+    def _accumulate(self, row: Row, merged: bool, begins: bool) -> None:
         row = row.detach()
-        self._before_step = self._local, self._merged
+        if begins:
+            self._before_step = self._local, self._merged
         if merged:
             self._merged = row if self._merged is None else row.merge(self._merged)
         else:
@@ -594,6 +599,14 @@ class MetricsManager(nn.Module):
         """
         (values,) = compute_together([self])
         return values.as_dict(prefix, suffix)
+
+    def so_far(self) -> Values:
+        """Values over what has been merged over the ranks since the last :meth:`reset`, as every training step is.
+
+        Nothing is sent, so that one rank may ask alone. Metrics of others that do not merge are NaN.
+        """
+        with torch.no_grad():
+            return self.evaluate(self._merged or self._layout.neutral())
 
     def reset(self) -> None:
         """Forget everything accumulated."""
@@ -750,7 +763,7 @@ def step_together(
                         weighted_sum=current.weighted_sum + (part - part.detach()),
                     )
         manager._last_step = current.detach()
-        manager._accumulate(row, merged)
+        manager._accumulate(row, merged, begins=window is None or window.num_done == 1)
         values.append(current)
     if window is not None and window.is_complete:
         loss._check_window(window)
