@@ -68,7 +68,6 @@ def overrides(file: Path, folder: Path, monitored: bool, arguments: argparse.Nam
         f"+trainer.max_steps={arguments.steps + WARM_UP}",
         "+trainer.limit_val_batches=0",
         f"trainer.log_every_n_steps={LOG_EVERY}",
-        "model.energy_shifts=null",
         "model.energy_scales=1.0",
         "dry_step=false",
         "test=false",
