@@ -172,6 +172,8 @@ class Coefficients:
                 stacklevel=4,
             )
         epoch, learning_rate = state["position"]
+        if learning_rate is None and self.schedule is not None and self.schedule.needs_learning_rate:
+            learning_rate = 1.0  # of a checkpoint of another schedule; the next epoch or step brings the right one
         self.position = (epoch, learning_rate)
         self._apply(self._at(self._given, self.position))
 
