@@ -54,8 +54,8 @@ def draw_front(
 ) -> list[int]:
     """Draw points, and the front of the complete ones as a step line: what is above or right of it is worse.
 
-    Points of the front are labelled, the others as far as there is room. An axis is logarithmic where the largest value
-    is more than ten times the smallest.
+    Points of the front are labelled, and the others if there are not too many, as far as there is room. An axis is
+    logarithmic where the largest value is more than ten times the smallest.
 
     Args:
         path: PNG file to be written.
@@ -145,7 +145,10 @@ def _write_labels(
     front: set[int],
     steps: Sequence[tuple[float, float]],
 ) -> None:
-    """Write labels beside their points where they cover nothing; those for which there is no room are left out."""
+    """Write labels beside their points where they cover nothing; those for which there is no room are left out.
+
+    So are those of points that are not on the front if there are many.
+    """
     from matplotlib.transforms import Bbox
 
     figure = axis.figure
@@ -160,7 +163,8 @@ def _write_labels(
     written: set[FrontPoint] = set()
     for index in order:
         point = points[index]
-        if not point.label or point in written:  # once where points coincide
+        crowded = len(order) > _CROWD and index not in front
+        if not point.label or crowded or point in written:  # once where points coincide
             continue
         style = {"fontsize": 8, "color": "0.1"} if index in front else {"fontsize": 7, "color": "0.45"}
         text = axis.annotate(point.label, (point.x, point.y), (0, 0), textcoords="offset points", zorder=5, **style)
@@ -178,4 +182,5 @@ def _write_labels(
             text.remove()
 
 
+_CROWD = 60
 _DIRECTIONS = ((1, 1), (-1, -1), (1, -1), (-1, 1), (1, 0), (-1, 0), (0, 1), (0, -1))

@@ -21,7 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _point_folders(folder: Path) -> list[Path]:
-    """Folders of points: the numbered ones, which may be empty, and others in a directory that is a sweep's for sure."""
+    """Folders of points: the numbered ones, even if empty, and others where multirun.yaml says that it is a sweep."""
     found = {each for each in folder.iterdir() if each.is_dir() and each.name.isdigit()}
     if (folder / "multirun.yaml").is_file():
         found |= {each.parent for name in (".hydra", runs.RECORD) for each in folder.rglob(name)} - {folder}
@@ -150,10 +150,10 @@ def _point_folders(folder: Path) -> list[Path]:
 
 
 def _not_a_sweep(folder: Path) -> str:
-    inside = sorted({each.parent for each in folder.glob("*/multirun.yaml")} | set(folder.glob("*/*/multirun.yaml")))
+    inside = [each.parent for depth in ("*", "*/*", "*/*/*") for each in folder.glob(f"{depth}/multirun.yaml")]
     if inside:
-        sweeps = [str(each.parent if each.name == "multirun.yaml" else each) for each in inside]
-        return f"{folder} is not a sweep's directory, but has sweeps in it. Give one of them, such as {max(sweeps)}."
+        newest = max(inside, key=lambda each: each.name)
+        return f"{folder} is not a sweep's directory, but has sweeps in it. Give one of them, such as {newest}."
     if (folder / ".hydra").is_dir() or (folder / runs.RECORD).is_file():
         return (
             f"{folder} is the output of a single training. Expected the directory of a sweep, with multirun.yaml and a "
@@ -423,7 +423,7 @@ def _axes(points: Sequence[Point], energy: str | None, forces: str | None) -> tu
 
 def _readable(found: Report) -> list[str]:
     """Keys that the table shows: what it is sorted by, what is drawn, and errors of the first test (or validation)."""
-    shown = [point for point in found.sweep.points if point.finished] or list(found.sweep.points)
+    shown = _best_known(found.sweep.points)
     first = [found.sort, *(found.axes or ())]
     if not (parts := _parts(shown)):
         return list(dict.fromkeys(first))
@@ -501,24 +501,28 @@ def report(sweep: Sweep, energy: str | None = None, forces: str | None = None, s
     Raises:
         ValueError: no point has a value of a key that was asked for.
     """
-    finished = [point for point in sweep.points if point.finished]
-    key = _find(sort, finished or sweep.points) if sort else sweep.monitor
-    ranked = [point for point in finished if math.isfinite(point.values.get(key, math.nan))]
+    key = _find(sort, _best_known(sweep.points)) if sort else sweep.monitor
+    points = [_with_reason(point, key) for point in sweep.points]
+    ranked = [point for point in points if point.finished and math.isfinite(point.values.get(key, math.nan))]
     ranked.sort(key=lambda point: point.values[key])
-    others = [
-        point if point.reason or not point.finished else _unranked(point, key)
-        for point in sweep.points
-        if point not in ranked
-    ]
+    others = [point for point in points if point not in ranked]
     others.sort(key=lambda point: not point.finished)
-    axes = _axes(finished or sweep.points, energy, forces)
-    on_front = [] if axes is None else pareto_front([_coordinates(point, axes) for point in finished])
-    return Report(sweep, key, ranked, others, axes, [finished[index] for index in on_front])
+    axes = _axes(_best_known(points), energy, forces)
+    finished = [point for point in points if point.finished]
+    front = [] if axes is None else pareto_front([_coordinates(point, axes) for point in finished])
+    return Report(sweep, key, ranked, others, axes, [finished[index] for index in front])
 
 
-def _unranked(point: Point, key: str) -> Point:
-    why = f"{key} is {point.values[key]}" if key in point.values else f"it has no {key}"
-    return Point(**{**vars(point), "reason": why})
+def _best_known(points: Sequence[Point]) -> Sequence[Point]:
+    """Points whose values tell what there is: those that have finished, or all if none has."""
+    return [point for point in points if point.finished] or points
+
+
+def _with_reason(point: Point, key: str) -> Point:
+    """With the reason why it is not ranked, if it has finished and has no reason yet."""
+    if point.reason or not point.finished or math.isfinite(point.values.get(key, math.nan)):
+        return point
+    return replace(point, reason=f"{key} is {point.values[key]}" if key in point.values else f"it has no {key}")
 
 
 def _coordinates(point: Point, axes: tuple[str, str]) -> tuple[float, float]:
