@@ -1,16 +1,26 @@
-"""The scripts in launch/: run as they are, on this machine; the schedulers themselves are not here."""
+"""The scripts in launch/, run as they are on this machine, and the files for containers, which are read.
+
+Neither SLURM, Kubernetes nor an engine for containers is here.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import BIN, ROOT, TINY, Finished, read_csv, same, wait_for
+import yaml
+from commands import BIN, ROOT, TINY, Finished, read_csv, run, same, wait_for
+from hydra import compose, initialize_config_dir
 from slurm import Job
+
+from harness.strategies import cluster_plugins
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for pattern in ("*.sh", "*.sbatch", "env/*.sh") for path in LAUNCH.glob(pattern))
@@ -44,10 +54,15 @@ def test_scripts_are_clean() -> None:
         if script.parent == LAUNCH:
             assert "\nset -euo pipefail\n" in script.read_text()
             assert '"$@"' in script.read_text()
-    found = subprocess.run(
-        [str(BIN / "shellcheck"), "-x", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert_clean("shellcheck", "-x", *map(str, SCRIPTS))
+
+
+def assert_clean(tool: str, *arguments: str) -> None:
+    """What ``make lint`` asks, where the tool is installed."""
+    if (found := shutil.which(tool, path=os.pathsep.join([str(BIN), os.environ["PATH"]]))) is None:
+        return
+    done = subprocess.run([found, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_readme_names_every_script() -> None:
@@ -179,3 +194,140 @@ def test_cancelled_slurm_job_is_saved_and_not_put_back(tmp_path: Path) -> None:
     assert stopped.code not in (0, 75)
     assert job.requeues == 0
     assert json.loads((stopped.runs[0] / "run.json").read_text())["state"] == "preempted"
+
+
+def test_lightning_does_not_requeue_jobs_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cluster_plugins() == []
+    variables = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (plugin,) = cluster_plugins()
+    assert plugin.auto_requeue is False
+    assert (plugin.global_rank(), plugin.world_size()) == (1, 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert cluster_plugins() == []
+
+
+# --- DeepSpeed ---
+
+
+def test_deepspeed_script_says_what_it_needs(tmp_path: Path) -> None:
+    for tool in ("g++", "ninja"):
+        (tmp_path / tool).touch(mode=0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = said_by("deepspeed.sh", "a=b c", PATH=path, TORCHRUN="echo", STAGE="3")
+    assert done.stdout.endswith("-m harness.train strategy=deepspeed_zero3 a=b c\n")
+    several = {"HEAD": "127.0.0.1", "NODES": "2", "NODE_RANK": "1"}
+    done = said_by("deepspeed.sh", PATH=path, TORCHRUN="echo", **several)
+    assert "--nnodes 2 --node-rank 1" in done.stdout
+    assert "strategy=deepspeed_zero2" in done.stdout
+    assert "STAGE is 1, 2 or 3, found '4'" in said_by("deepspeed.sh", PATH=path, STAGE="4").stderr
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    (tmp_path / "ninja").unlink()
+    done = subprocess.run(
+        ["/bin/bash", str(LAUNCH / "deepspeed.sh")],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "DeepSpeed needs ninja on PATH" in done.stderr
+
+
+@pytest.mark.slow
+def test_deepspeed_script_trains(tmp_path: Path) -> None:
+    """The real DeepSpeed on two ranks, by the class for tests that runs on CPUs."""
+    done = run(
+        [str(LAUNCH / "deepspeed.sh"), *ARGUMENTS, "strategy._target_=cpu_deepspeed.CpuZero"],
+        tmp_path,
+        timeout=280,
+        PATH=os.pathsep.join([str(BIN), os.environ["PATH"]]),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        RANKS_PER_NODE="2",
+    )
+    assert done.code == 0, done.err[-4000:]
+    assert "stage: 2" in (done.runs[0] / ".hydra" / "config.yaml").read_text()
+    assert any("test0_epoch/forces_rmse" in row for row in read_csv(done.runs[0]))
+
+
+# --- containers ---
+
+
+def test_kubernetes_job() -> None:
+    """Fields of TrainJob, and a command that composes; the whole was read once with Kubeflow's own models, 2.3."""
+    job = yaml.safe_load((LAUNCH / "kubernetes" / "trainjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", job["metadata"]["name"])
+    spec = job["spec"]
+    assert spec.keys() == {"runtimeRef", "trainer", "runtimePatches"}
+    assert spec["runtimeRef"]["name"] == "torch-distributed"
+    trainer = spec["trainer"]
+    assert trainer["numNodes"] == 2
+    assert trainer["command"] == ["torchrun"]
+    options, _, overrides = " ".join(trainer["args"]).partition("-m harness.train ")
+    assert options.split() == ["--max-restarts=3"]  # PET_* variables say the rest
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("train", overrides.split())
+    # a quantity or a variable that YAML takes for a number is refused by Kubernetes
+    assert all(isinstance(each.get("value", ""), str) for each in trainer["env"])
+    assert not any("value" in each and re.search("KEY|TOKEN|SECRET", each["name"]) for each in trainer["env"])
+    (patch,) = spec["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert node["name"] == container["name"] == "node"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    # as in the image
+    assert ("WORKDIR", "/workspace") in instructions()
+    assert "/workspace" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert ("USER", "1000:1000") in instructions()
+    assert pod["securityContext"]["runAsUser"] == 1000
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Of the Dockerfile: name and arguments, without comments."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    whole = "\n".join(lines).replace("\\\n", " ")
+    pairs = [line.split(None, 1) for line in whole.splitlines() if line.strip()]
+    return [(name, " ".join(rest.split())) for name, rest in pairs]
+
+
+def test_dockerfile() -> None:
+    """Several stages, of which the last has the installed wheel alone; pinned, without rights and without secrets."""
+    found = instructions()
+    known = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "ENTRYPOINT"}
+    assert {name for name, _ in found} == known
+    arguments = dict(rest.partition("=")[::2] for name, rest in found if name == "ARG")
+    assert arguments == {
+        "VARIANT": "cpu",
+        "PYTHON_IMAGE": arguments["PYTHON_IMAGE"],
+        "TORCH_INDEX": '""',
+    }
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", arguments["PYTHON_IMAGE"])
+    stages = [rest for name, rest in found if name == "FROM"]
+    assert stages == [
+        *(f"${{PYTHON_IMAGE}} AS {stage}" for stage in ("wheel", "environment", "runtime")),
+        "runtime AS runtime-cpu",
+        "runtime AS runtime-cuda",
+        "runtime-${VARIANT}",
+    ]
+    last = found[found.index(("FROM", stages[2])) :]
+    assert [rest for name, rest in last if name == "COPY"] == ["--from=environment /opt/harness /opt/harness"]
+    assert [rest for name, rest in last if name == "USER"] == ["1000:1000"]
+    assert last[-1] == ("ENTRYPOINT", '["harness-train"]')
+    (smoke,) = [rest for name, rest in last if name == "RUN" and "harness-train" in rest]
+    assert last.index(("RUN", smoke)) > last.index(("USER", "1000:1000"))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("train", [word for word in smoke.partition("&&")[0].split()[1:] if not word.startswith("hydra.")])
+    for name, rest in found:
+        if name == "RUN" and "pip install" in rest:
+            assert "--constraint" in rest
+        if name in ("ARG", "ENV", "RUN"):
+            assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)\w*=|://", rest, re.IGNORECASE)
+    copied = {word for name, rest in found if name == "COPY" and "--from" not in rest for word in rest.split()[:-1]}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert_clean("hadolint", "Dockerfile")
