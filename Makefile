@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+WORKERS ?= 2
 STRICT := fields distributed schedules statistics foreign metrics components coefficients layout window manager presets
 
 export OMP_NUM_THREADS ?= 1
@@ -25,7 +26,7 @@ train: install  ## train and test a force field on the embedded alloy, on RANKS=
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(ARGS)
 
 test: install  ## the test suite but for what is marked slow
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
 
 test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
 	$(BIN)/python -m pytest -m slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from harness.components import MetricEntry, check_coeff
@@ -126,13 +126,15 @@ class Coefficients:
 
     @property
     def type_weights(self) -> dict[str, float]:
-        """Weights of atom types that have been given, as fractions of the sum over their component's types."""
-        totals: dict[str, float] = {}
-        given = {key: weight for key, weight in self._current.items() if key in self._type_keys}
-        for key, weight in given.items():
-            component = self._type_keys[key][0]
-            totals[component] = totals.get(component, 0.0) + (weight or 0.0)
-        return {key: (weight or 0.0) / totals[self._type_keys[key][0]] for key, weight in given.items()}
+        """Weights of all types of the components in which any is given or driven, as fractions of their sum."""
+        keys = (*self._current, *(self.schedule.names if self.schedule is not None else ()))
+        named = {self._type_keys[key][0] for key in keys if key in self._type_keys}
+        weights = self._weights(self._current, named)
+        return {
+            key: weights[name][index] / sum(weights[name])
+            for key, (name, index) in self._type_keys.items()
+            if name in weights
+        }
 
     def _is_known(self, name: str) -> bool:
         return name in self._entries or name in self._type_keys
@@ -214,13 +216,14 @@ class Coefficients:
                     f"above 0."
                 )
 
-    def _weights(self, flat: Mapping[str, float | None]) -> dict[str, tuple[float, ...]]:
-        """Weights of all types of the components for which any is given; 1 for the others."""
+    def _weights(self, flat: Mapping[str, float | None], named: Collection[str] = ()) -> dict[str, tuple[float, ...]]:
+        """Weights of all types of the components for which any is given, and of those named; 1 for the others."""
         weights: dict[str, list[float]] = {}
         for key, (name, index) in self._type_keys.items():
-            if key in flat:
+            if key in flat or name in named:
                 num_types = sum(component == name for component, _ in self._type_keys.values())
-                weights.setdefault(name, [1.0] * num_types)[index] = flat[key] or 0.0
+                each = weights.setdefault(name, [1.0] * num_types)
+                each[index] = (flat[key] or 0.0) if key in flat else 1.0
         return {name: tuple(each) for name, each in weights.items()}
 
     def _apply(self, flat: dict[str, float | None]) -> None:
@@ -231,5 +234,4 @@ class Coefficients:
             coeff = flat[name]
             entry.given_coeff = coeff
             entry.coeff = None if coeff is None else coeff / total
-            if name in weights:
-                entry.per_type_coeffs = weights[name]
+            entry.per_type_coeffs = weights.get(name)  # a schedule may end before the training

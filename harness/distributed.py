@@ -53,6 +53,7 @@ __all__ = [
     "sharded_parts",
     "share",
     "split_like",
+    "sum_over_ranks",
 ]
 
 START_LIMIT = timedelta(minutes=5)
@@ -168,6 +169,20 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
         # adds exactly zero (where() keeps an infinite maximum from becoming NaN) and carries the gradient
         largest = largest + share * (maxima - local).where(local.isfinite(), torch.zeros_like(local))
     return merged.to(origin), largest.to(origin)
+
+
+def sum_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum of a tensor over the whole group, the same bits on every rank; one all-reduce, and no gradient.
+
+    Args:
+        value: of the same shape on every rank; it is overwritten where it can be, to save its memory.
+        group: the data-parallel group; the whole world if None.
+    """
+    if data_parallel_size(group) == 1:
+        return value.detach()
+    total = value.detach().to(_collective_device(value.device, group))
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+    return total.to(value.device)
 
 
 def _collective_device(device: torch.device, group: ProcessGroup | None) -> torch.device:

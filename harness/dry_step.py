@@ -204,8 +204,8 @@ def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> N
         raise ValueError(nothing)
     _guarded(module.objective(values[0]).backward, f"The backward pass of a first {_SETS['train']} batch")
     unused = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if len(unused) == len(parameters):
-        raise ValueError(nothing)
+    if not [name for name in parameters if name not in unused and not name.startswith("loss.")]:
+        raise ValueError(nothing)  # learnt coefficients have one all the same
     broken = [
         name for name, each in parameters.items() if each.grad is not None and not bool(each.grad.isfinite().all())
     ]

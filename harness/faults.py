@@ -48,7 +48,7 @@ class Whereabouts(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Post an error before the trainer tidies up, which may take long where other ranks have gone."""
         self.trainer = trainer
-        if self.faults is not None and isinstance(exception, Exception):
+        if self.faults is not None and isinstance(exception, Exception) and not _is_of_all(exception):
             self.faults.post(exception)
 
     def waited_for(self, error: BaseException) -> str:
@@ -87,7 +87,8 @@ def reported(whereabouts: Whereabouts, timeout: timedelta) -> Iterator[None]:
 
     An error of one rank is told by rank 0 with that rank's name and words; only the rank at fault shows a traceback. If
     ranks wait in vain, the first that is there tells what they waited for and which ranks did not answer. The exception
-    goes on instead of an exit with ``HYDRA_FULL_ERROR=1``, and always on a single rank.
+    goes on instead of an exit with ``HYDRA_FULL_ERROR=1``, and always on a single rank or if it is one that all ranks
+    raise alike, with an attribute ``on_all_ranks`` that is true: none of them is at fault.
 
     Args:
         whereabouts: among the callbacks of the trainer.
@@ -100,6 +101,8 @@ def reported(whereabouts: Whereabouts, timeout: timedelta) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _is_of_all(error):
+            raise
         faults.leave(error)
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -246,6 +249,10 @@ class _Faults:
             text += f" trainer.timeout={self._timeout:g} is how long ranks wait for each other."
         _say(f"{text}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})")
         self._board.put("done", "")
+
+
+def _is_of_all(error: Exception) -> bool:
+    return getattr(error, "on_all_ranks", False) is True
 
 
 def _advice(error: Exception) -> str:

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -309,6 +310,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
     same directory continues that run, and values that the run already has are not logged again. Offline, each start
     makes a folder of its own with the same id; ``wandb sync <save_dir>/wandb`` uploads them as one run, in their order.
 
+    :meth:`define_axes` says what values are drawn against; :meth:`log_summary`, :meth:`log_table`,
+    :meth:`log_bar_chart` and :meth:`alert` are W&B's, through the same queue.
+
     Args:
         save_dir: output directory of the job; ``wandb/`` and the id of the run are in it.
         offline: keep the run on disk.
@@ -346,6 +350,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._worker: threading.Thread | None = None
         self._started, self._lost, self._finished = threading.Event(), threading.Event(), False
         self._logged: Counter[tuple[int, frozenset[str]]] = Counter()
+        self._extremes: dict[str, _Extremes] = {}
+        self._axes: dict[str, dict[str, str]] = {}  # as they have been defined, by name
         self._first_row: int | None = None
         self._place: str | None = None
         self._files = Path()
@@ -355,7 +361,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._warn = _OneWarning()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_warn", "_journal", "_experiment"}
+        own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_extremes", "_warn", "_journal", "_experiment"}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -403,14 +409,135 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._submit(lambda: super(WandbLogger, self).log_hyperparams(settings))
 
     @rank_zero_only
-    def log_table(self, *arguments: Any, **options: Any) -> None:
-        """Log a table, as Lightning's logger does."""
-        self._submit(lambda: super(WandbLogger, self).log_table(*arguments, **options))
+    def define_axes(self, epoch: Sequence[str], step: Sequence[str] = (), minimised: Sequence[str] = ()) -> None:
+        """Say which values are drawn against the epoch, and which against the optimizer step.
+
+        The summary of a value is the last one; that of a value to be minimised is ``{"min": ..., "last": ...}`` over
+        all starts of the run, where W&B's own minimum begins anew with each start and is NaN once a value is. Call it
+        before the values are logged, in every start of a run; calling it again changes nothing.
+
+        Args:
+            epoch: names of values that are logged beside ``epoch``, as Lightning does with those of an epoch.
+            step: names of values that are logged at a step.
+            minimised: those among them whose minimum belongs in the summary.
+
+        Raises:
+            ValueError: a pattern instead of a name, or a name in ``minimised`` alone.
+        """
+        # W&B takes any of several patterns that fit a name, and Lightning's `*` fits all
+        if patterns := [name for name in (*epoch, *step) if "*" in name]:
+            raise ValueError(f"Axes are defined by exact names, found {patterns}: give each name by itself.")
+        if unknown := [name for name in minimised if name not in {*epoch, *step}]:
+            raise ValueError(f"Values to be minimised are among those of `epoch` or `step`; {unknown} are not.")
+        axes = {name: {"step_metric": _STEP} for name in step}
+        axes |= {name: {"step_metric": self._prefixed("epoch")} for name in epoch}
+        for name in minimised:
+            axes[name]["summary"] = "min,last"
+        prefixed = {self._prefixed(name): axis for name, axis in axes.items()}
+        self._submit(lambda: self._define(prefixed))
 
     @rank_zero_only
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **options: Any) -> None:
-        """Log images: paths, arrays, tensors or PIL images. A file is read soon after, by another thread."""
-        self._log_media("log_image", key, images, step, options)
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Put values that belong to the run as a whole into its summary."""
+        copies = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+        self._submit(lambda: self.experiment.summary.update({key: _plain(value) for key, value in copies.items()}))
+
+    @rank_zero_only
+    def log_table(
+        self,
+        key: str,
+        columns: list[Any] | None = None,
+        data: list[list[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Log a table: the names of its columns and its rows, or a data frame; and the epoch beside it.
+
+        Numbers in the rows that are not finite are left empty.
+        """
+        rows = None if data is None else [[_cell(value) for value in row] for row in data]
+
+        def make() -> Any:
+            import wandb
+
+            return wandb.Table(columns=columns, data=rows, dataframe=dataframe)
+
+        self._log_made(key, make, step, epoch)
+
+    @rank_zero_only
+    def log_bar_chart(
+        self,
+        key: str,
+        labels: Sequence[str],
+        values: Sequence[float],
+        label_name: str = "name",
+        value_name: str = "value",
+        title: str = "",
+        step: int | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """Log a bar chart; the table behind it is stored as ``<key>_table``.
+
+        Args:
+            key: name of the chart.
+            labels: a label for each bar.
+            values: their lengths; there is no bar for one that is not finite.
+            label_name: what the labels are, a column of the table.
+            value_name: what the values are, the other one.
+            title: above the chart.
+            step: optimizer step.
+            epoch: logged beside it.
+
+        Raises:
+            ValueError: not as many labels as values.
+        """
+        if len(labels) != len(values):
+            raise ValueError(f"A bar chart has a label for each value, found {len(labels)} and {len(values)}.")
+        rows = [[str(label), _cell(float(value))] for label, value in zip(labels, values, strict=True)]
+
+        def make() -> Any:
+            import wandb
+
+            table = wandb.Table(columns=[label_name, value_name], data=rows)
+            return wandb.plot.bar(table, label_name, value_name, title)
+
+        self._log_made(key, make, step, epoch)
+
+    @rank_zero_only
+    def log_image(
+        self, key: str, images: list[Any], step: int | None = None, epoch: int | None = None, **options: Any
+    ) -> None:
+        """Log images: paths, arrays, tensors or PIL images. A file is read soon after, by another thread.
+
+        Args:
+            key: name of the images.
+            images: a list of them.
+            step: optimizer step.
+            epoch: logged beside them.
+            **options: of ``wandb.Image``, such as ``caption``: a list each, with one for each image.
+
+        Raises:
+            TypeError: not a list.
+            ValueError: an option that does not have one for each image.
+        """
+        copies = _copies(key, images, "log_image")
+        for name, each in options.items():
+            if len(each) != len(images):
+                raise ValueError(f"`{name}` has one for each of the {len(images)} images {key!r}, found {len(each)}.")
+
+        def make() -> Any:
+            import wandb
+
+            own = ({name: each[index] for name, each in options.items()} for index in range(len(copies)))
+            return [wandb.Image(image, **each) for image, each in zip(copies, own, strict=True)]
+
+        self._log_made(key, make, step, epoch)
+
+    @rank_zero_only
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B send a message, by mail or Slack as the user has set up there; a run on disk keeps it."""
+        self._submit(lambda: self.experiment.alert(title[:_LONGEST_TITLE], text, level="WARN"))
 
     @rank_zero_only
     def log_audio(self, key: str, audios: list[Any], step: int | None = None, **options: Any) -> None:
@@ -423,11 +550,14 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._log_media("log_video", key, videos, step, options)
 
     def _log_media(self, method: str, key: str, items: list[Any], step: int | None, options: dict[str, Any]) -> None:
-        if not isinstance(items, list):
-            raise TypeError(f"{method} takes a list, found {type(items).__name__}: put {key!r} in [ ].")
-        copies = [_copied(item) for item in items]
+        copies = _copies(key, items, method)
         log = getattr(super(), method)
         self._submit(lambda: log(key, copies, step, **options))
+
+    def _log_made(self, key: str, make: Callable[[], Any], step: int | None, epoch: int | None) -> None:
+        """Log an object of W&B's, made on its thread."""
+        beside = {} if epoch is None else {"epoch": epoch}
+        self._submit(lambda: self._log_row({key: make(), **beside}, step))
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
@@ -507,6 +637,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 self._warn(f"W&B failed ({_one_line(error)}); the training goes on, and the run may miss values.")
         if not self._lost.is_set():
             try:
+                self._sum_up()
                 self._experiment.finish()  # type: ignore[union-attr]
                 self._check_files(ended=True)
                 if self._journal and not self._failed and self._warn.said is None:  # all is done and written
@@ -524,11 +655,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         number = self._take_id(folder)
         wandb.setup()
         atexit.register(self.finish)  # again, after W&B's own: it is called before that
+        _silence_debug_log()
         run = self._start_run()
-        for handler in logging.getLogger(
-            "wandb"
-        ).handlers:  # of its debug.log: a traceback for each line it cannot write
-            handler.handleError = lambda record: None  # type: ignore[method-assign]
         offline = bool(run.offline)
         self._files = Path(run.dir).parent
         self._place = str(Path(run.dir).parent) if offline else run.url
@@ -603,7 +731,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 _mend(log)
             for row in _rows_of(text):
                 number = max(number, int(row.pop("_step", 0)) + 1)
-                self._logged[_row_key(row, row.get("trainer/global_step"))] += 1
+                self._note(row)
+                self._logged[_row_key(row, row.get(_STEP))] += 1
         return number
 
     def _log_missing(self, path: Path) -> None:
@@ -624,11 +753,12 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 self._send(row, step)
 
     def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
+        metrics = {self._prefixed(key): value for key, value in metrics.items()}
         known = _row_key(metrics, step)
         if self._logged[known] > 0:
             self._logged[known] -= 1
             return
-        row = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
+        row = {key: _plain(value) for key, value in metrics.items()}
         if self._journal and all(isinstance(value, int | float | str) for value in row.values()):
             try:
                 self._journal.write(f"{json.dumps([row, step])}\n")
@@ -637,19 +767,60 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._send(row, step)
 
     def _send(self, metrics: dict[str, Any], step: int | None) -> None:
-        row = metrics if step is None else {**metrics, "trainer/global_step": step}
-        if self._first_row is None:
-            super().log_metrics(metrics, step)
-            return
-        # The rows of one run are numbered over all its folders; without a number this one would be row 0 again.
+        self._note(metrics)
+        at = {} if step is None or self._wandb_init.get("sync_tensorboard") else {_STEP: step}
+        # The rows of one run are numbered over all its folders; without a number the first would be row 0 again.
         number, self._first_row = self._first_row, None
-        self.experiment.log(row, step=number, commit=True)
+        self.experiment.log({**metrics, **at}, step=number, commit=True)
+
+    # --- what becomes of values ---
+
+    def _prefixed(self, key: str) -> str:
+        return f"{self._prefix}{self.LOGGER_JOIN_CHAR}{key}" if self._prefix else key
+
+    def _define(self, axes: Mapping[str, dict[str, str]]) -> None:
+        for name, axis in axes.items():
+            if self._axes.get(name) != axis:
+                self.experiment.define_metric(name.replace(".", "\\."), **axis)  # else a value within another one
+                self._axes[name] = axis
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            number = _NOT_FINITE.get(value) if isinstance(value, str) else value
+            if isinstance(number, int | float):
+                self._extremes.setdefault(name, _Extremes()).add(number)
+
+    def _sum_up(self) -> None:
+        """Put the least and the last of values to be minimised into the summary, over all starts of the run."""
+        names = [name for name, axis in self._axes.items() if "summary" in axis and name in self._extremes]
+        if names:
+            found = {name: self._extremes[name] for name in names}
+            self.experiment.summary.update(
+                {name: {"min": each.least, "last": each.last} for name, each in found.items()}
+            )
 
 
 _SMALLEST_SPACE = 2**16
 """Bytes on a disk below which W&B, which writes blocks of 32 KiB, cannot go on."""
 _GRACE = 5.0
 """Seconds that W&B gets beyond a time limit of its own to say so."""
+_LONGEST_TITLE = 63
+"""Characters of an alert's title that W&B takes."""
+_STEP = "trainer/global_step"
+"""Name of the optimizer step among W&B's values, chosen by Lightning."""
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Numbers as W&B writes them to its files."""
+
+
+class _Extremes:
+    """The least and the last of a value's numbers; NaN is the last, and never the least if there is another."""
+
+    def __init__(self) -> None:
+        self.least = self.last = math.nan
+
+    def add(self, number: float) -> None:
+        self.least = number if math.isnan(self.least) else min(self.least, number)
+        self.last = number
 
 
 class _Run:
@@ -689,18 +860,37 @@ class _Nothing:
         pass
 
 
+def _copies(key: str, items: Any, method: str) -> list[Any]:
+    """Arrays and tensors as they are now; the training may change them in place."""
+    if not isinstance(items, list):
+        raise TypeError(f"{method} takes a list, found {type(items).__name__}: put {key!r} in [ ].")
+    return [_copied(item) for item in items]
+
+
 def _copied(item: Any) -> Any:
-    """An array or tensor as it is now; the training may change it in place."""
     if isinstance(item, Tensor):
         return item.detach().clone()
     return item.copy() if hasattr(item, "__array__") and hasattr(item, "copy") else item
 
 
+def _cell(value: Any) -> Any:
+    """What W&B's tables can hold, which are JSON: NaN and infinity are not."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
 def _row_key(row: Mapping[str, Any], step: Any) -> tuple[int, frozenset[str]]:
     """What tells a row from others: its step and the names in it."""
+    from wandb.plot import CustomChart
+
     media = {name.removesuffix("._type") for name in row if name.endswith("._type")}  # stored as several values
     names = {name for name in row if name.rpartition(".")[0] not in media and not name.startswith("_")}
-    names.discard("trainer/global_step")
+    names.discard(_STEP)
+    charts = {name for name in names if isinstance(row.get(name), CustomChart)}  # stored as the table behind it
+    names = names - charts | {f"{name}_table" for name in charts}
     return -1 if step is None else int(step), frozenset(names | media)
 
 
@@ -756,6 +946,17 @@ def _inspected(log: Path, timeout: float, *options: str) -> str:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _silence_debug_log() -> None:
+    """Let W&B's debug.log go unwritten on a full disk; Python would show a traceback for each line of it."""
+    log = logging.getLogger("wandb")
+
+    def add(handler: logging.Handler) -> None:
+        handler.handleError = lambda record: None  # type: ignore[method-assign]
+        logging.Logger.addHandler(log, handler)
+
+    log.addHandler = add  # type: ignore[method-assign, assignment]
 
 
 def _leave_service(patience: float = 2.0) -> None:

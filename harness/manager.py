@@ -509,10 +509,10 @@ class MetricsManager(nn.Module):
     def _ordered_coeffs(self) -> tuple[float | None, ...]:
         return *(entry.coeff for entry in self._layout.components), *self._layout.type_weights
 
-    def _part_of(self, window: Window, row: Row) -> Tensor:
-        """What a micro-batch contributes to the window's weighted sum; differentiable."""
+    def _part_of(self, window: Window, row: Row) -> tuple[Tensor, Tensor]:
+        """What a micro-batch contributes to the window's reported values and weighted sum; differentiable."""
         evaluated = self._layout.evaluate(row, {}, window.counts)
-        return self._weighted_sum(evaluated, self._coeffs_on(evaluated.components.device))
+        return evaluated.reported, self._weighted_sum(evaluated, self._coeffs_on(evaluated.components.device))
 
     def _check_window(self, window: Window) -> None:
         """The one look at what came of a window, at the end of the first: it makes the host wait."""
@@ -528,12 +528,17 @@ class MetricsManager(nn.Module):
         self._checked_window = True
 
     def undo_step(self) -> None:
-        """Take the last batch out of what has been accumulated, such as one that was not trained on."""
+        """Take the last step out of what has been accumulated, such as one that was not trained on.
+
+        That is the last batch, or all micro-batches of the last :meth:`window`. Metrics of others that do not merge
+        keep it.
+        """
         self._local, self._merged = self._before_step
 
-    def _accumulate(self, row: Row, merged: bool) -> None:
+    def _accumulate(self, row: Row, merged: bool, begins: bool) -> None:
         row = row.detach()
-        self._before_step = self._local, self._merged
+        if begins:
+            self._before_step = self._local, self._merged
         if merged:
             self._merged = row if self._merged is None else row.merge(self._merged)
         else:
@@ -594,6 +599,14 @@ class MetricsManager(nn.Module):
         """
         (values,) = compute_together([self])
         return values.as_dict(prefix, suffix)
+
+    def so_far(self) -> Values:
+        """Values over what has been merged over the ranks since the last :meth:`reset`, as every training step is.
+
+        Nothing is sent, so that one rank may ask alone. Metrics of others that do not merge are NaN.
+        """
+        with torch.no_grad():
+            return self.evaluate(self._merged or self._layout.neutral())
 
     def reset(self) -> None:
         """Forget everything accumulated."""
@@ -685,8 +698,9 @@ def step_together(
     Gradients flow through the first manager only. The others see detached predictions.
 
     With a ``window``, the batch is one of the micro-batches that make up a step. Values are then those of its
-    micro-batches so far, in the end those of the whole; the gradient of ``weighted_sum`` is this micro-batch's part of
-    that of the whole, and the parts are to be added, not averaged. The window's counts travel with the first merge.
+    micro-batches so far, in the end those of the whole; the gradients of ``weighted_sum`` and of each component are
+    this micro-batch's parts of those of the whole, and the parts are to be added, not averaged. The window's counts
+    travel with the first merge.
 
     Args:
         loss: the manager that gradients flow through, if they do.
@@ -741,10 +755,15 @@ def step_together(
             else:
                 current = manager.evaluate(window.add(position, row), deferred)
                 if manager is loss and current.weighted_sum is not None:
-                    part = loss._part_of(window, row)  # gives the gradient, and adds exactly zero
-                    current = replace(current, weighted_sum=current.weighted_sum + (part - part.detach()))
+                    components, part = loss._part_of(window, row)  # give the gradient, and add exactly zero
+                    zeros = torch.where(components.isfinite(), components - components.detach(), 0.0)
+                    current = replace(
+                        current,
+                        reported=current.reported + zeros,
+                        weighted_sum=current.weighted_sum + (part - part.detach()),
+                    )
         manager._last_step = current.detach()
-        manager._accumulate(row, merged)
+        manager._accumulate(row, merged, begins=window is None or window.num_done == 1)
         values.append(current)
     if window is not None and window.is_complete:
         loss._check_window(window)

@@ -20,13 +20,15 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from harness.components import WEIGHTED_SUM
 from harness.distributed import ProcessGroup, gradient_scale
 from harness.fields import FOLLOWING, NUM_ATOMS, Batch
+from harness.late import LateNumber
 from harness.manager import (
     MetricsManager,
     Report,
@@ -38,14 +40,22 @@ from harness.manager import (
     step_together,
 )
 from harness.statistics import on_device
-from harness.strategies import ZeroStrategy, check_strategy, data_parallel_group, keep_whole, shard_root
+from harness.strategies import (
+    ZeroStrategy,
+    check_strategy,
+    data_parallel_group,
+    keep_whole,
+    shard_root,
+    splits_parameters,
+)
 
-__all__ = ["AxesLogger", "ForceFieldModule", "ManagerSource", "Step", "StepObserver"]
+__all__ = ["AxesLogger", "ForceFieldModule", "ManagerSource", "Step", "StepObserver", "logged_step"]
 
 ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, Any]
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
 
 _EXTRA_STATE = "_extra_state"
+_WEIGHTING = "loss.weighting."
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ class ForceFieldModule(LightningModule):
         """Loss values of the last step that was logged, for progress bars."""
         self.wants_to_leave = False
         """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
-        self._leaving = _LateNumber()
+        self._leaving = LateNumber()
         self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
         self._observers: list[StepObserver] = []
         self._work: Tensor | None = None  # structures, atoms and edges of all ranks so far
@@ -273,6 +283,21 @@ class ForceFieldModule(LightningModule):
     def _check_strategy(self) -> None:
         strategy = self.trainer.strategy
         check_strategy(strategy, strategy.root_device.type, self.trainer.precision, self._callbacks)
+        self.check_weighting(strategy)
+
+    def check_weighting(self, strategy: Strategy) -> None:
+        """Refuse learnt coefficients under a strategy that cannot learn them.
+
+        Raises:
+            ValueError: the strategy splits parameters over the ranks.
+        """
+        if isinstance(self.loss.weighting, LearntWeighting) and splits_parameters(strategy):
+            raise ValueError(
+                f"{type(self.loss.weighting).__name__} learns coefficients, which every rank needs whole in every "
+                f"step, but {type(strategy).__name__} splits parameters over the ranks, and the optimizer and the "
+                f"clipping of gradients take no whole ones beside split ones. Choose strategy=ddp or deepspeed_zero2, "
+                f"or adaptive weighting without parameters, such as adaptive=softadapt."
+            )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""
@@ -435,6 +460,14 @@ class ForceFieldModule(LightningModule):
                 self._log_epoch(_prefixed("loss_contribution_epoch/", report.contributions))
             manager.reset()
 
+    def training_so_far(self) -> dict[str, Report]:
+        """Reports of ``train_loss`` and ``train_metric`` over the steps of the epoch so far; makes the host wait.
+
+        Nothing is sent. In a validation at the end of an epoch they are those of the epoch.
+        """
+        managers = zip(("train_loss", "train_metric"), self._train_managers, strict=False)
+        return {what: manager.so_far().to_report() for what, manager in managers}
+
     def _log_epoch(self, values: dict[str, float]) -> None:
         """Hand values to Lightning as float64 tensors; it would round Python numbers to float32."""
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
@@ -547,11 +580,35 @@ class ForceFieldModule(LightningModule):
         managers = self._managers_by_key
         rooms = ("loss.", "train_metrics.", "val_metrics.", "test_metrics.")
         states = checkpoint.get("state_dict", {})
+        self._take_weighting(states)
         for key in [key for key in states if key.startswith(rooms) and key.endswith(_EXTRA_STATE)]:
             if key not in managers:
                 del states[key]
         for key, manager in managers.items():
             states.setdefault(key, manager.get_extra_state())
+
+    def _take_weighting(self, states: dict[str, Any]) -> None:
+        """Let a checkpoint be tested with another adaptive weighting than it was trained with.
+
+        Raises:
+            ValueError: a training is to go on from it, whose optimizer would have other parameters.
+        """
+        weighting = self.loss.weighting
+        own: dict[str, Any] = {}
+        if isinstance(weighting, nn.Module):
+            own = weighting.state_dict(prefix=_WEIGHTING)
+        found = [key for key in states if key.startswith(_WEIGHTING)]
+        if not states or set(own) == set(found):
+            return
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"The checkpoint has {', '.join(found) or 'no learnt coefficients'}, this training "
+                f"{', '.join(own) or 'no learnt coefficients'}: its optimizer cannot go on. Continue with the same "
+                f"adaptive weighting, or start anew."
+            )
+        for key in found:
+            del states[key]
+        states.update(own)
 
     @property
     def _managers_by_key(self) -> dict[str, MetricsManager]:
@@ -601,34 +658,13 @@ def _work_of(batch: Batch) -> list[float]:
     return [float(lengths[NUM_ATOMS][0] if NUM_ATOMS in lengths else 0), float(nodes), float(edges)]
 
 
+def logged_step(trainer: Trainer) -> int:
+    """The step that a trainer logs values of an epoch with: in a training, that of the last batch before them."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}{name}": value for name, value in values.items()}
-
-
-class _LateNumber:
-    """A number of a step on the host, without making it wait: on a GPU it is read one step later."""
-
-    def __init__(self) -> None:
-        self._sent: list[tuple[Tensor, torch.cuda.Event | None]] = []
-
-    def send(self, number: Tensor) -> None:
-        """Start to copy a step's number, ``[1]``."""
-        if number.is_cuda:
-            host = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._sent = [*self._sent[-1:], (host, arrived)]
-        else:
-            self._sent = [(number, None)]
-
-    def read(self) -> float:
-        """The newest number that need not be waited for; 0 before there is one."""
-        if not self._sent or (self._sent[0][1] is not None and len(self._sent) < 2):
-            return 0.0
-        number, arrived = self._sent[0]
-        if arrived is not None:
-            arrived.synchronize()  # of the step before: long past, unless the host runs ahead of the device
-        return float(number.numpy()[0])
 
 
 def _call(source: Callable[..., Any] | Mapping[str, Any], what: str, argument: Any) -> Any:

@@ -22,8 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.adaptive import GradientBalance
 from harness.agreement import Facts, difference
-from harness.callbacks import LossProgressBar
+from harness.callbacks import GradientShare, LossProgressBar
 from harness.data import AtomsDataModule
 from harness.distributed import START_LIMIT, decide, known_backends, launched_rank, launched_ranks, share
 from harness.drivers import drivers_of, refuse_several
@@ -33,6 +34,7 @@ from harness.strategies import refuse_folder
 
 __all__ = [
     "check_accumulation",
+    "check_adaptive",
     "check_drivers",
     "check_labels",
     "check_monitors",
@@ -193,6 +195,20 @@ def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
         ValueError: with the names of both.
     """
     refuse_several(drivers_of(module.loss, callbacks))
+
+
+def check_adaptive(module: ForceFieldModule, callbacks: list[Callback], trainer: Trainer) -> None:
+    """Refuse adaptive weighting, and measurements of gradients, that the strategy or the loss cannot have.
+
+    Args:
+        module: what is trained.
+        callbacks: of the training.
+        trainer: one as configured that is only to be asked.
+    """
+    module.check_weighting(trainer.strategy)
+    for each in callbacks:
+        if isinstance(each, GradientShare | GradientBalance):
+            each.check(trainer, module)
 
 
 def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "LearningRateCoupled",
     "Linear",
     "PiecewiseConstant",
+    "Ramp",
     "Scale",
     "Schedule",
     "Together",
@@ -247,8 +248,19 @@ class PiecewiseConstant(Schedule):
         return tuple(self.milestones)
 
 
-class _Ramp(Schedule):
-    """From some coefficients to others between two epochs."""
+class Ramp(Schedule):
+    """From some coefficients to others between two epochs; base of ramps, and of your own, which define the curve.
+
+    Args:
+        start: coefficients up to ``start_epoch``.
+        end: coefficients from ``end_epoch`` on, of the same names.
+        start_epoch: where the ramp begins.
+        end_epoch: where it ends.
+        interval: ``epoch`` or ``step``, see :class:`Schedule`.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
+    """
 
     start: Coefficients
     end: Coefficients
@@ -283,12 +295,12 @@ class _Ramp(Schedule):
         between = {}
         for name, start in self.start.items():
             low, high = sorted((start, self.end[name]))
-            between[name] = min(max(self._between(start, self.end[name], progress), low), high)  # rounding may lead out
+            between[name] = min(max(self.between(start, self.end[name], progress), low), high)  # rounding may lead out
         return between
 
     @abstractmethod
-    def _between(self, start: float, end: float, progress: float) -> float:
-        """Value at a progress between 0 and 1."""
+    def between(self, start: float, end: float, progress: float) -> float:
+        """Coefficient at a progress between 0 and 1."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -301,7 +313,7 @@ class _Ramp(Schedule):
         return (self.start_epoch, self.end_epoch)
 
 
-class Linear(_Ramp):
+class Linear(Ramp):
     r"""Along a straight line from some coefficients to others.
 
     .. math:: c_k(e) = (1 - t)\, \text{start}_k + t\, \text{end}_k, \qquad
@@ -327,11 +339,12 @@ class Linear(_Ramp):
     As ``optax.linear_schedule`` (https://optax.readthedocs.io).
     """
 
-    def _between(self, start: float, end: float, progress: float) -> float:
+    def between(self, start: float, end: float, progress: float) -> float:
+        """A point of the straight line."""
         return (1 - progress) * start + progress * end
 
 
-class Cosine(_Ramp):
+class Cosine(Ramp):
     r"""Along half a cosine from some coefficients to others: slowly at both ends.
 
     .. math:: c_k(e) = \text{end}_k + (\text{start}_k - \text{end}_k) \frac{1 + \cos(\pi t)}{2}, \qquad
@@ -354,11 +367,12 @@ class Cosine(_Ramp):
     The shape is that of Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, ICLR 2017.
     """
 
-    def _between(self, start: float, end: float, progress: float) -> float:
+    def between(self, start: float, end: float, progress: float) -> float:
+        """A point of half a cosine."""
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Exponential(_Ramp):
+class Exponential(Ramp):
     r"""By the same factor in every epoch from some coefficients to others: a straight line of their logarithms.
 
     .. math:: c_k(e) = \text{start}_k^{1 - t}\; \text{end}_k^{t}, \qquad
@@ -393,7 +407,8 @@ class Exponential(_Ramp):
                     f"ramp from or to 0."
                 )
 
-    def _between(self, start: float, end: float, progress: float) -> float:
+    def between(self, start: float, end: float, progress: float) -> float:
+        """A geometric mean of the two ends."""
         return float(start ** (1 - progress) * end**progress)
 
 
@@ -658,7 +673,7 @@ def as_schedule(value: object, what: str = "`schedule`") -> Schedule:
     if isinstance(value, Schedule):
         return value
     hint = " Is `_target_` missing, or was the config not instantiated?" if isinstance(value, Mapping) else ""
-    valid = ", ".join(name for name in __all__ if name not in ("Schedule", "as_schedule"))
+    valid = ", ".join(name for name in __all__ if name not in ("Ramp", "Schedule", "as_schedule"))
     raise TypeError(
         f"{what} is a schedule, one of {valid} of harness.schedules; found {value!r} ({type(value).__name__}).{hint}"
     )

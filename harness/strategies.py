@@ -64,6 +64,7 @@ __all__ = [
     "refuse_folder",
     "shard_root",
     "single_device",
+    "splits_parameters",
 ]
 
 
@@ -510,6 +511,13 @@ class _Whole(nn.Module):
         predictions = super().forward({**batch, "pos": position})
         self._names = tuple(predictions)
         return tuple(predictions.values())
+
+
+def splits_parameters(strategy: Strategy) -> bool:
+    """Whether a rank holds only a part of each parameter."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        return bool(strategy.zero_stage_3)
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
 
 
 def data_parallel_group(strategy: Strategy) -> ProcessGroup | None:

@@ -20,12 +20,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import torch
@@ -43,7 +43,15 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from harness.agreement import facts
-from harness.callbacks import CoefficientCurve, ParityPlot, Preempted, ResumeCheckpoint
+from harness.callbacks import (
+    CoefficientCurve,
+    NonFiniteError,
+    NonFiniteGuard,
+    ParityPlot,
+    PerTypeReport,
+    Preempted,
+    ResumeCheckpoint,
+)
 from harness.callbacks.resume import COMPLETE
 from harness.checkpoints import AtomicCheckpointIO, read, step_of
 from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
@@ -54,6 +62,7 @@ from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.preflight import (
     check_accumulation,
+    check_adaptive,
     check_drivers,
     check_labels,
     check_monitors,
@@ -105,14 +114,23 @@ def _interrupted_stamp() -> str | None:
     return interrupted.name
 
 
+def _part(number: float, fraction: float) -> float:
+    """A fraction of a number such as ``max_epochs``, for the epochs of schedules."""
+    if number < 0:
+        raise ValueError(
+            f"{fraction:g} of {number:g} epochs is no epoch: this schedule needs a number. Give max_epochs=..., "
+            f"or write the epochs in the schedule as numbers."
+        )
+    return number * fraction
+
+
 def _register_resolvers() -> None:
     resolvers: dict[str, Callable[..., Any]] = {
         "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
         # ranks that a launcher has started on this node; one without a launcher
         "devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        # of a number such as max_epochs, for epochs in schedules
-        "part": lambda number, fraction: number * fraction,
+        "part": _part,
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }
@@ -172,11 +190,16 @@ def prepare(config: DictConfig) -> Job:
     check_drivers(module, callbacks)
     check_monitors(config, callbacks, module)
     check_accumulation(config, callbacks, module)
-    module.configure_optimizers()  # made anew by the trainer; here so that mistakes are told before anything is written
+    # made anew by the trainer; here so that mistakes are told before anything is written
+    made = module.configure_optimizers()
     timeout = timedelta(seconds=config.trainer.timeout)
     asked = instantiate(config.strategy, timeout=timeout)
+    for guard in (callback for callback in callbacks if isinstance(callback, NonFiniteGuard)):
+        guard.check(asked, [made["optimizer"] if isinstance(made, dict) else made])
     check_strategy(asked, str(config.trainer.accelerator), str(config.trainer.precision), callbacks)
     checked = check_trainer(config, asked)
+    if config.train:
+        check_adaptive(module, callbacks, checked)
     check_shares(datamodule, checked.strategy)
     if config.dry_step:
         check_first_batch(module, datamodule, checked, train=config.train)
@@ -326,6 +349,9 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
         if isinstance(callback, ParityPlot):
             for path in callback.files:
                 console.print(f"parity plot {path}", highlight=False)
+        if isinstance(callback, PerTypeReport):
+            for path in callback.files:
+                console.print(f"atom types  {path}", highlight=False)
         if isinstance(callback, CoefficientCurve) and callback.file:
             console.print(f"coefficients {callback.file}", highlight=False)
     for logger in loggers:
@@ -351,7 +377,7 @@ def run_job(config: DictConfig) -> float | None:
 def _run_job(config: DictConfig) -> float | None:
     config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
     limit = _time_limit(config)
-    refused = None
+    job, refused = None, None
     try:
         job, refused = _started(config, limit)
         if job is None:
@@ -365,6 +391,10 @@ def _run_job(config: DictConfig) -> float | None:
         if launched_rank() == 0:
             print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
         raise
+    except NonFiniteError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        _leave_together(error, job.loggers if job else [], max(limit, START_LIMIT))
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -373,6 +403,18 @@ def _run_job(config: DictConfig) -> float | None:
             print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
         sys.exit(1)
     return results.get(config.monitor)
+
+
+def _leave_together(error: Exception, loggers: list[Logger], limit: timedelta) -> NoReturn:
+    """Say once what all ranks have raised, and leave when all is written: a launcher ends the others with the first."""
+    if launched_rank() == 0:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.finish()
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+    with suppress(RankAbsentError):
+        share("all is written", "", limit)
+    sys.exit(1)
 
 
 def _leave_no_trace(output_dir: Path) -> None:

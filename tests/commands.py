@@ -111,10 +111,14 @@ def train(*overrides: str, folder: Path, ranks: int = 1, timeout: float = 180, *
     return run([*launcher, "-m", "harness.train", *overrides], folder, timeout, **environment)
 
 
-def read_csv(run_folder: Path) -> list[dict[str, float]]:
-    """Rows of Lightning's CSV logger; cells without a value are left out, NaN stays."""
+def read_csv(run_folder: Path, *, times: bool = False) -> list[dict[str, float]]:
+    """Rows of Lightning's CSV logger; cells without a value are left out, NaN stays.
+
+    So are rows of the throughput unless asked for: no two trainings take the same time.
+    """
     with (run_folder / "csv" / "metrics.csv").open() as file:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+        rows = [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+    return [row for row in rows if times or "throughput/step_seconds" not in row]
 
 
 def read_wandb(run_folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

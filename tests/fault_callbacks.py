@@ -70,3 +70,48 @@ class Slow(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         time.sleep(self.seconds)
+
+
+class Spoil(Callback):
+    """Puts NaN, or another number, into a batch or the weights at some steps of a rank.
+
+    Args:
+        steps: numbers of the steps, from 0; under gradient accumulation the last micro-batch of them is meant.
+        what: a field of the batch whose first row it is put in; or ``weights``.
+        rank: whose.
+        value: the number.
+        micro_batch: which one, instead of the last.
+    """
+
+    def __init__(
+        self,
+        steps: list[int],
+        what: str = "forces",
+        rank: int = 0,
+        value: float = float("nan"),
+        micro_batch: int | None = None,
+    ) -> None:
+        self.steps, self.what, self.rank, self.value, self.micro_batch = steps, what, rank, value, micro_batch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step not in self.steps or trainer.global_rank != self.rank:
+            return
+        k = trainer.accumulate_grad_batches
+        if batch_idx % k != (k - 1 if self.micro_batch is None else self.micro_batch):
+            return
+        if self.what == "weights":
+            next(pl_module.model.parameters()).data.fill_(self.value)
+        else:
+            batch[self.what] = batch[self.what].clone()
+            batch[self.what][0] = self.value
+
+
+class NoteError(Callback):
+    """Writes down the error that ends a training, on each rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        text = f"{type(exception).__name__} in step {trainer.global_step}: {exception}"
+        self.path.with_name(f"{self.path.name}.{trainer.global_rank}").write_text(text)

@@ -103,7 +103,9 @@ def run(
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     record = Record()
     drawn: dict[str, int] = {}
-    parity._draw = lambda path, panels, total, type_names: drawn.update(total)
+    parity._draw = lambda path, panels, type_names: drawn.update(
+        {f"{panel.name} {panel.kind}": int(panel.sums[0]) for panel in panels}
+    )
     saved = ModelCheckpoint(
         folder,
         filename=f"{options['name'].replace(',', '-')}-{{epoch}}",

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning_ranks import Ranks
 from spawning import spawn
 from test_accumulation import LOSS, TYPES, WATCHED
 from test_module import build
@@ -375,38 +376,6 @@ def test_a_loss_that_does_not_add_up_is_refused_before_training(options: dict[st
 
 
 # --- several ranks ---
-
-
-class Ranks(ClusterEnvironment):
-    """The ranks of ``spawn``, which have met already."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank, self._world_size = rank, world_size
-
-    creates_processes_externally = True
-    main_address, main_port = "127.0.0.1", 0
-
-    @staticmethod
-    def detect() -> bool:
-        return True
-
-    def world_size(self) -> int:
-        return self._world_size
-
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    def global_rank(self) -> int:
-        return self._rank
-
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    def local_rank(self) -> int:
-        return self._rank
-
-    def node_rank(self) -> int:
-        return 0
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):

@@ -23,6 +23,8 @@ import pytest
 import torch
 from commands import BIN, TINY, Finished, train
 from disturbances import fill, service_of
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from harness.loggers import CSVLogger, WandbLogger, _mend, without_secrets
 
@@ -51,16 +53,15 @@ def _no_wandb_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+def inspected(log: Path, *options: str) -> str:
+    """What wandb's own reader finds in a file."""
+    command = [str(BIN / "wandb"), "leet", "inspect", "--json", *options, str(log)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Rows of all W&B folders of a run, in the order of their starts, as `wandb sync` uploads them."""
-    rows = []
-    for log in sorted(folder.rglob("*.wandb")):
-        done = subprocess.run(
-            [str(BIN / "wandb"), "leet", "inspect", "--json", str(log)], capture_output=True, text=True, timeout=60
-        )
-        records = [json.loads(line) for line in done.stdout.splitlines()]
-        rows += [record["history"]["item"] for record in records if record["type"] == "history"]
-    return rows
+    return [history["item"] for history in records_of(folder, "history")]
 
 
 def values_of(row: dict[str, Any]) -> dict[str, float]:
@@ -292,6 +293,187 @@ def test_wandb_whose_server_never_answers_is_kept_on_disk(
     assert SECRET not in warning
 
 
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Records of a kind in all W&B folders, in the order of their starts."""
+    found = []
+    for log in sorted(folder.rglob("*.wandb")):
+        records = [json.loads(line) for line in inspected(log).splitlines()]
+        found += [record[kind] for record in records if record["type"] == kind]
+    return found
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """Summary of a run after all of its starts: those of later ones are laid over those before."""
+    summaries = [json.loads(inspected(log, "--summary"))["summary"] for log in sorted(folder.rglob("*.wandb"))]
+    return {key: value for summary in summaries for key, value in summary.items()}
+
+
+def media_of(folder: Path, row: dict[str, Any], key: str) -> dict[str, Any]:
+    """The table that a row has under a key."""
+    (path,) = folder.rglob(row[f"{key}.path"])
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+class Watched(LightningModule):
+    """A line through two points, with a value of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        loss = (self.slope * batch[0] - batch[1]) ** 2
+        self.log("loss_step", loss, on_step=True, on_epoch=False)
+        self.log("loss_epoch", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: torch.Tensor, index: int) -> None:
+        self.log("val.error", [3.0, 1.0, 2.0][self.current_epoch])  # type: ignore[arg-type]
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/best", [3.0, math.nan, 2.0][self.current_epoch])  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_wandb_axes_and_summaries_of_a_training(tmp_path: Path) -> None:
+    """Epoch values have the epoch beside them, and their exact names are tied to it."""
+    logger = offline(tmp_path)
+    epoch, step = ["loss_epoch", "val.error", "val/best"], ["loss_step"]
+    for _ in range(2):  # the second time changes nothing
+        logger.define_axes(epoch, step, minimised=epoch[1:])
+    data = torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=None)
+    trainer = Trainer(
+        max_epochs=3, logger=logger, log_every_n_steps=1, accelerator="cpu", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Watched(), data, data)
+    logger.log_summary({"best/epoch": 1, "best/error": torch.tensor(1.5), "best/checkpoint": "best.ckpt"})
+    logger.finish()
+
+    options = {"defined": True, "step_sync": True}
+    both = {"min": True, "last": True}
+    assert [metric for metric in records_of(tmp_path, "metric") if metric.get("name") != "trainer/global_step"] == [
+        {"glob_name": "*", "options": options, "step_metric": "trainer/global_step"},  # Lightning's
+        {"name": "loss_step", "options": options, "step_metric": "trainer/global_step"},
+        {"name": "loss_epoch", "options": options, "step_metric": "epoch"},
+        {"name": "val\\.error", "options": options, "step_metric": "epoch", "summary": both},
+        {"name": "val/best", "options": options, "step_metric": "epoch", "summary": both},
+    ]
+    rows = rows_of(tmp_path)
+    for name in epoch:
+        assert [row["epoch"] for row in rows if name in row] == [0, 1, 2]
+        assert [row["trainer/global_step"] for row in rows if name in row] == [3, 7, 11]
+    assert [row["trainer/global_step"] for row in rows if "loss_step" in row] == list(range(12))
+    summary = summary_of(tmp_path)
+    assert summary["val.error"] == {"min": 1, "last": 2}
+    assert summary["val/best"] == {"min": 2, "last": 2}  # W&B alone would say NaN
+    assert summary["loss_epoch"] == [row["loss_epoch"] for row in rows if "loss_epoch" in row][-1]
+    assert [summary[f"best/{name}"] for name in ("epoch", "error", "checkpoint")] == [1, 1.5, "best.ckpt"]
+
+
+def test_wandb_axes_are_exact_names(tmp_path: Path) -> None:
+    logger = offline(tmp_path)
+    with pytest.raises(ValueError, match=r"exact names, found \['val0_epoch/\*'\]"):
+        logger.define_axes(["val0_epoch/*"])
+    with pytest.raises(ValueError, match=r"\['other'\] are not"):
+        logger.define_axes(["error"], minimised=["other"])
+    with pytest.raises(ValueError, match="found 2 and 1"):
+        logger.log_bar_chart("chart", ["a", "b"], [1.0])
+    with pytest.raises(ValueError, match="each of the 1 images 'picture', found 2"):
+        logger.log_image("picture", [torch.zeros(3, 4, 4)], caption=["a", "b"])
+    assert not (tmp_path / "wandb").exists()  # nothing has started
+
+
+@pytest.mark.parametrize("prefix", ["", "own"])
+def test_wandb_of_a_second_start_has_summaries_and_media_once(prefix: str, tmp_path: Path) -> None:
+    key = f"{prefix}-" if prefix else ""
+    errors = {"H": 0.25, "C": math.nan}
+    for start in range(2):
+        logger = offline(tmp_path, prefix=prefix)
+        if start:
+            logger.resume_from(4)
+        logger.define_axes(["error", "other"], minimised=["error", "other"])
+        for epoch, error in list(enumerate([3.0, 1.0, 2.0, 5.0]))[start : 3 + start]:
+            step = 4 * epoch + 3
+            logger.log_metrics({"error": error, "epoch": epoch}, step)
+            rows = [[name, value, epoch] for name, value in errors.items()]
+            logger.log_table("types", ["type", "error", "epoch"], rows, step=step, epoch=epoch)
+            rows.clear()  # the table has been handed over
+            logger.log_bar_chart(
+                "chart/types", list(errors), list(errors.values()), "type", "error", "Errors", step=step, epoch=epoch
+            )
+            logger.log_image("picture", [torch.ones(3, 4, 4)], step=step, epoch=epoch, caption=[f"epoch {epoch}"])
+        if not start:
+            logger.log_metrics({"other": 1.0, "epoch": 2}, 11)
+        logger.finalize("failed" if not start else "success")
+        assert logger.finish()
+
+    rows = rows_of(tmp_path)
+    assert [row["_step"] for row in rows] == list(range(len(rows))) == list(range(17))
+    for name in ("error", "types._type", "chart/types_table._type", "picture._type"):
+        found = [(row[f"{key}epoch"], row["trainer/global_step"]) for row in rows if f"{key}{name}" in row]
+        assert found == [(0, 3), (1, 7), (2, 11), (3, 15)], name
+    for row in rows:
+        if f"{key}types._type" in row:
+            epoch = row[f"{key}epoch"]
+            table = media_of(tmp_path, row, f"{key}types")
+            assert table == {"columns": ["type", "error", "epoch"], "data": [["H", 0.25, epoch], ["C", None, epoch]]}
+        if f"{key}chart/types_table._type" in row:
+            table = media_of(tmp_path, row, f"{key}chart/types_table")
+            assert table == {"columns": ["type", "error"], "data": [["H", 0.25], ["C", None]]}
+    charts = [record["update"] for record in records_of(tmp_path, "config")]
+    assert charts
+    for chart in charts:
+        panel = chart[f"_wandb.visualize.{key}chart/types"]["panel_config"]
+        assert panel["panelDefId"] == "wandb/bar/v0"
+        assert panel["fieldSettings"] == {"label": "type", "value": "error"}
+        assert panel["stringSettings"] == {"title": "Errors"}
+    summary = summary_of(tmp_path)
+    assert summary[f"{key}error"] == {"min": 1, "last": 5}  # the second start alone has 5
+    assert summary[f"{key}other"] == {"min": 1, "last": 1}
+
+
+def test_wandb_keeps_alerts(tmp_path: Path) -> None:
+    logger = offline(tmp_path)
+    logger.alert("The loss is not finite", "Step 7 of epoch 2, on rank 1.")
+    logger.alert("long " * 20, "")
+    assert logger.finish()
+    first, second = records_of(tmp_path, "alert")
+    assert first["title"] == "The loss is not finite"
+    assert first["text"] == "Step 7 of epoch 2, on rank 1."
+    assert first["level"] == "WARN"
+    assert len(second["title"]) < 64
+
+
+def test_wandb_that_fails_warns_once_of_all_that_is_asked(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    logger = offline(tmp_path)
+    for number in range(2):
+        logger.log_table("table", ["a", "b"], [[number]], step=number)  # a column is missing
+        logger.log_summary({"tensor": torch.zeros(2)})
+        logger.log_image("picture", ["nowhere.png"], step=number)
+        logger.log_metrics({"loss": 1.0}, number)
+    assert logger.finish()
+    (warning,) = said(recwarn.list)
+    assert "the training goes on" in warning
+    assert [row["loss"] for row in rows_of(tmp_path)] == [1, 1]
+
+
+def test_other_ranks_have_nothing_to_do_with_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = offline(tmp_path)
+    logger.define_axes(["error"], minimised=["error"])
+    logger.log_metrics({"error": 1.0}, 0)
+    logger.log_summary({"best": 1.0})
+    logger.log_table("table", ["a"], [[1]])
+    logger.log_bar_chart("chart", ["a"], [1.0])
+    logger.log_image("picture", [torch.zeros(3, 4, 4)])
+    logger.alert("title", "text")
+    assert logger.finish() is None
+    assert not any(tmp_path.iterdir())
+
+
 # --- secrets ---
 
 
@@ -363,6 +545,7 @@ def assert_trained(done: Finished, num_warnings: int) -> list[str]:
 @pytest.mark.slow
 def test_a_killed_training_goes_on_in_the_same_csv_and_run(tmp_path: Path) -> None:
     arguments = [*SMALL, "logger=[wandb,csv]", "callbacks.parity=null", "hydra.run.dir=run", "resume=auto"]
+    arguments += ["callbacks.throughput=null"]  # the one thing that is never the same twice
     whole = train(*arguments, folder=tmp_path / "whole")
     assert_trained(whole, 0)
     for step in (3, 6):  # before the first checkpoint, and after it

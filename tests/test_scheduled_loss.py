@@ -116,9 +116,23 @@ def test_weights_of_atom_types_follow_a_schedule() -> None:
         means = np.where(np.array(weights) > 0, means, 0)
         assert values["f"] == pytest.approx(np.dot(weights, means) / sum(weights), rel=1e-12)
         assert values["weighted_sum"] == values["f"]
-        assert loss.type_weights == {
-            f"f_{name}": w / (weights[0] + weights[2]) for name, w in zip("HO", weights[::2], strict=True)
-        }
+        assert loss.type_weights == {f"f_{name}": w / sum(weights) for name, w in zip("HCO", weights, strict=True)}
+
+
+def test_weights_of_atom_types_end_with_their_schedule() -> None:
+    """Whatever the order in which epochs are visited; a single weight may be zero; names are there from the start."""
+    schedule = Join([Constant({}), Constant({"f": {"H": 0}}), Constant({"f": {"H": 4}}), Constant({})], [1, 2, 3])
+    loss = MetricsManager([by_type()], TYPES, schedule=schedule)
+    equal = (1.0, 1.0, 1.0)
+    expected = {0: equal, 1: (0.0, 1.0, 1.0), 2: (4.0, 1.0, 1.0), 3: equal}
+    for epoch in (0, 1, 2, 3, 2, 0, 1, 3):
+        loss.move_to(epoch)
+        total = sum(expected[epoch])
+        assert list(loss.type_weights.values()) == [weight / total for weight in expected[epoch]]
+        assert list(loss.type_weights) == ["f_H", "f_C", "f_O"]
+        values = {name: float(value) for name, value in loss(*frame()).items()}
+        by_hand = [weight * values[f"f_{name}"] for name, weight in zip(TYPES, expected[epoch], strict=True)]
+        assert values["f"] == pytest.approx(sum(by_hand) / total, rel=1e-12)
 
 
 @pytest.mark.parametrize(

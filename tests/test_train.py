@@ -91,6 +91,8 @@ def test_every_value_is_in_the_one_wandb_run(two_ranks: Path) -> None:
         assert {f"train_loss_step/{name}", f"train_loss_epoch/{name}"} <= logged.keys()
     for name in ("forces_rmse_per_type_Au", "forces_maxabserr", "stress_mae", "weighted_sum"):
         assert {f"train_metric_step/{name}", f"val0_epoch/{name}", f"test0_epoch/{name}"} <= logged.keys()
+    rates = {f"throughput/{name}" for name in ("structures_per_second", "edges_per_second", "data_wait_share")}
+    assert rates <= logged.keys()
     config = summary["config"]
     assert config["loss"]["coeffs"] == {"total_energy": 10, "forces": 1, "stress": 100}
     assert config["data"]["cutoff"] == config["cutoff"] == 4.5  # resolved
@@ -110,8 +112,8 @@ def test_contributions_add_up_to_the_weighted_sum(two_ranks: Path) -> None:
 def test_what_stands_on_the_screen_in_the_end(two_ranks: Path) -> None:
     screen = (two_ranks / "stdout.txt").read_text()
     for name in ("per_atom_energy_rmse", "forces_maxabserr", "forces_rmse_per_type", "stress_mae", "weighted_sum"):
-        assert len(re.findall(rf"│ {name} ", screen)) == 1  # one rank prints
-    header = next(line for line in screen.splitlines() if "┃ component" in line)
+        assert len(re.findall(rf"│ {name} ", screen)) == 3  # one rank prints two validations and the test
+    header = [line for line in screen.splitlines() if "┃ component" in line][-1]
     assert [header.index(symbol) for symbol in ("Cu", "Pd", "Ag", "Au")]
     assert "wandb sync " in screen
     (plot,) = two_ranks.glob("parity_test0.png")

@@ -1,25 +1,38 @@
-"""Callbacks: what a training shows, what moves its coefficients, and checkpoints to go on from."""
+"""Callbacks: what a training shows, what moves its coefficients, what it goes on from, and what ends it if it must."""
 
 from __future__ import annotations
 
+from harness.callbacks.best_epoch import BestEpoch
 from harness.callbacks.coefficients import (
     LinearLossCoefficientScheduler,
     LossCoefficientMonitor,
     LossCoefficientScheduler,
 )
 from harness.callbacks.curve import CoefficientCurve
+from harness.callbacks.gradient_share import GradientShare
+from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
+from harness.callbacks.per_type import PerTypeReport
 from harness.callbacks.progress import LossProgressBar
 from harness.callbacks.resume import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
+from harness.callbacks.throughput import ThroughputMonitor
+from harness.callbacks.validation_table import ValidationTable
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
+    "BestEpoch",
     "CoefficientCurve",
+    "GradientShare",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",
     "LossCoefficientScheduler",
     "LossProgressBar",
+    "NonFiniteError",
+    "NonFiniteGuard",
     "ParityPlot",
+    "PerTypeReport",
     "Preempted",
     "ResumeCheckpoint",
+    "ThroughputMonitor",
+    "ValidationTable",
 ]

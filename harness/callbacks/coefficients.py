@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.drivers import refuse_other_drivers
+from harness.drivers import loss_of, refuse_other_drivers
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.schedules import PiecewiseConstant
@@ -36,7 +36,7 @@ class _EpochScheduler(Callback):
         if stage == "fit":
             self._epoch = None
             refuse_other_drivers(self, trainer, pl_module)
-            self.check(_loss_of(pl_module))
+            self.check(loss_of(pl_module))
 
     def check(self, loss: Any) -> None:
         """Refuse names that the loss does not have, or, where it would drop them, that are left out."""
@@ -51,7 +51,7 @@ class _EpochScheduler(Callback):
             self._epoch = trainer.current_epoch
             coeffs = self.coeffs_at(self._epoch)
             if coeffs:
-                _loss_of(pl_module).set_coeffs(coeffs)
+                loss_of(pl_module).set_coeffs(coeffs)
 
 
 class LossCoefficientScheduler(_EpochScheduler):
@@ -206,7 +206,7 @@ class LossCoefficientMonitor(Callback):
             self._log(trainer, pl_module, trainer.global_step - 1)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        loss = _loss_of(pl_module)
+        loss = loss_of(pl_module)
         if isinstance(loss, MetricsManager):
             coeffs: dict[str, float] = loss.effective_coeffs() | loss.type_weights
         else:
@@ -220,22 +220,6 @@ class LossCoefficientMonitor(Callback):
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _loss_of(pl_module: LightningModule) -> Any:
-    """The manager of a module's loss.
-
-    Raises:
-        TypeError: the module has none.
-    """
-    loss = getattr(pl_module, "loss", None)
-    if not callable(getattr(loss, "set_coeffs", None)) or not hasattr(loss, "entries"):
-        raise TypeError(
-            f"{type(pl_module).__name__}.loss is no manager of components with `set_coeffs` and `entries`, found "
-            f"{type(loss).__name__}. Use harness.ForceFieldModule, or give your module a `loss` that is a "
-            f"harness.MetricsManager."
-        )
-    return loss
 
 
 def _check_names(loss: Any, names: tuple[str, ...], whole: bool = True) -> None:

@@ -1,49 +1,76 @@
-"""Parity plots: predicted against reference energies, forces and stresses of the test sets."""
+"""Parity plots: predicted against reference energies, forces and stresses of the test sets, and of validation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.loggers as lightning_loggers
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from harness.distributed import ProcessGroup, gather_objects, global_rank
+from harness.loggers import WandbLogger
 
 __all__ = ["ParityPlot"]
 
 Points = np.ndarray
 """``[num_points, 4]``: random key, reference, prediction, atom type (or -1)."""
+MOST_TYPES = 4
+"""Number of atom types up to which each has a panel of its own."""
+LONGEST_LEGEND = 10
+"""Number of atom types up to which one panel tells them apart by colour."""
+FEWEST_IN_HEXAGON = 4
+"""Number of points in the fullest hexagon below which a density says nothing."""
+_ALL = -2  # in the place of a type: all of them together
 
 
 class ParityPlot(Callback):
-    """Draws predicted against reference values of a bounded random sample over all ranks, at the end of a test.
+    """Draws predicted against reference values at the end of a test, and of validations if asked to.
 
-    One panel each for energy per atom, force components (coloured by atom type) and stress components, where labelled.
-    The titles give MAE and RMSE of the points drawn; if there were more points than ``max_points``, those are a sample.
+    One panel each for the energy per atom, the force components on each atom type and the stress components, where
+    labelled; more than four types of atoms share one panel. The colour is the number of points in a hexagon, the inset
+    the distribution of the errors. MAE and RMSE in the titles are those of all values of all ranks, while the points
+    are a bounded random sample of them.
 
     Args:
-        output_dir: where ``parity_test{i}.png`` is written; an image goes to W&B too.
-        max_points: points kept for each panel.
+        output_dir: where ``parity_test{i}.png`` and ``parity_val{i}_epoch{e}.png`` are written; images go to W&B too,
+            as ``test{i}_parity`` and ``val{i}_parity``.
+        max_points: points drawn in each panel.
         seed: seed of the sample.
+        validation_every_n_epochs: draw the validation of each n-th epoch as well; None for no validation.
+
+    Raises:
+        ValueError: a number of points or epochs that is none.
     """
 
-    def __init__(self, output_dir: str | Path = ".", max_points: int = 20_000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path = ".",
+        max_points: int = 20_000,
+        seed: int = 0,
+        validation_every_n_epochs: int | None = None,
+    ) -> None:
+        for name, value in (("max_points", max_points), ("validation_every_n_epochs", validation_every_n_epochs)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is a whole number, at least 1, found {value!r}.")
         self.output_dir = Path(output_dir)
         self.max_points = max_points
         self.seed = seed
+        self.validation_every_n_epochs = validation_every_n_epochs
         self.files: list[Path] = []
-        """Plots written so far."""
-        self._points: dict[int, dict[str, Points]] = {}
-        self._seen: dict[int, dict[str, int]] = {}
+        """Plots of the last test or validation."""
+        self._sets: dict[int, dict[str, _Quantity]] = {}  # by data set and field
+
+    # --- when ---
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with an empty sample."""
-        self._points, self._seen, self.files = {}, {}, []
-        self._random = np.random.default_rng((self.seed, global_rank(_group(pl_module))))
+        self._start(pl_module)
 
     def on_test_batch_end(
         self,
@@ -55,55 +82,167 @@ class ParityPlot(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a batch to the sample."""
+        self._add(outputs, batch, dataloader_idx)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the samples of all ranks and draw."""
+        self._finish(trainer, pl_module, "parity_test{}.png", "test{}_parity", trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start with an empty sample, if this validation is one to draw."""
+        if self._draws_validation(trainer):
+            self._start(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch to the sample, if this validation is one to draw."""
+        if self._draws_validation(trainer):
+            self._add(outputs, batch, dataloader_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the samples of all ranks and draw, if this validation is one to draw."""
+        if self._draws_validation(trainer):
+            step = max(trainer.global_step - 1, 0)  # as Lightning counts what it logs of a validation
+            name = f"parity_val{{}}_epoch{trainer.current_epoch}.png"
+            self._finish(trainer, pl_module, name, "val{}_parity", step)
+
+    def _draws_validation(self, trainer: Trainer) -> bool:
+        every = self.validation_every_n_epochs
+        return every is not None and not trainer.sanity_checking and (trainer.current_epoch + 1) % every == 0
+
+    # --- what ---
+
+    def _start(self, module: LightningModule) -> None:
+        self._sets, self.files = {}, []
+        self._random = np.random.default_rng((self.seed, global_rank(_group(module))))
+
+    def _add(self, outputs: Any, batch: Mapping[str, Tensor], index: int) -> None:
         if not isinstance(outputs, Mapping):
             return
-        points = self._points.setdefault(dataloader_idx, {})
-        seen = self._seen.setdefault(dataloader_idx, {})
+        quantities = self._sets.setdefault(index, {})
         for name in ("total_energy", "forces", "stress"):
             if name not in outputs or name not in batch:
                 continue
             reference, prediction = _numpy(batch[name]), _numpy(outputs[name])
-            kind = np.full(len(reference), -1.0)
+            kind = np.full(len(reference), -1)
             if name == "total_energy":
                 atoms = _numpy(batch["num_atoms"]).reshape(-1, 1)
                 reference, prediction = reference / atoms, prediction / atoms
             elif name == "forces" and "atom_types" in batch:
-                kind = _numpy(batch["atom_types"]).astype(float)
+                kind = _numpy(batch["atom_types"]).astype(int).reshape(-1)
             columns = reference.size // max(len(reference), 1)
-            table = np.stack(
-                [
-                    self._random.random(reference.size),
-                    reference.reshape(-1),
-                    prediction.reshape(-1),
-                    np.repeat(kind, columns),
-                ],
-                axis=1,
-            )
-            table = table[np.isfinite(table).all(axis=1)]
-            seen[name] = seen.get(name, 0) + len(table)
-            points[name] = _smallest_keys([points[name], table] if name in points else [table], self.max_points)
+            keys = self._random.random(reference.size)
+            table = np.stack([keys, reference.reshape(-1), prediction.reshape(-1), np.repeat(kind, columns)], axis=1)
+            quantities.setdefault(name, _Quantity()).add(table, self.max_points)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the samples of all ranks and draw."""
-        gathered = gather_objects((self._points, self._seen), _group(pl_module))
+    def _finish(self, trainer: Trainer, module: LightningModule, file_name: str, log_key: str, step: int) -> None:
+        sets = _joined(self._sets, self.max_points, _group(module))
+        self._sets = {}
         if not trainer.is_global_zero:
             return
-        type_names = list(getattr(pl_module, "type_names", None) or [])
-        for index in sorted({index for points, _ in gathered for index in points}):
-            parts = [points[index] for points, _ in gathered if index in points]
-            names = dict.fromkeys(name for part in parts for name in part)
-            joined = {
-                name: _smallest_keys([part[name] for part in parts if name in part], self.max_points) for name in names
-            }
-            total = {name: sum(seen.get(index, {}).get(name, 0) for _, seen in gathered) for name in names}
-            joined = {name: points for name, points in joined.items() if len(points)}
-            if joined:
-                path = self.output_dir / f"parity_test{index}.png"
-                _draw(path, joined, total, type_names)
-                self.files.append(path)
-                for logger in trainer.loggers:
-                    if isinstance(logger, WandbLogger):
-                        logger.log_image(f"test{index}_parity", [str(path)])
+        type_names = list(getattr(module, "type_names", None) or [])
+        for index, panels in sorted(sets.items()):
+            if not panels:
+                continue
+            path = self.output_dir / file_name.format(index)
+            _draw(path, panels, type_names)
+            self.files.append(path)
+            for logger in trainer.loggers:
+                beside = {"epoch": trainer.current_epoch} if isinstance(logger, WandbLogger) else {}
+                if isinstance(logger, lightning_loggers.WandbLogger):
+                    logger.log_image(log_key.format(index), [str(path)], step=step, **beside)
+
+
+@dataclass
+class _Panel:
+    """What is drawn of a quantity, or of one type's part of it.
+
+    Attributes:
+        name: field.
+        kind: atom type, or -1 where there is none, or ``_ALL``.
+        sums: number of labels, Σ|error| and Σ error² over all of them.
+        points: the sample.
+    """
+
+    name: str
+    kind: int
+    sums: np.ndarray
+    points: Points
+
+
+@dataclass
+class _Quantity:
+    """A field of one data set on this rank: exact sums by atom type, and a bounded random sample."""
+
+    sums: dict[int, np.ndarray] = field(default_factory=dict)
+    points: Points = field(default_factory=lambda: np.empty((0, 4)))
+
+    def add(self, table: Points, max_points: int) -> None:
+        table = table[np.isfinite(table[:, 1])]  # no label where not
+        for kind in np.unique(table[:, 3]).astype(int).tolist():
+            error = np.abs(np.diff(table[table[:, 3] == kind, 1:3])[:, 0])
+            self.sums[kind] = self.sums.get(kind, 0.0) + np.array([len(error), error.sum(), (error**2).sum()])
+        drawn = table[np.isfinite(table[:, 2])]
+        self.points = _sample(np.concatenate([self.points, drawn]), max_points)
+
+
+def _sample(table: Points, number: int) -> Points:
+    """The points with the smallest random keys: a uniform sample of each type, or of all if there are many types."""
+    kinds = np.unique(table[:, 3])
+    if len(kinds) > MOST_TYPES:
+        return _smallest_keys(table, number)
+    return np.concatenate([_smallest_keys(table[table[:, 3] == kind], number) for kind in kinds] or [table])
+
+
+def _smallest_keys(table: Points, number: int) -> Points:
+    return table if len(table) <= number else table[np.argpartition(table[:, 0], number)[:number]]
+
+
+def _joined(
+    sets: Mapping[int, Mapping[str, _Quantity]], max_points: int, group: ProcessGroup | None
+) -> dict[int, list[_Panel]]:
+    """Panels of each data set, over all ranks; all must call it.
+
+    The sums go first: they say how small a random key is when the number of points with smaller ones is about
+    ``max_points``, so that ranks need not send the others.
+    """
+    everyone = gather_objects({i: {name: each.sums for name, each in own.items()} for i, own in sets.items()}, group)
+    panels: dict[int, list[_Panel]] = {}
+    for index in sorted({index for each in everyone for index in each}):
+        names = dict.fromkeys(name for each in everyone for name in each.get(index, {}))
+        panels[index] = []
+        for name in names:
+            by_kind: dict[int, np.ndarray] = {}
+            for each in everyone:
+                for kind, sums in each.get(index, {}).get(name, {}).items():
+                    by_kind[kind] = by_kind.get(kind, 0.0) + sums
+            if len(by_kind) > MOST_TYPES:
+                by_kind = {_ALL: np.sum(list(by_kind.values()), axis=0)}
+            panels[index] += [_Panel(name, kind, sums, np.empty((0, 4))) for kind, sums in sorted(by_kind.items())]
+    every_panel = [(index, panel) for index, own in panels.items() for panel in own]
+    parts = gather_objects([_part(sets, index, panel, max_points) for index, panel in every_panel], group)
+    for position, (_, panel) in enumerate(every_panel):
+        panel.points = _smallest_keys(np.concatenate([part[position] for part in parts]), max_points)
+    return panels
+
+
+def _part(sets: Mapping[int, Mapping[str, _Quantity]], index: int, panel: _Panel, max_points: int) -> Points:
+    """This rank's points for a panel: those of its sample that can be among the ones with the smallest keys."""
+    quantity = sets.get(index, {}).get(panel.name)
+    if quantity is None:
+        return np.empty((0, 4))
+    points = quantity.points
+    if panel.kind != _ALL:
+        points = points[points[:, 3] == panel.kind]
+    largest_key = (1.1 * max_points + 100) / panel.sums[0]  # by five standard deviations more than are needed
+    return points[points[:, 0] < largest_key]
 
 
 def _group(module: LightningModule) -> ProcessGroup | None:
@@ -115,41 +254,114 @@ def _numpy(value: Tensor) -> np.ndarray:
     return value.detach().cpu().double().numpy()
 
 
-def _smallest_keys(tables: list[Points], number: int) -> Points:
-    """A uniform sample of all tables together: the points with the smallest random keys."""
-    table = np.concatenate(tables)
-    return table if len(table) <= number else table[np.argpartition(table[:, 0], number)[:number]]
+# --- drawing ---
+
+_LABELS = {"total_energy": ("energy", "eV/atom"), "forces": ("forces", "eV/Å"), "stress": ("stress", "eV/Å³")}
+_GREY = "0.35"
 
 
-def _draw(path: Path, panels: Mapping[str, Points], total: Mapping[str, int], type_names: list[str]) -> None:
-    # Figure without pyplot: no global state and no display
-    from matplotlib.figure import Figure
+def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> None:
+    from matplotlib.figure import Figure  # without pyplot: no global state and no display
+    from PIL import Image  # which matplotlib needs, too
 
-    labels = {
-        "total_energy": ("energy", "eV/atom"),
-        "forces": ("force components", "eV/Å"),
-        "stress": ("stress components", "eV/Å³"),
-    }
-    figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for axis, (name, table) in zip(axes, panels.items(), strict=True):
-        reference, prediction, kind = table[:, 1], table[:, 2], table[:, 3].astype(int)
-        for index in np.unique(kind):
-            chosen = kind == index
-            label = type_names[index] if 0 <= index < len(type_names) else None
-            axis.plot(reference[chosen], prediction[chosen], ".", markersize=3, alpha=0.5, label=label, rasterized=True)
-        low, high = min(reference.min(), prediction.min()), max(reference.max(), prediction.max())
-        axis.plot([low, high], [low, high], "-", color="black", linewidth=0.8)
-        quantity, unit = labels[name]
-        error = prediction - reference
-        sample = "" if total[name] == len(table) else f" ({len(table)} of {total[name]} points)"
-        axis.set_title(
-            f"{quantity}{sample}\nMAE {np.abs(error).mean():.4g}, RMSE {np.sqrt((error**2).mean()):.4g} {unit}"
-        )
-        axis.set_xlabel(f"reference ({unit})")
-        axis.set_ylabel(f"predicted ({unit})")
-        axis.set_aspect("equal", adjustable="datalim")
-        if len(np.unique(kind)) > 1:
-            axis.legend(markerscale=4)
+    columns = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
+    rows = -(-len(panels) // columns)
+    # margins in inches: to let matplotlib find them takes as long as to draw
+    side, left, right, bottom, top = 3.3, 0.85, 0.55, 0.55, 0.8
+    width, height = columns * (left + side + right), rows * (bottom + side + top)
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
+    figure.subplots_adjust(wspace=(left + right) / side, hspace=(bottom + top) / side)
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, type_names)
+    for axis in axes[len(panels) :]:
+        axis.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=130, format="png")
+    with Image.open(part) as image:  # in 256 colours: a third of the size, and no difference to be seen
+        few = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE)
+    few.save(part, format="png", optimize=True)
+    os.replace(part, path)  # W&B may be reading the one before
+
+
+def _draw_panel(axis: Any, panel: _Panel, type_names: Sequence[str]) -> None:
+    quantity, unit = _LABELS[panel.name]
+    number, mean, square = panel.sums / [1, panel.sums[0], panel.sums[0]]
+    if panel.kind >= 0:
+        quantity += f" on {_type_name(panel.kind, type_names)}"
+    drawn = len(panel.points)
+    sample = f"{number:,.0f} points" if drawn == number else f"sample of {drawn:,} of {number:,.0f} points"
+    factor, milli = (1e3, "m") if mean < 0.1 else (1, "")
+    errors = f"MAE {_rounded(factor * mean)}, RMSE {_rounded(factor * np.sqrt(square))} {milli}{unit}"
+    axis.set_title(quantity, loc="left", fontsize=13, fontweight="bold", pad=34)
+    axis.text(0, 1.02, f"{errors}\n{sample}", fontsize=9.5, linespacing=1.3, color=_GREY, transform=axis.transAxes)
+    axis.set(xlabel=f"reference ({unit})", ylabel=f"predicted ({unit})")
+    if not drawn:
+        axis.text(0.5, 0.5, "no prediction is finite", ha="center", transform=axis.transAxes)
+        return
+    reference, prediction = panel.points[:, 1], panel.points[:, 2]
+    low, high = min(reference.min(), prediction.min()), max(reference.max(), prediction.max())
+    margin = 0.04 * (high - low) or 0.04 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    axis.plot([low, high], [low, high], "-", color=_GREY, linewidth=0.8, zorder=1)
+    kinds = np.unique(panel.points[:, 3]).astype(int)
+    if 1 < len(kinds) <= LONGEST_LEGEND:
+        _draw_types(axis, panel.points, kinds, type_names)
+    else:
+        _draw_density(axis, reference, prediction, (low, high, low, high))
+    axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axis.locator_params(nbins=6)  # the same ticks on both axes
+    axis.spines[["top", "right"]].set_visible(False)
+    _draw_errors(axis.inset_axes((0.66, 0.1, 0.31, 0.2)), factor * (prediction - reference), f"error ({milli}{unit})")
+
+
+def _draw_density(axis: Any, reference: np.ndarray, prediction: np.ndarray, extent: tuple[float, ...]) -> None:
+    """Number of points in each hexagon; dots where hardly two points share one."""
+    hexagons = axis.hexbin(
+        reference, prediction, gridsize=(100, 58), extent=extent, bins="log", mincnt=1, cmap="viridis", zorder=2,
+        linewidths=0.2,
+    )  # fmt: skip
+    most = hexagons.get_array().max()
+    if most < FEWEST_IN_HEXAGON:
+        hexagons.remove()
+        axis.plot(reference, prediction, ".", color=hexagons.cmap(0.25), markersize=6, alpha=0.7, zorder=2)
+        return
+    bar = axis.figure.colorbar(hexagons, cax=axis.inset_axes((1.02, 0, 0.025, 1)), format="{x:,.0f}")
+    bar.ax.minorticks_off()
+    bar.set_ticks([*(10**power for power in range(int(np.log10(most / 1.5)) + 1)), most])
+    bar.ax.tick_params(labelsize=7, length=2, pad=2)
+    bar.ax.set_title("points", fontsize=7, color=_GREY, loc="left")
+    bar.outline.set_visible(False)
+
+
+def _draw_types(axis: Any, points: Points, kinds: np.ndarray, type_names: Sequence[str]) -> None:
+    """Each type in a colour, in the random order of the keys, lest the last one cover the others."""
+    points = points[np.argsort(points[:, 0])]
+    place = np.searchsorted(kinds, points[:, 3])
+    size = float(np.clip(20_000 / len(points), 4, 14))
+    dots = axis.scatter(
+        points[:, 1], points[:, 2], size, place, cmap="tab10", vmin=-0.5, vmax=9.5, alpha=0.6, linewidths=0, zorder=2
+    )
+    names = [_type_name(kind, type_names) for kind in kinds]
+    handles, _ = dots.legend_elements(num=range(len(kinds)), alpha=1, markersize=5)
+    axis.legend(handles, names, loc="upper left", frameon=False, fontsize=8, handletextpad=0.1, ncols=2)
+
+
+def _draw_errors(axis: Any, errors: np.ndarray, label: str) -> None:
+    """Histogram of errors, of all but the largest hundredth."""
+    widest = np.quantile(np.abs(errors), 0.99) or 1.0
+    axis.hist(errors, bins=31, range=(-widest, widest), color=_GREY)
+    axis.set_xlabel(label, fontsize=7, labelpad=1)
+    axis.tick_params(labelsize=7, pad=1, length=2)
+    axis.set(yticks=[], facecolor="none", xlim=(-widest, widest))
+    axis.spines[["top", "left", "right"]].set_visible(False)
+
+
+def _rounded(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _type_name(kind: int, type_names: Sequence[str]) -> str:
+    return type_names[kind] if 0 <= kind < len(type_names) else f"type {kind}"

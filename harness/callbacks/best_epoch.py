@@ -1,0 +1,71 @@
+"""The best epoch of a training in the summary of its W&B run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from harness.loggers import WandbLogger
+from harness.module import ForceFieldModule, logged_step
+
+__all__ = ["BestEpoch"]
+
+
+class BestEpoch(Callback):
+    """Keeps the validation with the smallest monitored value, and puts it into the summary of the W&B run.
+
+    The summary has ``best/epoch``, ``best/step`` (as values are logged), the monitored value as ``best/{monitor}``, and
+    every value of that validation, such as ``best/val0_epoch/forces_rmse``: what a table of runs is sorted by, where
+    the minimum of each value by itself would mix epochs. A training that is continued goes on from the best of before.
+
+    Args:
+        monitor: key of a value of an epoch, such as ``val0_epoch/weighted_sum``; smaller is better.
+    """
+
+    def __init__(self, monitor: str = "val0_epoch/weighted_sum") -> None:
+        self.monitor = monitor
+        self.best: dict[str, float] = {}
+        """What is in the summary, by its key."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the best of before to a run that is continued, perhaps in another file."""
+        self._send(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, ForceFieldModule):
+            return
+        value = self._monitored(trainer, pl_module)
+        if not value < self.best.get(f"best/{self.monitor}", math.inf):  # NaN is never the best
+            return
+        self.best = {"best/epoch": trainer.current_epoch, "best/step": logged_step(trainer)}
+        self.best[f"best/{self.monitor}"] = value
+        for stage, report in pl_module.reports.items():
+            if stage.startswith("val"):
+                self.best |= {f"best/{stage}_epoch/{name}": each for name, each in report.values.items()}
+        self._send(trainer)
+
+    def _monitored(self, trainer: Trainer, module: ForceFieldModule) -> float:
+        stage, _, name = self.monitor.partition("_epoch/")
+        reports = module.reports | module.training_so_far() if stage.startswith("train") else module.reports
+        if stage in reports:
+            return reports[stage].values.get(name, math.nan)
+        return float(trainer.callback_metrics.get(self.monitor, math.nan))
+
+    def _send(self, trainer: Trainer) -> None:
+        if not self.best or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_summary(self.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far."""
+        return {"monitor": self.monitor, "best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best of before, unless something else is monitored now."""
+        if state_dict["monitor"] == self.monitor:
+            self.best = dict(state_dict["best"])

@@ -1,0 +1,70 @@
+"""How much each component of the loss has to say in the gradient, and whether components agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from harness.gradients import GradientMeter
+from harness.module import ForceFieldModule, Step
+
+__all__ = ["GradientShare"]
+
+
+class GradientShare(Callback):
+    r"""Logs norms, shares and angles of the components' gradients at steps.
+
+    With the gradient :math:`g_k` of a component's value and its coefficient :math:`c_k`
+
+    * ``gradient_norm/{component}`` is :math:`c_k \lVert g_k \rVert`,
+    * ``gradient_share/{component}`` is that divided by the sum over all components,
+    * ``gradient_cosine/{a}:{b}`` is the cosine of the angle between :math:`g_a` and :math:`g_b` for each pair: 1 where
+      a step for one of them helps the other, 0 where they do not mind, below 0 where they are in conflict.
+
+    Components are those in the weighted sum, in the user's order. One without data in a step, or with the coefficient
+    0, has a norm and share of 0 and no cosine (NaN). The numbers are those of one process on the data of all ranks, and
+    of the whole step under gradient accumulation.
+
+    Measuring does not change the training, not by a bit. It costs, on every n-th step, one further backward pass for
+    each component, memory for as many gradients, and one all-reduce of number of components × number of parameters
+    numbers; the host waits for the result. Gradients with respect to a few parameters, such as those of the last
+    layers, are cheaper.
+
+    Args:
+        every_n_steps: optimizer steps from one measurement to the next.
+        parameters: prefixes of names of the model's parameters that gradients are taken of; None for all.
+
+    Raises:
+        ValueError, TypeError: no whole number above 0, or no list of names.
+    """
+
+    def __init__(self, every_n_steps: int = 100, parameters: Sequence[str] | None = None) -> None:
+        self._meter = GradientMeter(every_n_steps, parameters)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be measured."""
+        if stage == "fit":
+            self.check(trainer, pl_module)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a training whose gradients cannot be measured.
+
+        Raises:
+            TypeError, ValueError: with the reason and an alternative.
+        """
+        self._meter.check(trainer, pl_module)
+
+    def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:
+        """Measure and log on an n-th step."""
+        measured = self._meter.measure(trainer, pl_module, step)
+        if measured is None or not trainer.is_global_zero:
+            return
+        names, logged = measured.names, {"epoch": float(trainer.current_epoch)}
+        for what, numbers in (("share", measured.shares), ("norm", measured.weighted_norms)):
+            logged |= {f"gradient_{what}/{name}": each for name, each in zip(names, numbers.tolist(), strict=True)}
+        for first, second in combinations(range(len(names)), 2):
+            logged[f"gradient_cosine/{names[first]}:{names[second]}"] = float(measured.cosines[first, second])
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)

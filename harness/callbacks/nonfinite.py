@@ -1,0 +1,316 @@
+"""A loss that is NaN or infinite ends the training with an explanation, or its step is left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from harness.distributed import gather_objects, global_rank
+from harness.fields import Batch
+from harness.late import LateNumber
+from harness.loggers import WandbLogger
+from harness.manager import Values
+from harness.module import AxesLogger, ForceFieldModule, Step
+from harness.nonfinite import Culprit, Evidence, explain, find_culprits, largest_force, nonfinite_components, weights_of
+
+__all__ = ["NonFiniteError", "NonFiniteGuard"]
+
+SKIPPED = "nonfinite/skipped"
+"""Key of the number of steps that were left out."""
+
+
+class NonFiniteError(ValueError):
+    """The loss is NaN or infinite; raised on all ranks alike, with the same message."""
+
+    on_all_ranks = True
+
+
+@dataclass
+class _Seen:
+    """A step as it was seen: its micro-batches, mostly one, with their predictions; and its values."""
+
+    epoch: int
+    step: int
+    batch_idx: int
+    batches: list[tuple[Batch, dict[str, Tensor]]] = field(default_factory=list)
+    values: Values | None = None
+
+
+class NonFiniteGuard(Callback):
+    """Looks in every step whether the loss is finite; if it is not, says why and ends the training, or skips the step.
+
+    The loss that is looked at is merged over the ranks, the same bits on all of them, so that all decide alike without
+    a collective. On a CPU it is known before the optimizer steps. On a GPU it is read one step later, for which the
+    host need not wait: the optimizer has stepped with it by then, but no checkpoint has been made of that. Only once
+    something is wrong do ranks talk to each other.
+
+    What is said names the components, the atom types, the ranks and the frames, whether it is labels or predictions,
+    and what helps; it is the message of a :class:`NonFiniteError`, an alert in W&B, and a file. In the folder
+    ``nonfinite`` are, for a step s of epoch e as they are logged: ``epoch{e}_step{s}.txt``, that message;
+    ``epoch{e}_step{s}_rank{r}.pt`` of each rank at fault, with ``batch`` and ``predictions``; and, with the end of the
+    training, ``epoch{e}_step{s}.ckpt``, all of its state: on a CPU that before the step, from which a training goes on
+    with the next batch. Both load with ``weights_only=True``.
+
+    With ``action="skip"`` a step with such a loss changes nothing: no weight, nothing in the optimizer, nothing in the
+    averages of the epoch. The number of such steps is logged as ``nonfinite/skipped``; the first is explained in a
+    warning. Since weights cannot be taken back, the loss of this very step is waited for before the optimizer steps: a
+    GPU is busy with the backward pass meanwhile. Weights that are not finite themselves end the training at once. If a
+    step has several micro-batches, one that is not finite makes the whole step so.
+
+    The batch and the predictions of the last step, on a GPU of the last two, are kept in memory.
+
+    Args:
+        action: ``stop`` or ``skip``.
+        output_dir: where the folder ``nonfinite`` is made.
+        max_skipped: steps in a row that are skipped; one more ends the training.
+
+    Raises:
+        ValueError: another action; or ``skip`` with an optimizer that does not leave alone what has no gradient.
+        TypeError: the module is not a :class:`~harness.module.ForceFieldModule`.
+    """
+
+    def __init__(self, action: str = "stop", output_dir: str | Path = ".", max_skipped: int = 10) -> None:
+        if action not in ("stop", "skip"):
+            raise ValueError(f"action is stop or skip, found {action!r}.")
+        if isinstance(max_skipped, bool) or not isinstance(max_skipped, int) or max_skipped < 0:
+            raise ValueError(f"max_skipped is a whole number, at least 0, found {max_skipped!r}.")
+        self.action = action
+        self.output_dir = Path(output_dir)
+        self.max_skipped = max_skipped
+        self.num_skipped = 0
+        """Steps that were left out so far."""
+        self.loss = LateNumber()
+        """The weighted sum of each step."""
+        self._in_a_row = 0
+        self._seen: list[_Seen] = []
+        self._ending = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.output_dir / "nonfinite"
+
+    # --- before ---
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that does not say what its loss is made of."""
+        if not isinstance(pl_module, ForceFieldModule):
+            raise TypeError(
+                f"NonFiniteGuard watches the loss of a ForceFieldModule, found {type(pl_module).__name__}. Leave it "
+                f"out of the callbacks: callbacks.nonfinite=null."
+            )
+        self._seen, self._in_a_row, self._ending = [], 0, False
+        self.loss.forget()
+
+    def check(self, strategy: Strategy | str, optimizers: list[Optimizer]) -> None:
+        """Refuse to skip steps that cannot be skipped.
+
+        Raises:
+            ValueError: DeepSpeed, which steps by itself, or an optimizer that may change what has no gradient.
+        """
+        if self.action != "skip":
+            return
+        instead = "Use action=stop, callbacks.nonfinite.action=stop on the command line"
+        if isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"NonFiniteGuard cannot skip steps under DeepSpeed, whose engine keeps the gradients and steps by "
+                f"itself. {instead}, or another strategy."
+            )
+        for optimizer in optimizers:
+            if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, LBFGS):
+                raise ValueError(
+                    f"NonFiniteGuard skips a step by taking the gradients away, and {type(optimizer).__name__} is not "
+                    f"known to change nothing then; expected an optimizer of torch.optim, other than LBFGS. {instead}."
+                )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be skipped; tell the loggers what may come."""
+        self.check(trainer.strategy, trainer.optimizers)
+        if self.action == "skip":
+            for logger in trainer.loggers:
+                if isinstance(logger, AxesLogger):
+                    logger.define_axes(epoch=[], step=[SKIPPED], minimised=[])
+
+    # --- in a step ---
+
+    def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
+        """Keep what belongs to the step, and start to copy its loss to the host."""
+        if step.window is None or step.window.num_done == 1 or not self._seen:
+            kept = self._seen[-1:] if self.loss.is_late else []
+            self._seen = [*kept, _Seen(trainer.current_epoch, trainer.global_step, step.batch_idx)]
+        seen = self._seen[-1]
+        seen.batches.append((step.batch, {name: value.detach() for name, value in step.predictions.items()}))
+        if step.is_whole:  # then it is the loss of all micro-batches
+            seen.values = step.values.detach()
+            self.loss.send(cast(Tensor, seen.values.weighted_sum).reshape(1))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Stop or skip if the loss is not finite."""
+        module = cast(ForceFieldModule, pl_module)
+        if self.action == "skip":
+            if math.isfinite(self.loss.wait()):
+                self._in_a_row = 0
+            else:
+                self._skip(trainer, module)
+        elif not math.isfinite(self.loss.read()):
+            self._stop(trainer, module, self._seen[0], trained=self.loss.is_late)
+
+    # On a GPU the loss of the last step has not been read yet.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not validate what a loss that is not finite has made of the weights."""
+        self._look_at_last(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not go on to the next epoch."""
+        self._look_at_last(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Do not let weights that are spoilt replace those of a checkpoint."""
+        self._look_at_last(trainer, pl_module)
+
+    def _look_at_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ending or trainer.sanity_checking or math.isfinite(self.loss.wait()):
+            return
+        self._stop(trainer, cast(ForceFieldModule, pl_module), self._seen[-1], trained=True)
+
+    # --- once something is wrong: all ranks are here, in the same step ---
+
+    def _skip(self, trainer: Trainer, module: ForceFieldModule) -> None:
+        seen = self._seen[-1]
+        spoilt = any(gather_objects(bool(weights_of(module))))
+        if spoilt or self._in_a_row == self.max_skipped:
+            self._stop(trainer, module, seen, trained=False)
+        for parameter in module.parameters():
+            parameter.grad = None
+        for manager in filter(None, (module.loss, module.train_metrics)):
+            manager.undo_step()
+        self.loss.forget()
+        self._in_a_row += 1
+        self.num_skipped += 1
+        if self.num_skipped == 1:
+            message = self._explain(trainer, module, seen, trained=False)
+            rank_zero_warn(
+                f"{message}\nThe step is skipped. Later ones are counted as {SKIPPED}, and not told; more than "
+                f"{self.max_skipped} in a row end the training."
+            )
+            self._publish(trainer, seen, "A step is skipped", message)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics({SKIPPED: self.num_skipped, "epoch": seen.epoch}, step=seen.step)
+
+    def _stop(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, trained: bool) -> None:
+        self._ending = True
+        if not trained:
+            for manager in filter(None, (module.loss, module.train_metrics)):
+                manager.undo_step()
+        message = self._explain(trainer, module, seen, trained)
+        checkpoint = self._file(seen, ".ckpt")
+        trainer.save_checkpoint(checkpoint, weights_only=False)
+        goes_on = "" if trained else ", which goes on with the next batch if it is given as ckpt_path"
+        message += f"\nThe state of the training is in {checkpoint}{goes_on}."
+        if self._in_a_row:
+            message += f"\n{self._in_a_row} steps in a row were skipped before it (max_skipped={self.max_skipped})."
+        self._publish(trainer, seen, "Loss is not finite", message)
+        raise NonFiniteError(message)
+
+    def _explain(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, trained: bool) -> str:
+        """What is wrong, the same text on all ranks; writes the batches of those at fault."""
+        values = cast(Values, seen.values)
+        components = nonfinite_components(module.loss, values)
+        evidence = gather_objects(self._gather(trainer, module, seen, list(components)))
+        at_fault = [rank for rank, each in enumerate(evidence) if each.culprits] or list(range(len(evidence)))
+        if global_rank() in at_fault:
+            self._write_batch(seen, evidence[global_rank()])
+        several = f", in {len(seen.batches)} micro-batches" if len(seen.batches) > 1 else ""
+        message = explain(
+            f"step {seen.step} of epoch {seen.epoch} (batch {seen.batch_idx} of it{several}; all counted from 0)",
+            float(cast(Tensor, values.weighted_sum)),
+            components,
+            evidence,
+            trained=trained,
+            settings={
+                "the learning rate": f"{trainer.optimizers[0].param_groups[0]['lr']:g}",
+                "trainer.gradient_clip_val": trainer.gradient_clip_val,
+                "trainer.precision": trainer.precision,
+            },
+        )
+        ranks = "*" if len(at_fault) > 1 else at_fault[0]
+        return f"{message}\nIts batch is in {self._file(seen, f'_rank{ranks}.pt')}."
+
+    def _gather(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, components: list[str]) -> Evidence:
+        """What this rank finds in its part of the step."""
+        frames = getattr(getattr(getattr(trainer, "datamodule", None), "train_set", None), "frames", [])
+
+        def place(index: int) -> str | None:
+            return getattr(frames[index], "location", None) if 0 <= index < len(frames) else None
+
+        try:
+            culprits, forces = [], []
+            for number, (batch, predictions) in enumerate(seen.batches):
+                for culprit in find_culprits(module.loss, components, predictions, batch, place):
+                    culprits.append(_in_micro_batch(culprit, number, len(seen.batches)))
+                forces.append(largest_force(batch, place))
+            largest = max(filter(None, forces), default=None)
+            return Evidence(culprits, weights_of(module), largest)
+        except Exception as error:  # the other ranks wait for an answer, whatever it is
+            return Evidence(trouble=f"its batch cannot be looked into: {type(error).__name__}: {error}")
+
+    def _write_batch(self, seen: _Seen, evidence: Evidence) -> None:
+        at_fault = next((each.micro_batch or 0 for each in evidence.culprits), 0)
+        batch, predictions = seen.batches[at_fault]
+        content = {
+            "batch": _on_cpu(batch),
+            "predictions": _on_cpu(predictions),
+            "epoch": seen.epoch,
+            "step": seen.step,
+            "micro_batch": at_fault,
+            "found": [str(each) for each in evidence.culprits],
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(content, self._file(seen, f"_rank{global_rank()}.pt"))
+        except (OSError, RuntimeError) as error:
+            print(f"warning: the batch that is not finite cannot be written: {error}", flush=True)
+
+    def _publish(self, trainer: Trainer, seen: _Seen, title: str, message: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file(seen, ".txt").write_text(f"{message}\n")
+        except OSError as error:
+            print(f"warning: {self._file(seen, '.txt')} cannot be written: {error}", flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.alert(title, message)
+
+    def _file(self, seen: _Seen, ending: str) -> Path:
+        return self.folder / f"epoch{seen.epoch}_step{seen.step}{ending}"
+
+    # --- checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps that were left out, in all and in a row."""
+        return {"num_skipped": self.num_skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.num_skipped, self._in_a_row = state_dict["num_skipped"], state_dict["in_a_row"]
+
+
+def _in_micro_batch(culprit: Culprit, number: int, total: int) -> Culprit:
+    return replace(culprit, micro_batch=number) if total > 1 else culprit
+
+
+def _on_cpu(tensors: Batch) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in tensors.items() if isinstance(value, Tensor)}

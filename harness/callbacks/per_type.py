@@ -1,0 +1,199 @@
+"""Errors by atom type as tables, charts and pictures: which elements a force field is good at."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from harness.loggers import WandbLogger
+from harness.manager import MetricsManager
+from harness.metrics import MeanAbsoluteError, RootMeanSquaredError
+from harness.module import ForceFieldModule, logged_step
+from harness.report import atoms_behind, component_unit
+
+__all__ = ["PerTypeReport"]
+
+_TYPES_IN_A_ROW = 30
+_BARS_WITH_NUMBERS = 10
+"""So many bars or fewer have their values written above them."""
+
+
+class PerTypeReport(Callback):
+    """Shows the components that are ``per_type``, type by type, with the number of atoms behind each value.
+
+    After a validation, W&B gets the table ``val{i}_per_type`` with a row for each atom type, and for each component
+    that is an RMSE or MAE (the first component if none is) the bar chart ``val{i}_per_type_chart/{component}``. After a
+    test, likewise with ``test{i}``, and ``test{i}_per_type.csv`` and ``per_type_test{i}.png`` are written. Without
+    per-type components nothing happens.
+
+    Args:
+        every_n_epochs: epochs between reports of validations.
+        output_dir: folder of the files of a test; none are written if it is None.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, output_dir: str | Path | None = None) -> None:
+        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs is a whole number, at least 1, found {every_n_epochs!r}.")
+        self.every_n_epochs = every_n_epochs
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.files: list[Path] = []
+        """Pictures written so far."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send tables and charts of the validation sets."""
+        if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._report(trainer, pl_module, "val")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the pictures of a test before."""
+        self.files = []
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send tables and charts of the test sets, and write them."""
+        self._report(trainer, pl_module, "test")
+
+    def _report(self, trainer: Trainer, module: LightningModule, what: str) -> None:
+        if not trainer.is_global_zero or not isinstance(module, ForceFieldModule):
+            return
+        for index, manager in enumerate(module.val_metrics if what == "val" else module.test_metrics):
+            stage = f"{what}{index}"
+            if not isinstance(manager, MetricsManager) or stage not in module.reports:
+                continue
+            if not any(entry.per_type for entry in manager.entries.values()):
+                continue
+            table = _Table.of(manager, module.reports[stage].values, atoms_behind(manager, module.reports[stage]))
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
+            if what == "test" and self.output_dir is not None:
+                table.write(self.output_dir / f"{stage}_per_type.csv")
+                self.files.append(self.output_dir / f"per_type_{stage}.png")
+                table.draw(self.files[-1], f"Errors of test set {index} by atom type")
+
+    @staticmethod
+    def _send(logger: WandbLogger, stage: str, table: _Table, **when: int) -> None:
+        logger.log_table(f"{stage}_per_type", columns=table.columns, data=table.rows, **when)
+        for name in table.charted:
+            unit = f" ({table.units[name]})" if table.units[name] else ""
+            logger.log_bar_chart(
+                f"{stage}_per_type_chart/{name}",
+                table.type_names,
+                table.values[name],
+                label_name="type",
+                value_name=name,
+                title=f"{name}{unit} of {stage}",
+                **when,
+            )
+
+
+class _Table:
+    """Values of the per-type components of a manager.
+
+    Args:
+        type_names: names of the types.
+        values: by component, one for each type.
+        atoms: number of atoms behind them; None where it is not known.
+        units: by component.
+        charted: components to draw.
+    """
+
+    def __init__(
+        self,
+        type_names: Sequence[str],
+        values: Mapping[str, list[float]],
+        atoms: Mapping[str, list[float | None]],
+        units: Mapping[str, str],
+        charted: Sequence[str],
+    ) -> None:
+        self.type_names, self.values, self.units, self.charted = list(type_names), values, units, charted
+        self.atoms = next(iter(atoms.values()), [])
+        others = {name: each for name, each in atoms.items() if each != self.atoms}
+        self.columns = ["type", *values, "atoms", *(f"atoms of {name}" for name in others)]
+        columns = [*values.values(), *(list(map(_whole, each)) for each in (self.atoms, *others.values()))]
+        self.rows = [list(row) for row in zip(self.type_names, *columns, strict=True)]
+
+    @classmethod
+    def of(
+        cls, manager: MetricsManager, values: Mapping[str, float], atoms: Mapping[str, list[float | None]]
+    ) -> _Table:
+        entries = [entry for entry in manager.entries.values() if entry.per_type]
+        errors = [e.name for e in entries if isinstance(e.metric, RootMeanSquaredError | MeanAbsoluteError)]
+        return cls(
+            manager.type_names,
+            {entry.name: [values[key] for key in entry.type_keys(manager.type_names)] for entry in entries},
+            atoms,
+            {entry.name: component_unit(entry) for entry in entries},
+            errors or [entry.name for entry in entries[:1]],
+        )
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *self.rows])
+
+    def draw(self, path: Path, title: str) -> None:
+        """Bars of the charted components, a panel for each unit; many types are broken into several rows."""
+        # Figure without pyplot: no global state and no display
+        from matplotlib.figure import Figure
+
+        units = list(dict.fromkeys(self.units[name] for name in self.charted))
+        num_rows = math.ceil(len(self.type_names) / _TYPES_IN_A_ROW)
+        parts = np.array_split(np.arange(len(self.type_names)), num_rows)
+        longest = max(map(len, parts))
+        size = min(max(2.0 + 0.8 * longest, 6.0), 15.0), 0.6 + 2.9 * num_rows * len(units)
+        figure = Figure(figsize=size, layout="constrained")
+        panels: Any = figure.subplots(num_rows * len(units), 1, squeeze=False)[:, 0]
+        figure.suptitle(title)
+        for number, unit in enumerate(units):
+            names = [name for name in self.charted if self.units[name] == unit]
+            highest = max((v for name in names for v in self.values[name] if math.isfinite(v)), default=1.0) or 1.0
+            for axis, part in zip(panels[number * num_rows :], parts, strict=False):
+                self._draw_row(axis, names, part)
+                axis.set_xlim(-0.6, longest - 0.4)
+                axis.set_ylim(0, 1.12 * highest)
+                axis.set_ylabel(unit or "value")
+            panels[number * num_rows].legend(
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9
+            )
+        panels[-1].set_xlabel("atom type, and number of atoms")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+
+    def _draw_row(self, axis: Any, names: Sequence[str], part: np.ndarray) -> None:
+        width = 0.8 / len(names)
+        for number, name in enumerate(names):
+            heights = np.array([self.values[name][at] for at in part])
+            places = np.arange(len(part)) + (number - (len(names) - 1) / 2) * width
+            bars = axis.bar(places, np.nan_to_num(heights), width * 0.94, label=name)
+            if len(self.type_names) * len(names) <= _BARS_WITH_NUMBERS:
+                known = [f"{height:.3g}" if math.isfinite(height) else "" for height in heights]
+                axis.bar_label(bars, known, fontsize=8, padding=1)
+        for place, at in enumerate(part):
+            if not any(math.isfinite(self.values[name][at]) for name in names):
+                axis.text(place, 0, " no data", rotation=90, ha="center", va="bottom", fontsize=8, color="0.5")
+        labels = [f"{self.type_names[at]}\n{_short(self.atoms[at])}" for at in part]
+        axis.set_xticks(np.arange(len(part)), labels, fontsize=9 if len(part) <= 20 else 8)
+        axis.tick_params(axis="x", length=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", linewidth=0.5, alpha=0.5)
+        axis.set_axisbelow(True)
+
+
+def _whole(number: float | None) -> float | None:
+    """A number of atoms; not a whole one where some of an atom's components have no label."""
+    return int(number) if number is not None and float(number).is_integer() else number
+
+
+def _short(number: float | None) -> str:
+    if number is None:
+        return "?"
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= max(unit, 1e4):
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,111 @@
+"""A table in the terminal after each validation: every component, its best value so far, and the atom types."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.measure import Measurement
+
+from harness.components import WEIGHTED_SUM
+from harness.manager import MetricsManager
+from harness.module import ForceFieldModule, logged_step
+from harness.report import COLUMNS, is_better, values_table
+
+__all__ = ["ValidationTable"]
+
+_WIDTH = 140
+"""Of a log file, in characters: it has room for every column."""
+_WIDEST = 1000
+
+
+class ValidationTable(Callback):
+    """Prints a table of each validation set on rank 0, above the progress bar.
+
+    A line above it has the epoch, the step, and the weighted sum of the training in this epoch as the sum that it is,
+    of coefficients and components.
+
+    Args:
+        every_n_epochs: epochs between tables.
+        columns: which there are, beside the names of the components: ``value``, ``best`` so far, its ``epoch``,
+            ``types`` and ``unit``.
+        max_types: the most atom types that have columns of their own; of more, their number is told.
+
+    Raises:
+        ValueError: an unknown column.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, columns: Sequence[str] = COLUMNS, max_types: int = 8) -> None:
+        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs is a whole number, at least 1, found {every_n_epochs!r}.")
+        if unknown := [name for name in columns if name not in COLUMNS]:
+            raise ValueError(f"Unknown columns {unknown}. Valid ones: {', '.join(COLUMNS)}.")
+        self.every_n_epochs = every_n_epochs
+        self.columns = tuple(columns)
+        self.max_types = max_types
+        self._best: dict[str, dict[str, tuple[float, int]]] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of what is better than before, and print."""
+        if trainer.sanity_checking or not isinstance(pl_module, ForceFieldModule):
+            return
+        prints = (trainer.current_epoch + 1) % self.every_n_epochs == 0 and trainer.is_global_zero
+        console, tables = _console(), []
+        for index, manager in enumerate(pl_module.val_metrics):
+            if not isinstance(manager, MetricsManager) or f"val{index}" not in pl_module.reports:
+                continue
+            values, best = pl_module.reports[f"val{index}"].values, self._best.setdefault(f"val{index}", {})
+            for name in (*manager, WEIGHTED_SUM):
+                if is_better(manager, name, values.get(name, math.nan), best.get(name, (math.nan, 0))[0]):
+                    best[name] = values[name], trainer.current_epoch
+            if prints:
+                title = f"validation set {index}" if len(pl_module.val_metrics) > 1 else ""
+                table = values_table(title, manager, values, best, self.columns, self.max_types)
+                needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+                if needed > console.width:  # a narrow terminal
+                    table = values_table(title, manager, values, best, self.columns, max_types=0)
+                tables.append(table)
+        if tables:
+            _print(trainer, console, _heading(trainer, pl_module), *tables)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best values so far."""
+        return {
+            "best": {stage: {name: list(each) for name, each in best.items()} for stage, best in self._best.items()}
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best values of before."""
+        self._best = {
+            stage: {name: (float(value), int(epoch)) for name, (value, epoch) in best.items()}
+            for stage, best in state_dict["best"].items()
+        }
+
+
+def _heading(trainer: Trainer, module: ForceFieldModule) -> str:
+    text = f"epoch {trainer.current_epoch}, step {logged_step(trainer)}"
+    if trainer.state.fn != "fit":
+        return text
+    report = module.training_so_far()["train_loss"]
+    terms = " + ".join(f"{coeff:.4g} {name}" for name, coeff in report.coeffs.items() if coeff)
+    return f"{text}: training {WEIGHTED_SUM} {report.values.get(WEIGHTED_SUM, math.nan):.5g} = {terms}"
+
+
+def _console() -> Console:
+    """What draws for standard output, into a text."""
+    terminal = sys.stdout.isatty()
+    return Console(file=io.StringIO(), force_terminal=terminal, width=None if terminal else _WIDTH)
+
+
+def _print(trainer: Trainer, console: Console, *what: Any) -> None:
+    """Print above the progress bar, which draws itself anew below."""
+    for each in what:
+        console.print(each, highlight=False)
+    text = cast(io.StringIO, console.file).getvalue().rstrip()
+    bar = trainer.progress_bar_callback
+    (print if bar is None else bar.print)(f"\n{text}")

@@ -1,0 +1,233 @@
+"""The preview of a schedule shows the coefficients that the training will have."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from bad_input import BASE, composed, write_files
+from commands import read_csv, run
+
+from harness.preview import main
+from harness.train import execute, prepare
+
+TYPES = "data.type_names=[H,O]"  # no data are read then
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a preview has printed and drawn."""
+
+    text: str
+    columns: list[str]
+    rows: dict[float, dict[str, tuple[float, float]]]
+    """By epoch and column: given and normalised, or one number twice; columns without a value are left out."""
+    picture: np.ndarray | None
+
+
+Show = Callable[..., Shown]
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Show:
+    def show(*arguments: str, picture: bool = True) -> Shown:
+        path = tmp_path / "folder" / "curve.png"
+        main([*arguments, "--output", str(path)])
+        said = capsys.readouterr()
+        assert said.err == ""
+        assert f"picture  {path}" in said.out
+        return Shown(said.out, *read_table(said.out), matplotlib.image.imread(path) if picture else None)
+
+    return show
+
+
+def read_table(text: str) -> tuple[list[str], dict[float, dict[str, tuple[float, float]]]]:
+    (header,) = [line for line in text.splitlines() if line.startswith("┃")]
+    columns = [cell.strip() for cell in header.strip("┃").split("┃")]
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("│"):
+            epoch, *cells = [cell.strip() for cell in line.strip("│").split("│")]
+            pairs = zip(columns[1:], cells, strict=True)
+            numbers = {name: [float(n) for n in cell.split(" → ")] for name, cell in pairs if cell != "-"}
+            rows[float(epoch)] = {name: (each[0], each[-1]) for name, each in numbers.items()}
+    return columns, rows
+
+
+def check(shown: Shown, expected: Callable[[float], dict[str, float]]) -> None:
+    """The table has what the formula gives, and that normalised."""
+    assert len(shown.rows) > 3
+    for epoch, row in shown.rows.items():
+        given = expected(epoch)
+        assert {name: row[name][0] for name in given} == pytest.approx(given, rel=1e-3)
+        normalised = {name: value / sum(given.values()) for name, value in given.items()}
+        assert {name: row[name][1] for name in given} == pytest.approx(normalised, rel=1e-3)
+
+
+def test_a_nested_schedule(show: Show) -> None:
+    shown = show("schedule=nested", "max_epochs=40", "loss=energy_force_stress", TYPES)
+
+    def expected(epoch: float) -> dict[str, float]:
+        late = float(np.clip((epoch - 20) / 16, 0, 1))
+        forces = 10 * np.interp(epoch, [0, 4], [0.1, 1]) if epoch < 20 else 1 + 9 * math.cos(math.pi * late / 2) ** 2
+        return {"per_atom_energy_mse": 100**late, "forces_mse": float(forces), "stress_mse": 100}
+
+    check(shown, expected)
+    assert shown.columns == ["epoch", "per_atom_energy_mse", "forces_mse", "stress_mse"]
+    assert {0, 4, 20, 36, 39} <= set(shown.rows)  # the boundaries, the first and the last
+    assert 12 <= len(shown.rows) <= 16
+    assert shown.text.startswith("Join: given → normalised")
+    assert shown.picture is not None
+    assert shown.picture.shape[0] > 300
+    assert len(np.unique(shown.picture.reshape(-1, 4), axis=0)) > 50  # lines of several colours
+
+
+def test_rows_are_as_many_as_asked_for(show: Show) -> None:
+    shown = show("schedule=two_stage", "max_epochs=50", "--every", "10", TYPES)
+    assert list(shown.rows) == [0, 10, 20, 30, 38, 40, 49]  # the second stage begins at 37.5, between two epochs
+    for epoch, row in shown.rows.items():
+        assert (row["per_atom_energy_mse"][0], row["forces_mse"][0]) == ((10, 1) if epoch < 38 else (1000, 1))
+
+
+def test_weights_of_atom_types_by_step(show: Show) -> None:
+    shown = show(
+        "schedule=linear",
+        "schedule.interval=step",
+        "schedule.start_epoch=2.5",
+        "+schedule.start.forces_mse_per_type={O: 0}",
+        "+schedule.end.forces_mse_per_type={O: 3}",
+        "max_epochs=10",
+        TYPES,
+    )
+    assert "at every step" in shown.text
+    assert {0, 2.5, 10} <= set(shown.rows)
+    for epoch, row in shown.rows.items():
+        oxygen = float(np.interp(epoch, [2.5, 10], [0, 3]))
+        assert row["forces_mse_per_type_O"] == pytest.approx((oxygen, oxygen / (1 + oxygen)), rel=1e-3)
+        assert row["forces_mse_per_type_H"] == pytest.approx((1, 1 / (1 + oxygen)), rel=1e-3)
+        assert row["forces_mse"][0] == pytest.approx(np.interp(epoch, [2.5, 10], [10, 1]), rel=1e-3)
+    one = show("schedule=linear", TYPES)
+    assert shown.picture is not None
+    assert one.picture is not None
+    assert shown.picture.shape[0] > 1.5 * one.picture.shape[0]  # a second panel
+
+
+def test_the_learning_rate_is_that_of_the_scheduler(show: Show) -> None:
+    shown = show("schedule=deepmd", "max_epochs=30", TYPES)
+    for epoch, row in shown.rows.items():
+        assert row["relative learning rate"][0] == pytest.approx((1 + math.cos(math.pi * epoch / 30)) / 2, rel=1e-3)
+
+    def expected(epoch: float) -> dict[str, float]:
+        rate = (1 + math.cos(math.pi * epoch / 30)) / 2
+        return {"per_atom_energy_mse": 1 - 0.98 * rate, "forces_mse": 1 + 999 * rate}
+
+    check(shown, expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["schedule=deepmd", "lr_scheduler=plateau"], "ReduceLROnPlateau follows what the training brings"),
+        (["schedule=deepmd", "lr_scheduler=none"], ""),
+        (
+            ["schedule=piecewise", "max_epochs=60"],
+            "ends at epoch 60 (max_epochs), before what the schedule has at epoch 75",
+        ),
+        (["schedule=piecewise", "max_epochs=-1"], "max_epochs=-1 has no end: shown are the first 94 epochs"),
+        ([], "There is no schedule"),
+        (
+            ["+callbacks.own._target_=harness.callbacks.LossCoefficientScheduler", "+callbacks.own.schedule={3: {}}"],
+            "callbacks.own moves the coefficients during the training",
+        ),
+        (["+adaptive._target_=any.Thing"], "adaptive moves the coefficients during the training"),
+    ],
+)
+def test_what_cannot_be_foreseen_is_said(overrides: list[str], note: str, show: Show) -> None:
+    shown = show(*overrides, TYPES)
+    assert note in shown.text.replace("\n", " ")
+    if note.startswith(("Reduce", "There")) or not note:
+        assert len({tuple(row.items()) for row in shown.rows.values()}) == 1  # nothing moves
+
+
+def test_a_loss_may_have_a_schedule_of_its_own(show: Show) -> None:
+    shown = show("+loss.schedule={_target_: harness.schedules.Constant, coeffs: {forces_mse: 30}}", TYPES)
+    assert shown.rows[0] == {"per_atom_energy_mse": (10, 0.25), "forces_mse": (30, 0.75)}
+
+
+MISTAKES = [
+    (["schedule=linear", "+schedule.start.force_mse=1", "+schedule.end.force_mse=1"], ["'force_mse'", "forces_mse"]),
+    (["schedule=linear", "schedule.start_epoch=-4"], ["`start_epoch`", "at least 0", "-4"]),
+    (["+schedule.start=3"], ["unexpected keyword argument 'start'"]),
+    (["schedule=linea"], ["schedule/linea", "linear"]),
+    (["schedule.coef={}"], ["no setting schedule.coef", "Did you mean schedule.coeffs"]),
+    (["foo=("], ["foo=("]),
+    (["+loss.schedule=${schedule}", "schedule=cosine"], ["Both `schedule`", "`loss.schedule`"]),
+    (["data._target_=torch.nn.Identity", "data.type_names=null"], ["data is a config", "LightningDataModule"]),
+    (["max_epochs=0"], ["max_epochs is a whole number", "0"]),
+    (["--every", "0"], ["--every", "at least 1"]),
+    (["--evry", "3"], ["unrecognized arguments: --evry"]),
+    (["--output", "somewhere.doc"], ["doc", "png"]),
+    (
+        ["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"],
+        ["CosineAnnealingLR cannot be moved on", "'str'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(each) for each, _ in MISTAKES])
+def test_mistakes_are_told_in_one_message(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--output", str(tmp_path / "curve.png"), TYPES, *arguments])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "harness.preview", "schedule=cosine", "max_epochs=8", TYPES], tmp_path)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert list(read_table(done.out)[1]) == list(range(8))
+    assert [path.name for path in tmp_path.iterdir()] == ["schedule.png"]  # and no directory of a run
+
+
+def test_a_training_has_what_was_shown(show: Show, tmp_path: Path) -> None:
+    """Type names and number of steps come from the data; the learning rate changes with each step."""
+    write_files(tmp_path)
+    settings = [
+        *BASE,
+        f"data.train={tmp_path}/frames.xyz",
+        "schedule=deepmd",
+        "+schedule.start.forces_mse_per_type={Cu: 0}",
+        "+schedule.limit.forces_mse_per_type={Cu: 3}",
+        "lr_scheduler.interval=step",
+        "lr_scheduler.scheduler.T_max=7",
+        "trainer.accumulate_grad_batches=2",
+        "max_epochs=3",
+    ]
+    shown = show(*settings)
+    config = composed([*settings, "logger=csv", "callbacks.parity=null", "dry_step=false", "test=false"])
+    config.output_dir = str(tmp_path / "run")
+    execute(prepare(config))
+    rows = [row for row in read_csv(tmp_path / "run") if "loss_coeff/forces_mse" in row]
+    assert list(shown.rows) == [0, 1, 2]
+    assert len(rows) == 3
+    names = [name for name in shown.columns if re.match("per_atom|forces", name)]
+    assert {"forces_mse_per_type_Cu", "forces_mse_per_type_Ag"} < set(names)
+    for row, epoch in zip(rows, shown.rows, strict=True):
+        for name in names:
+            assert row[f"loss_coeff/{name}"] == pytest.approx(shown.rows[epoch][name][1], rel=1e-3), name
+    assert len({row["loss_coeff/forces_mse"] for row in rows}) == 3
