@@ -122,6 +122,36 @@ def test_slurm_script_passes_on_arguments_variables_and_exit_code(tmp_path: Path
     assert "not put back into the queue: that was done 1 times" in done.err
 
 
+@pytest.mark.parametrize("launch", ["srun", "torchrun"])
+@pytest.mark.parametrize("end", ["time limit", "scancel"])
+def test_slurm_script_hands_signals_on(launch: str, end: str, tmp_path: Path) -> None:
+    """To commands that stand for Python and for torchrun, and leave as ranks do."""
+    command = tmp_path / "command"
+    command.write_text(
+        "#!/usr/bin/env bash\n"
+        "trap 'exit 75' TERM\n"  # SIGUSR1 is ignored: it would kill a rank that does not listen yet
+        'touch "$SIGN.$SLURM_PROCID"\n'
+        "while true; do sleep 0.05; done\n"
+    )
+    command.chmod(0o755)
+    sign = tmp_path / "sign"
+    job = Job(
+        tmp_path / "job",
+        nodes=2,
+        tasks=2,
+        LAUNCH=launch,
+        SIGN=str(sign),
+        **{"PYTHON" if launch == "srun" else "TORCHRUN": str(command)},
+    )
+    with job.started() as process:
+        wait_for(lambda: all(Path(f"{sign}.{task}").exists() for task in range(2)), 20, "the start")
+        (job.near_its_time_limit if end == "time limit" else job.cancelled)(process)
+        done = job.finish(process, 20)
+    assert done.code == 75, done.err
+    assert job.requeues == (end == "time limit")
+    assert not re.search("slurm_script|slurm_task", done.err)  # bash names them in its own errors
+
+
 def told_to_leave(folder: Path, **options: Any) -> tuple[Finished, Finished, Job]:
     """A job that comes near its time limit in the third step, and the same after it was put back into the queue."""
     sign = folder.parent / f"{folder.name}.sign"
@@ -156,6 +186,7 @@ def by_srun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Finishe
     return told_to_leave(tmp_path_factory.mktemp("srun") / "job", tasks=2, LAUNCH="srun")
 
 
+@pytest.mark.slow
 def test_slurm_job_of_two_tasks_goes_on_after_its_time_limit(by_srun: tuple[Finished, Finished, Job]) -> None:
     assert_went_on(*by_srun)
     assert "auto-requeueing" not in by_srun[0].err  # Lightning's own would put the job back beside the script
