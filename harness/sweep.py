@@ -337,6 +337,7 @@ def _of_config(folders: Sequence[Path], root: Path) -> tuple[str, str, str]:
     """Monitored key, and W&B's project and group, as most points have them."""
     monitors: Counter[str] = Counter()
     places: Counter[tuple[str, str]] = Counter()
+    named = "/".join(root.parts[-2:])  # the group that points of a sweep have unless told otherwise
     for folder in folders:
         # the settings that a logger wrote are resolved
         for path in (folder / "csv" / "hparams.yaml", folder / ".hydra" / "config.yaml"):
@@ -350,11 +351,10 @@ def _of_config(folders: Sequence[Path], root: Path) -> tuple[str, str, str]:
                 monitors[str(monitor)] += 1
             if names:
                 project, group = (_selected(config, f"logger.{names[0]}.{key}") for key in ("project", "group"))
-                if project and group:
-                    places[str(project), str(group)] += 1
-                    break
+                places[str(project or "harness"), str(group or named)] += 1
+                break
     monitor = monitors.most_common(1)[0][0] if monitors else "val0_epoch/weighted_sum"
-    project, group = places.most_common(1)[0][0] if places else ("harness", root.parent.name or root.name)
+    project, group = places.most_common(1)[0][0] if places else ("harness", named)
     return monitor, project, group
 
 

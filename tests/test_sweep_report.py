@@ -224,6 +224,20 @@ def test_without_multirun_yaml(sweep: Path) -> None:
     assert found.swept == ["loss.coeffs.forces", "loss.coeffs.total_energy"]
 
 
+def test_group_that_only_a_training_knows(sweep: Path) -> None:
+    """Settings that a logger has written are resolved; otherwise points are in the sweep's own group."""
+    config = CONFIG.replace("'sweep of ${name}'", "'${nowhere.group:${name}}'")
+    for number in range(5):
+        (sweep / str(number) / ".hydra" / "config.yaml").write_text(config)
+    assert (read_sweep(sweep).project, read_sweep(sweep).group) == ("potentials", "alloy/2026-01-01_10-00-00")
+    (sweep / "3" / "csv" / "hparams.yaml").write_text(config.replace("'${nowhere.group:${name}}'", "told"))
+    assert read_sweep(sweep).group == "alloy/2026-01-01_10-00-00"  # as most points say
+    for number in (0, 1, 2):
+        (sweep / str(number) / "csv").mkdir()
+        (sweep / str(number) / "csv" / "hparams.yaml").write_text((sweep / "3" / "csv" / "hparams.yaml").read_text())
+    assert read_sweep(sweep).group == "told"
+
+
 # --- the report ---
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def test_wheel_holds_the_package_and_its_configs(wheel: Path) -> None:
     packed = {f"harness/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     packed |= {str(path.relative_to(ROOT)) for path in (ROOT / "harness").rglob("*.py")}
     assert packed <= names
-    assert {name.partition("/")[0] for name in names} == {"harness", "potential_harness-0.1.0.dist-info"}
+    settings = (ROOT / "pyproject.toml").read_text()
+    packages = re.findall(r'"(\w+)"', settings.partition("\npackages = [")[2].partition("]")[0])
+    assert {name.partition("/")[0] for name in names} == {*packages, "potential_harness-0.1.0.dist-info"}
     assert "harness-train = harness.train:main" in points
     assert "harness-sweep = harness.sweep:main" in points
 
