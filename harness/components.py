@@ -146,6 +146,8 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
         name = metric_name if modifier is None else f"{field_label(modifier)}_{metric_name}"
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: `name` is a non-empty string, found {name!r}.")
+    if "*" in name:
+        raise ValueError(f"{where}: the name {name!r} has a * in it, which loggers take for a pattern of names.")
     if name == WEIGHTED_SUM:
         raise ValueError(f"{where}: the name {WEIGHTED_SUM!r} is reserved for the weighted sum of all components.")
 

@@ -353,6 +353,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._extremes: dict[str, _Extremes] = {}
         self._axes: dict[str, dict[str, str]] = {}  # as they have been defined, by name
         self._first_row: int | None = None
+        self._last_step: int | None = None
         self._place: str | None = None
         self._files = Path()
         self._resumed_step: int | None = None
@@ -706,8 +707,12 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._warn(f"No space is left on the disk of {self._files}: W&B loses values. The training goes on.")
         if ended and self._warn.said is None and (log := next(self._files.glob("*.wandb"), None)):
             with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):  # not with W&B's older versions
-                if json.loads(_inspected(log, self.finish_timeout, "--summary"))["exit_code"] is None:
-                    self._warn(f"W&B has not written all of {log}. Was the disk full, or the quota used up?")
+                until = time.monotonic() + _GRACE  # its end is written after W&B says that it has finished
+                while json.loads(_inspected(log, self.finish_timeout, "--summary"))["exit_code"] is None:
+                    if time.monotonic() > until:
+                        self._warn(f"W&B has not written all of {log}. Was the disk full, or the quota used up?")
+                        break
+                    time.sleep(0.2)
 
     def _take_id(self, folder: Path) -> int:
         """Take the id of the directory's run, or give it one; returns the number of rows that the run has."""
@@ -754,6 +759,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
         metrics = {self._prefixed(key): value for key, value in metrics.items()}
+        step = self._last_step = self._last_step if step is None else step  # as W&B does by itself, in one start
         known = _row_key(metrics, step)
         if self._logged[known] > 0:
             self._logged[known] -= 1

@@ -186,6 +186,11 @@ def check_accumulation(config: DictConfig, callbacks: list[Callback], module: Fo
     scheduled = (each for each in callbacks if isinstance(each, GradientAccumulationScheduler))
     if config.train and (k > 1 or any(each.going_to_accumulate_grad_batches() for each in scheduled)):
         module.loss.check_accumulation()
+        if (config.strategy or {}).get("static_graph"):
+            raise ValueError(
+                "strategy=ddp_static_graph cannot accumulate gradients: torch's DDP fails where its static graph has "
+                "steps without communication. Use strategy=ddp, or trainer.accumulate_grad_batches=1."
+            )
 
 
 def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:

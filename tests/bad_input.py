@@ -262,6 +262,20 @@ CASES: dict[str, Case] = {
     ),
     "component of the progress bar": case("callbacks.progress.components=[forces]", words=["'forces'", "forces_mse"]),
     "unknown option of a callback": case("+callbacks.parity.colour=red", words=["colour", "ParityPlot"]),
+    "schedule of an unknown component": case(
+        "schedule=linear", "loss=energy", "metrics=energy", words=["'forces_mse'", "Valid names: per_atom_energy_mse"]
+    ),
+    "schedule of a part of no epochs": case("schedule=two_stage", "max_epochs=-1", words=["0.75 of -1", "max_epochs="]),
+    "two things that move the coefficients": case(
+        "schedule=linear", "adaptive=softadapt", words=["SoftAdapt", "schedule Linear", "only one of them"]
+    ),
+    "share of an unknown component": case(
+        "adaptive=gradient_balance", "adaptive.target={force_mse: 1}", words=["force_mse", "forces_mse"]
+    ),
+    "static graph with micro-batches": case(
+        "strategy=ddp_static_graph", "trainer.accumulate_grad_batches=2", words=["ddp_static_graph", "strategy=ddp"]
+    ),
+    "guard of an unknown action": case("callbacks.nonfinite.action=ignore", words=["stop or skip", "'ignore'"]),
     "no micro-batches": case("trainer.accumulate_grad_batches=0", words=["trainer.accumulate_grad_batches", "found 0"]),
     "micro-batches of a root": case(
         "trainer.accumulate_grad_batches=2",

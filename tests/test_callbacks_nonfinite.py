@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import BIN, ROOT, TINY, started
+from commands import BIN, ROOT, TINY, run, started
 from fault_callbacks import Spoil
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -226,6 +226,33 @@ def test_all_ranks_stop_at_one_sample_of_one_of_them(tmp_path: Path) -> None:
     records = [json.loads(line) for line in inspected.stdout.splitlines()]
     assert [record["alert"]["text"] for record in records if record["type"] == "alert"] == [message]
     assert any(record["type"] == "exit" for record in records)  # nobody was in a hurry
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_strategy_stops_and_those_that_can_skip(tmp_path: Path) -> None:
+    cases = ["ddp,skip", "fsdp,skip", "fsdp,stop", "zero2,stop", "zero3,stop"]
+    environment = {
+        "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]),  # of the compiler's helper, for DeepSpeed
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/nonfinite_ranks.py")]
+    done = run([*command, str(tmp_path), *cases], tmp_path, timeout=500, **environment)
+    assert done.code == 0, done.err[-6000:]
+    for case in cases:
+        seen = [torch.load(tmp_path / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        assert seen[0] == seen[1]
+        endings = {".txt", "_rank1.pt"} if case.endswith("skip") else {".txt", "_rank1.pt", ".ckpt"}
+        found = {path.name for path in (tmp_path / case / "nonfinite").iterdir()}
+        assert found == {f"epoch0_step2{ending}" for ending in endings}
+        if case.endswith("skip"):
+            assert seen[0] == {"moved": [True, True, False, True], "message": ""}
+        else:
+            assert seen[0]["moved"] == [True, True]
+            assert "\n  rank 1: labels of forces: 3 of " in seen[0]["message"]
+            checkpoint = torch.load(tmp_path / case / "nonfinite" / "epoch0_step2.ckpt", weights_only=True)
+            weights = [value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")]
+            assert all(value.isfinite().all() for value in weights if value.is_floating_point())
 
 
 # --- skip ---

@@ -144,9 +144,12 @@ def test_the_terminal_has_a_table_of_each_validation(finished: Finished) -> None
     assert len(headings) == 2  # rank 0 alone
     best: dict[str, tuple[float, int]] = {}
     for epoch, (at, row, loss) in enumerate(zip(headings, rows, training, strict=True)):
+        parts = [
+            f"{loss[f'loss_coeff/{name}']:.4g} {name}" for name in ("per_atom_energy_mse", "forces_mse", "stress_mse")
+        ]
         assert lines[at] == (
             f"epoch {epoch}, step {row['step']:.0f}: training weighted_sum {loss['train_loss_epoch/weighted_sum']:.5g} "
-            f"= 0.09009 per_atom_energy_mse + 0.009009 forces_mse + 0.9009 stress_mse"
+            f"= {' + '.join(parts)}"
         )
         table = {cells[0]: cells[1:] for cells in map(cells_of, lines[at + 4 : at + 20]) if len(cells) > 1}
         assert len(table) == 15

@@ -21,6 +21,7 @@ from spawning import spawn
 from test_accumulation import TYPES
 from test_accumulation_training import Ranks
 from test_module import build, data, trainer
+from test_step_cost import counted_collectives
 from torch import nn
 
 import harness
@@ -60,8 +61,10 @@ def measure_on_rank(rank: int, world_size: int, cuts: list[int]) -> tuple[Any, .
     (values,) = harness.step_together(manager, preds=oracle.predict(features, theta), target=target)
     local = local_gradients(values, [theta])
     assert torch.equal(theta.grad, torch.full_like(theta, 7.0))
-    total = sum_over_ranks(local.clone())
-    found = compare(values, total)
+    with counted_collectives() as collectives:
+        total = sum_over_ranks(local.clone())
+        found = compare(values, total)
+    assert dict(collectives) == ({"SUM": 1} if world_size > 1 else {})
     values.weighted_sum.backward()  # the graph is still there
     assert found.names == NAMES
     return total.numpy(), found.norms.numpy(), found.cosines.numpy(), found.shares.numpy(), found.coeffs.numpy()

@@ -64,9 +64,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [history["item"] for history in records_of(folder, "history")]
 
 
-def values_of(row: dict[str, Any]) -> dict[str, float]:
-    """What a training has logged in a row."""
-    return {key: float(value) for key, value in row.items() if not key.startswith("_")}
+def values_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a training has logged in a row: numbers, and kinds of media."""
+    media = {key.removesuffix("._type"): value for key, value in row.items() if key.endswith("._type")}
+    names = [key for key in row if not key.startswith("_") and key.rpartition(".")[0] not in media]
+    return {key: float(row[key]) for key in names} | media
 
 
 def said(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -404,7 +406,7 @@ def test_wandb_of_a_second_start_has_summaries_and_media_once(prefix: str, tmp_p
             logger.log_bar_chart(
                 "chart/types", list(errors), list(errors.values()), "type", "error", "Errors", step=step, epoch=epoch
             )
-            logger.log_image("picture", [torch.ones(3, 4, 4)], step=step, epoch=epoch, caption=[f"epoch {epoch}"])
+            logger.log_image("picture", [torch.ones(3, 4, 4)], epoch=epoch, caption=[f"epoch {epoch}"])  # of that step
         if not start:
             logger.log_metrics({"other": 1.0, "epoch": 2}, 11)
         logger.finalize("failed" if not start else "success")
@@ -545,7 +547,7 @@ def assert_trained(done: Finished, num_warnings: int) -> list[str]:
 @pytest.mark.slow
 def test_a_killed_training_goes_on_in_the_same_csv_and_run(tmp_path: Path) -> None:
     arguments = [*SMALL, "logger=[wandb,csv]", "callbacks.parity=null", "hydra.run.dir=run", "resume=auto"]
-    arguments += ["callbacks.throughput=null"]  # the one thing that is never the same twice
+    arguments += ["callbacks.throughput=null"]  # which is never the same twice
     whole = train(*arguments, folder=tmp_path / "whole")
     assert_trained(whole, 0)
     for step in (3, 6):  # before the first checkpoint, and after it

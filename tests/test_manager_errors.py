@@ -62,6 +62,7 @@ CONSTRUCTION = {
     "unknown key": ([entry(coef=1)], ValueError, rf"metrics\[0\].*'coef'.*{KEYS}"),
     "repeated name": ([entry(name="a"), entry(name="a", field="stress")], ValueError, r"'a'.*unique"),
     "repeated automatic name": ([entry(), entry(coeff=2)], ValueError, r"'F_mse'.*unique"),
+    "a pattern as a name": ([entry(name="F*")], ValueError, r"'F\*' has a \* in it"),
     "reserved name": ([entry(name="weighted_sum")], ValueError, r"'weighted_sum' is reserved"),
     "name of a type's value": ([per_type(name="a"), entry(name="a_C")], ValueError, r"a_C.*component 'a'"),
     "types of two components": (

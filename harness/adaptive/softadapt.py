@@ -31,7 +31,8 @@ class SoftAdapt(Callback):
     where the mean is over the changes of the last ``frequency`` intervals, and K the number of components that have
     changed. A component that rises, or falls less than others, gains weight (:math:`\beta > 0`); where all change alike
     the coefficients are the user's. NequIP's ``SoftAdapt`` multiplies the coefficients that it has set before, so that
-    they drift away from the user's; here these stay the point of departure.
+    they drift away from the user's; here these stay the point of departure: while all components have data, the ratio
+    of two coefficients stays within a factor :math:`e^{\sqrt 2 \beta}` of theirs.
 
     Components outside of the weighted sum, and those with the coefficient 0, take no part. One without data (NaN) keeps
     its factor; when it has data again, its change is that since it had some last.

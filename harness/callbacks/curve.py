@@ -42,7 +42,8 @@ class CoefficientCurve(Callback):
             _draw(self.file, self._history)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    logger.log_image("loss_coefficients", [str(self.file)])
+                    epoch = trainer.current_epoch - 1
+                    logger.log_image("loss_coefficients", [str(self.file)], step=trainer.global_step, epoch=epoch)
 
     def _take_note(self, epoch: int, pl_module: LightningModule) -> None:
         report = pl_module.reports.get("train_loss") if isinstance(pl_module, ForceFieldModule) else None

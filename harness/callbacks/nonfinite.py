@@ -183,6 +183,11 @@ class NonFiniteGuard(Callback):
             return
         self._stop(trainer, cast(ForceFieldModule, pl_module), self._seen[-1], trained=True)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the last batches go."""
+        self._seen = []
+        self.loss.forget()
+
     # --- once something is wrong: all ranks are here, in the same step ---
 
     def _skip(self, trainer: Trainer, module: ForceFieldModule) -> None:
