@@ -82,7 +82,7 @@ class Coefficients:
         if unknown:
             raise ValueError(
                 f"The schedule names {', '.join(map(repr, unknown))}, which this set of components does not have. "
-                f"{self._valid_names()}"
+                f"{self._valid_names()}{self._hint_of_types(unknown)}"
             )
         before, self.schedule = self.schedule, chosen
         try:
@@ -139,6 +139,11 @@ class Coefficients:
     def _is_known(self, name: str) -> bool:
         return name in self._entries or name in self._type_keys
 
+    def _hint_of_types(self, unknown: Sequence[str]) -> str:
+        """What weights of types need, where the name of a component stands before one that is unknown."""
+        of_types = any(name.startswith(f"{component}_") for name in unknown for component in self._entries)
+        return " Weights of atom types need a component with `per_type: true` (per_type_forces_coeffs)." * of_types
+
     def _valid_names(self) -> str:
         text = f"Valid names: {', '.join(self._entries)}"
         return f"{text}; and of atom types: {', '.join(self._type_keys)}." if self._type_keys else f"{text}."
@@ -172,6 +177,8 @@ class Coefficients:
                 stacklevel=4,
             )
         epoch, learning_rate = state["position"]
+        if learning_rate is None and self.schedule is not None and self.schedule.needs_learning_rate:
+            learning_rate = 1.0  # of a checkpoint of another schedule; the next epoch or step brings the right one
         self.position = (epoch, learning_rate)
         self._apply(self._at(self._given, self.position))
 

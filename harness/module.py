@@ -238,15 +238,17 @@ class ForceFieldModule(LightningModule):
             }
             for monitored in sorted(names & {name for name in monitors if name}):
                 rank_zero_warn(
-                    f"{monitored} is monitored, and the schedule of its metrics changes its meaning during training: "
+                    f"{monitored} is monitored, and the schedule of its components changes its meaning in training: "
                     f"the best checkpoint, early stopping or learning rate would follow the coefficients as much as "
-                    f"the errors. Monitor a component such as {stage}/{next(iter(manager))}, or leave the metrics' "
-                    f"schedule out."
+                    f"the errors. Monitor a component such as {stage}/{next(iter(manager))}, or leave the schedule out."
                 )
 
     @property
     def _scheduled_monitors(self) -> dict[str, MetricsManager]:
         managers = {f"val{index}_epoch": manager for index, manager in enumerate(self.val_metrics)}
+        managers |= {"train_loss_epoch": self.loss}
+        if self.train_metrics is not None:
+            managers |= {"train_metric_epoch": self.train_metrics}
         return {stage: each for stage, each in managers.items() if each.schedule is not None}  # type: ignore[misc]
 
     def _check_accumulation(self) -> None:
@@ -485,11 +487,23 @@ class ForceFieldModule(LightningModule):
         for stage, manager in stages.items():
             if manager and not stage.startswith("train_"):
                 others += [f"{stage.replace('_epoch/', '_contribution/')}{name}" for name in manager.ever_weighted]
+                if manager.schedule is not None:
+                    names = (*manager.ever_weighted, *manager.type_weights)
+                    others += [f"{stage.replace('_epoch/', '_coeff/')}{name}" for name in names]
         steps += [f"loss_contribution_step/{name}" for name in weighted]
         steps += [f"loss_coeff_step/{name}" for name in (*weighted, *types)]
+        rising = {
+            f"{stage}{name}"
+            for stage, each in stages.items()
+            if each is not None
+            for entry in each.entries.values()
+            if entry.metric.higher_is_better
+            for name in (entry.name, *entry.type_keys(each.type_names))
+        }
+        minimised = sorted(set(errors) - rising)
         for logger in self.trainer.loggers:
             if isinstance(logger, AxesLogger):
-                logger.define_axes(epoch=sorted([*errors, *others]), step=sorted(steps), minimised=sorted(errors))
+                logger.define_axes(epoch=sorted([*errors, *others]), step=sorted(steps), minimised=minimised)
 
     def on_fit_start(self) -> None:
         """Tell the loggers what is to come."""
@@ -547,6 +561,9 @@ class ForceFieldModule(LightningModule):
             report = self.reports[f"{stage}{index}"] = values.to_report()
             self._log_epoch(_prefixed(f"{stage}{index}_epoch/", report.values))
             self._log_epoch(_prefixed(f"{stage}{index}_contribution/", report.contributions))
+            manager = managers[index]
+            if isinstance(manager, MetricsManager) and manager.schedule is not None:
+                self._log_epoch(_prefixed(f"{stage}{index}_coeff/", report.coeffs | manager.type_weights))
         for manager in managers:
             manager.reset()  # type: ignore[operator]
 

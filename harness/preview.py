@@ -53,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", help="what harness-train takes, such as schedule=cosine max_epochs=50")
     parser.add_argument("--output", type=Path, default=Path("schedule.png"), help="picture; default: %(default)s")
+    parser.add_argument("--config-dir", "-cd", type=Path, help="a config directory of your own, as of harness-train")
     parser.add_argument("--every", type=int, metavar="N", help=f"epochs between rows; default: about {_NUM_ROWS} rows")
     try:
         options = parser.parse_intermixed_args(arguments)
     except SystemExit as ended:
         sys.exit(1 if ended.code else 0)
     try:
-        _show(_composed(options.overrides), options.output, options.every)
+        _show(_composed(options.overrides, options.config_dir), options.output, options.every)
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -67,10 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
+def _composed(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    own = []
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise FileNotFoundError(f"--config-dir {config_dir}: there is no such directory.")
+        own = [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
     try:
         with initialize_config_dir(_config_folder(), version_base="1.3"):
-            return compose("train", ["output_dir=.", *overrides])  # there is no run, and no directory of its own
+            return compose("train", ["output_dir=.", *own, *overrides])  # there is no run, and no directory of its own
     except HydraException as error:
         raise ValueError(_of_hydra("\n".join(filter(None, (str(error), str(error.__cause__ or "")))))) from error
 

@@ -231,3 +231,17 @@ def test_a_training_has_what_was_shown(show: Show, tmp_path: Path) -> None:
         for name in names:
             assert row[f"loss_coeff/{name}"] == pytest.approx(shown.rows[epoch][name][1], rel=1e-3), name
     assert len({row["loss_coeff/forces_mse"] for row in rows}) == 3
+
+
+def test_a_config_directory_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own" / "schedule").mkdir(parents=True)
+    (tmp_path / "own" / "schedule" / "mine.yaml").write_text(
+        "_target_: harness.schedules.Linear\nstart: {forces_mse: 0}\nend: {forces_mse: 30}\n"
+        "start_epoch: 0\nend_epoch: 3\n"
+    )
+    options = ["--config-dir", str(tmp_path / "own"), "--output", str(tmp_path / "x.png"), "data.type_names=[Cu]"]
+    main(["schedule=mine", "max_epochs=4", *options])
+    assert "20 → 0.6667" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["schedule=mine", "--config-dir", str(tmp_path / "nowhere")])
+    assert "no such directory" in capsys.readouterr().err

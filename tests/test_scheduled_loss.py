@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from commands import BIN, ROOT, TINY, read_csv, run, same
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -31,6 +33,7 @@ from harness.manager import MetricsManager
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule
 from harness.schedules import Constant, Join, LearningRateCoupled, Linear, PiecewiseConstant, Together
+from harness.train import follow_schedule
 
 TYPES = ["H", "C", "O"]
 ENERGY, FORCES, STRESS = "per_atom_energy_mse", "forces_mse", "stress_mse"
@@ -194,6 +197,14 @@ def test_a_state_remembers_where_its_schedule_was() -> None:
     assert other.given_coeffs == {ENERGY: 3, FORCES: 1}  # nothing is left of the ramp
 
 
+def test_a_checkpoint_of_another_schedule_is_loaded_by_one_that_follows_the_learning_rate() -> None:
+    before = harness.EnergyForceLoss()
+    after = harness.EnergyForceLoss(schedule=LearningRateCoupled({FORCES: 8}, {FORCES: 2}))
+    with pytest.warns(UserWarning, match="LearningRateCoupled"):
+        after.load_state_dict(before.state_dict())
+    assert after.given_coeffs == {ENERGY: 1, FORCES: 8}
+
+
 def weighted_sums(rank: int, world_size: int, seeds: list[int]) -> list[list[float]]:
     """Weighted sum and gradient of the first frame's forces at some epochs, of one frame on each rank or of all."""
     schedule = Linear({"f": {"H": 1}}, {"f": {"H": 9}}, start_epoch=0, end_epoch=4)
@@ -323,6 +334,22 @@ def test_coefficients_hold_for_all_micro_batches_of_a_step(data: EmbeddedAlloyDa
     assert [row[f"loss_coeff_step/{FORCES}"] for row in steps_of(rows)] == pytest.approx(forces)
     for row in steps_of(rows):
         adds_up(row, "train_loss_step/", "loss_contribution_step/", "loss_coeff_step/")
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (ROOT / "conf" / "schedule").glob("*.yaml")))
+def test_every_choice_of_schedule_trains(choice: str, data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"schedule={choice}", "max_epochs=5", "output_dir=somewhere"])
+    schedule = instantiate(config.schedule)
+    module = build(data)
+    follow_schedule(module.loss, schedule)
+    _, rows = fit(tmp_path, module, data, max_epochs=5)
+    epochs = [row for row in rows if f"loss_coeff/{FORCES}" in row]
+    assert len(epochs) == 5
+    for epoch, row in enumerate(epochs):
+        given = {ENERGY: 1.0, FORCES: 1.0, **schedule(epoch, 0.5**epoch)}
+        assert row[f"loss_coeff/{FORCES}"] == pytest.approx(given[FORCES] / (given[FORCES] + given[ENERGY]), rel=1e-12)
+        adds_up(row, "train_loss_epoch/", "loss_contribution_epoch/", "loss_coeff/")
 
 
 class Endless:

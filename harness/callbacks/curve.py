@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from harness.loggers import WandbLogger
 from harness.module import ForceFieldModule
@@ -38,8 +39,13 @@ class CoefficientCurve(Callback):
         """Draw."""
         self._take_note(trainer.current_epoch - 1, pl_module)
         if trainer.is_global_zero and self._history:
-            self.file = self.output_dir / "coefficients.png"
-            _draw(self.file, self._history)
+            path = self.output_dir / "coefficients.png"
+            try:
+                _draw(path, self._history)
+            except OSError as error:  # a full disk must not cost the checkpoint that is still to come
+                rank_zero_warn(f"{path} cannot be written ({error}); the training goes on without it.")
+                return
+            self.file = path
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     epoch = trainer.current_epoch - 1
