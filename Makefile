@@ -33,9 +33,11 @@ test-slow: install  ## what is marked slow: trainings that are killed, stopped a
 
 test-all: test test-slow  ## every test
 
-lint: install  ## ruff
+lint: install  ## ruff, shellcheck, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" shellcheck -x launch/*.sh launch/*.sbatch launch/env/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 types: install  ## mypy, strict on the lower floors
 	$(BIN)/mypy

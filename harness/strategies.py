@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -50,6 +53,7 @@ __all__ = [
     "ZeroStrategy",
     "auto_strategy",
     "check_strategy",
+    "cluster_plugins",
     "connect",
     "data_parallel",
     "data_parallel_group",
@@ -127,6 +131,17 @@ def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
         ValueError: DeepSpeed is not installed, or there is no such stage.
     """
     return ZeroStrategy(stage=stage, **options)
+
+
+def cluster_plugins() -> list[SLURMEnvironment]:
+    """What a trainer needs to know of the cluster: where srun has started the ranks, not to requeue the job itself.
+
+    Lightning would, on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other. Here
+    :class:`~harness.callbacks.ResumeCheckpoint` saves, and ``launch/slurm.sbatch`` puts the job back into the queue.
+    """
+    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 # --- strategies ---

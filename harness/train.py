@@ -74,7 +74,7 @@ from harness.preflight import (
 from harness.report import values_table
 from harness.runs import claim, interrupted_run, is_interrupted, record
 from harness.schedules import Schedule, as_schedule
-from harness.strategies import check_strategy, connect, load_weights
+from harness.strategies import check_strategy, cluster_plugins, connect, load_weights
 
 __all__ = ["Job", "build_module", "execute", "follow_schedule", "main", "prepare", "run_job", "train"]
 
@@ -227,6 +227,7 @@ def execute(job: Job) -> dict[str, float]:
     plugins = [instantiate(each) for each in config.trainer.get("plugins") or []]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
+    plugins += cluster_plugins()
     trainer: Trainer = instantiate(
         {key: value for key, value in config.trainer.items() if key not in ("timeout", "plugins")},
         strategy=job.strategy,  # the time limit is its

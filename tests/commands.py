@@ -73,19 +73,30 @@ def run(command: list[str], folder: Path, timeout: float = 180, **environment: s
     return Finished(process.returncode, out, err, folder)
 
 
-def kill_tree(pid: int) -> None:
-    """End a process and all below it: torchrun gives each of its ranks a session of its own."""
-    parents: dict[int, list[int]] = {}
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that are still there."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             child, parent = stat.parent.name, stat.read_text().rpartition(")")[2].split()[1]
         except OSError:  # it has ended
             continue
-        parents.setdefault(int(parent), []).append(int(child))
-    doomed = [pid]
-    for each in doomed:
-        doomed += parents.get(each, [])
-    for each in doomed:
+        if int(parent) == pid:
+            found.append(int(child))
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it, parents first."""
+    found = [pid]
+    for each in found:
+        found += children(each)
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all below it: torchrun gives each of its ranks a session of its own."""
+    for each in descendants(pid):
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
 

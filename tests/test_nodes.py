@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -141,39 +140,6 @@ def test_nodes_that_come_and_go_meet_by_c10d(tmp_path: Path) -> None:
     assert [each.code for each in done] == [0, 0], done[0].err[-4000:] + done[1].err[-4000:]
     written = [each.folder for each in done if left_in(each.folder)]
     assert len(written) == 1  # whichever node has become the first
-
-
-def test_launch_scripts_are_clean() -> None:
-    """bash parses them, and shellcheck finds nothing where it is installed."""
-    scripts = [*sorted((ROOT / "launch").glob("*.sh")), *sorted((ROOT / "launch" / "env").glob("*.sh"))]
-    assert len(scripts) >= 4
-    for script in scripts:
-        subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
-    if shutil.which("shellcheck"):
-        found = subprocess.run(
-            ["shellcheck", "-x", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        assert found.returncode == 0, found.stdout
-
-
-def test_launch_script_says_what_it_needs() -> None:
-    script = str(ROOT / "launch" / "torchrun_multinode.sh")
-    environment = {"PATH": "/usr/bin:/bin", "TORCHRUN": "echo"}
-    for settings, word in [({}, "HEAD"), ({"HEAD": "a"}, "NODES"), ({"HEAD": "127.0.0.1", "NODES": "two"}, "'two'")]:
-        done = subprocess.run(
-            [script], env={**environment, **settings}, capture_output=True, text=True, timeout=20, check=False
-        )
-        assert done.returncode != 0
-        assert word in done.stderr
-    done = subprocess.run(
-        [script, "a=b c", "d"],
-        env={**environment, "HEAD": "127.0.0.1", "NODES": "2", "NODE_RANK": "1", "RANKS_PER_NODE": "4"},
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=True,
-    )
-    assert done.stdout.split("--nproc-per-node")[1] == " 4 -m harness.train a=b c d\n"
 
 
 # --- what is compared ---
