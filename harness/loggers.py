@@ -653,7 +653,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
         folder = Path(str(self.save_dir))
         self._wandb_init["settings"] = self._settings()
-        number = self._take_id(folder)
+        self._take_id(folder)
+        stored = self._read_rows(folder)
+        number = max((at + 1 for at, _ in stored), default=0)
         wandb.setup()
         atexit.register(self.finish)  # again, after W&B's own: it is called before that
         _silence_debug_log()
@@ -661,9 +663,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
         offline = bool(run.offline)
         self._files = Path(run.dir).parent
         self._place = str(Path(run.dir).parent) if offline else run.url
-        if not offline:  # the server knows best what it has
+        if not offline:  # the server knows best how many rows it has: the first of those in the folders
             number = run.starting_step
-            self._logged = Counter()
+        self._logged = Counter(key for at, key in stored if at < number)
         self._first_row = number or None
         self._log_missing(folder / "wandb" / "rows.jsonl")
 
@@ -714,8 +716,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
                         break
                     time.sleep(0.2)
 
-    def _take_id(self, folder: Path) -> int:
-        """Take the id of the directory's run, or give it one; returns the number of rows that the run has."""
+    def _take_id(self, folder: Path) -> None:
+        """Take the id of the directory's run, or give it one."""
         (folder / "wandb").mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
         file = folder / "wandb_run_id"
         # the journal of a job that has not come to its end; another job in its directory is another run
@@ -727,7 +729,10 @@ class WandbLogger(lightning_loggers.WandbLogger):
             part = file.with_suffix(".part")
             part.write_text(f"{self._id}\n")
             os.replace(part, file)
-        number = 0
+
+    def _read_rows(self, folder: Path) -> list[tuple[int, tuple[int, frozenset[str]]]]:
+        """Number and key of every row of the run that earlier starts have left on this disk, in any order."""
+        stored = []
         for log in sorted((folder / "wandb").glob(f"*run-*-{self._id}/run-{self._id}.wandb")):
             text = _inspected(log, self.start_timeout)
             if '"type":"run"' not in text:  # killed before anything was written: `wandb sync` would stop at it
@@ -735,10 +740,10 @@ class WandbLogger(lightning_loggers.WandbLogger):
             elif '"type":"exit"' not in text:  # killed
                 _mend(log)
             for row in _rows_of(text):
-                number = max(number, int(row.pop("_step", 0)) + 1)
+                number = int(row.pop("_step", 0))
                 self._note(row)
-                self._logged[_row_key(row, row.get(_STEP))] += 1
-        return number
+                stored.append((number, _row_key(row, row.get(_STEP))))
+        return stored
 
     def _log_missing(self, path: Path) -> None:
         """Log what was handed to W&B and not written; keep a journal for the next time.

@@ -125,6 +125,7 @@ class MetricsManager(nn.Module):
         self._layout = Layout(list(self.entries.values()), self.type_names)
         self.weighting: Weighting | None = None
         """What changes the coefficients on the device, see :meth:`weigh_by`."""
+        self._checked_accumulation: set[str] | None = None  # components that gradients may be accumulated of
         self._coeffs = Coefficients(self.entries, self.type_names)
         self._coefficients_changed()
         if schedule is not None:
@@ -278,7 +279,8 @@ class MetricsManager(nn.Module):
             position for position, entry in enumerate(self._layout.components) if entry.coeff is not None
         )
         self._coefficients: dict[torch.device, _Coefficients] = {}
-        self._may_accumulate = False
+        if self.ever_weighted != self._checked_accumulation:  # a schedule moves within what has been checked
+            self._checked_accumulation = None
         self._layout.weights_changed()
 
     def _entry(self, name: str) -> MetricEntry:
@@ -453,7 +455,7 @@ class MetricsManager(nn.Module):
                     f"predictions: add `def reference(self, target)` that returns the target as the call returns it "
                     f"second."
                 )
-        self._may_accumulate = True
+        self._checked_accumulation = self.ever_weighted
 
     def window(self, targets: Sequence[Batch]) -> Window:
         """The micro-batches that make up a step, from the targets of all of them, before the first backward pass.
@@ -469,7 +471,7 @@ class MetricsManager(nn.Module):
             ValueError: see :meth:`check_accumulation`; or there are no targets.
             KeyError: a field is missing.
         """
-        if not self._may_accumulate:
+        if self._checked_accumulation is None:
             self.check_accumulation()
         if not targets:
             raise ValueError("A window needs the targets of at least one micro-batch, found none.")

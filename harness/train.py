@@ -556,12 +556,23 @@ def _of_hydra(text: str) -> str:
     misspelt = re.search(r"Could not override '([\w.]+)'", told)
     if misspelt is None:
         return told or "the configuration cannot be composed"
-    key = misspelt.group(1)
-    with initialize_config_dir(_config_folder(), version_base="1.3"):
-        valid = _settings_of(compose("train"))
+    full = re.search(r"^\s*full_key: ([\w.]+)", told, re.MULTILINE)  # a key within the value that was given
+    key = full.group(1) if full else misspelt.group(1)
+    valid = _valid_settings()
     close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     return f"there is no setting {key}. {meant}`harness-train --cfg job` lists all of them.\n({told})"
+
+
+def _valid_settings() -> list[str]:
+    """Dotted names of all settings, with the choices of groups that have been typed."""
+    folder = Path(_config_folder())
+    choices = [each for each in sys.argv[1:] if (folder / each.partition("=")[0]).is_dir()]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            return _settings_of(compose("train", choices))
+        except hydra.errors.HydraException:  # a choice of a directory of the user's own
+            return _settings_of(compose("train"))
 
 
 def _settings_of(config: DictConfig, prefix: str = "") -> list[str]:

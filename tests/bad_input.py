@@ -202,6 +202,12 @@ CASES: dict[str, Case] = {
     "unknown strategy": case("strategy=mpi", words=["mpi", "ddp"], composing=True),
     "unknown group": case("modell=schnet", words=["modell"], composing=True),
     "unknown key of the loss": case("loss.coeffs.force=1", words=["force", "loss.coeffs.force"], composing=True),
+    "unknown component in a chosen schedule": case(
+        "schedule=linear",
+        "schedule.end={per_atom_energy_mse: 1, force_mse: 1}",
+        words=["schedule.end.force_mse", "Did you mean schedule.end.forces_mse"],
+        composing=True,
+    ),
     "unknown key of the data": case("data.batchsize=4", words=["batchsize"], composing=True),
     "override without a value": case("max_epochs", words=["max_epochs"], composing=True),
     "broken override": case("loss.coeffs={total_energy: 1", words=["total_energy"], composing=True),

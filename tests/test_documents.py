@@ -114,6 +114,7 @@ def test_every_module_is_in_the_reference() -> None:
         "harness.report",
         "harness.components",
         "harness.foreign",
+        "harness.callbacks.writing",
         "harness.coefficients",
         "harness.drivers",
         "harness.agreement",

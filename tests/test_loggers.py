@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch.loggers as lightning_loggers
@@ -197,6 +199,31 @@ def test_wandb_of_a_second_start_has_each_step_once(tmp_path: Path) -> None:
     assert [row["_step"] for row in rows] == list(range(16))  # one run, and not row 0 twice
     assert sorted(row["loss"] for row in rows if "loss" in row) == list(range(15))
     assert [row["trainer/global_step"] for row in rows if "other" in row] == [8]
+
+
+class HalfReceived(WandbLogger):
+    """Stands for a run online, of which the server has the first six rows; it is kept on disk all the same."""
+
+    def _start_run(self) -> Any:
+        run = super()._start_run()
+        return SimpleNamespace(offline=False, dir=run.dir, url="online", starting_step=6)
+
+
+def test_wandb_online_logs_what_the_server_lacks_and_nothing_twice(tmp_path: Path) -> None:
+    first = offline(tmp_path)
+    for step in range(10):
+        first.log_metrics({"loss": float(step)}, step)
+    first.finalize("failed")  # so that the journal stays, as after a kill
+    first.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    second = HalfReceived(tmp_path, offline=True, project="test", settings={"quiet": True})
+    second.resume_from(8)
+    for step in range(8, 12):
+        second.log_metrics({"loss": float(step)}, step)
+    second.finish()
+    shutil.rmtree(folder)
+    rows = [row for row in rows_of(tmp_path) if "loss" in row]
+    assert [(row["_step"], row["loss"]) for row in rows] == [(step, float(step)) for step in range(6, 12)]
 
 
 def test_wandb_of_another_job_in_the_directory_is_another_run(tmp_path: Path) -> None:

@@ -420,6 +420,17 @@ def test_the_curve_is_drawn_and_kept_over_a_restart(data: EmbeddedAlloyDataModul
     assert all(sum(share for _, share in row.values()) == pytest.approx(1) for row in again._history.values())
 
 
+def test_a_picture_that_cannot_be_written_does_not_end_a_training(
+    data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    (tmp_path / "full").write_text("no folder")
+    curve = CoefficientCurve(tmp_path / "full")
+    with pytest.warns(UserWarning, match=r"coefficients.png cannot be written"):
+        trainer, _ = fit(tmp_path, build(data), data, callbacks=[curve], max_epochs=1)
+    assert trainer.current_epoch == 1
+    assert curve.file is None
+
+
 NESTED = (
     "schedule._target_=harness.schedules.Together",
     "~schedule.coeffs",

@@ -7,6 +7,7 @@ They work on any module whose ``loss`` is a manager with ``set_coeffs`` and ``en
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from harness.schedules import PiecewiseConstant
 __all__ = ["LinearLossCoefficientScheduler", "LossCoefficientMonitor", "LossCoefficientScheduler"]
 
 
-class _EpochScheduler(Callback):
+class _EpochScheduler(Callback, ABC):
     """Sets coefficients with the first batch of an epoch that this process sees.
 
     Not with the hook for the start of an epoch, which Lightning leaves out when it goes on in the middle of one.
@@ -38,12 +39,13 @@ class _EpochScheduler(Callback):
             refuse_other_drivers(self, trainer, pl_module)
             self.check(loss_of(pl_module))
 
+    @abstractmethod
     def check(self, loss: Any) -> None:
         """Refuse names that the loss does not have, or, where it would drop them, that are left out."""
 
+    @abstractmethod
     def coeffs_at(self, epoch: int) -> dict[str, float]:
         """Coefficients that hold in an epoch; none where they stay as they are."""
-        raise NotImplementedError
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the coefficients of the epoch, once."""

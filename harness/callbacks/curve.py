@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
+from harness.callbacks.writing import is_written
 from harness.loggers import WandbLogger
 from harness.module import ForceFieldModule
 
@@ -40,10 +40,7 @@ class CoefficientCurve(Callback):
         self._take_note(trainer.current_epoch - 1, pl_module)
         if trainer.is_global_zero and self._history:
             path = self.output_dir / "coefficients.png"
-            try:
-                _draw(path, self._history)
-            except OSError as error:  # a full disk must not cost the checkpoint that is still to come
-                rank_zero_warn(f"{path} cannot be written ({error}); the training goes on without it.")
+            if not is_written(path, lambda file: _draw(file, self._history)):
                 return
             self.file = path
             for logger in trainer.loggers:
@@ -98,5 +95,4 @@ def _draw(path: Path, history: dict[int, dict[str, tuple[float, float]]]) -> Non
     below.set_xlim(edges[0], edges[-1])
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

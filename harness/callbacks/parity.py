@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from harness.callbacks.writing import is_written
 from harness.distributed import ProcessGroup, gather_objects, global_rank
 from harness.loggers import WandbLogger
 
@@ -152,7 +154,8 @@ class ParityPlot(Callback):
             if not panels:
                 continue
             path = self.output_dir / file_name.format(index)
-            _draw(path, panels, type_names)
+            if not is_written(path, partial(_draw, panels=panels, type_names=type_names)):
+                continue
             self.files.append(path)
             for logger in trainer.loggers:
                 beside = {"epoch": trainer.current_epoch} if isinstance(logger, WandbLogger) else {}
@@ -277,7 +280,6 @@ def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> No
         _draw_panel(axis, panel, type_names)
     for axis in axes[len(panels) :]:
         axis.remove()
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     figure.savefig(part, dpi=130, format="png")
     with Image.open(part) as image:  # in 256 colours: a third of the size, and no difference to be seen

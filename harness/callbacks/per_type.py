@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from harness.callbacks.writing import is_written
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.metrics import MeanAbsoluteError, RootMeanSquaredError
@@ -72,9 +74,10 @@ class PerTypeReport(Callback):
                 if isinstance(logger, WandbLogger):
                     self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
             if what == "test" and self.output_dir is not None:
-                table.write(self.output_dir / f"{stage}_per_type.csv")
-                self.files.append(self.output_dir / f"per_type_{stage}.png")
-                table.draw(self.files[-1], f"Errors of test set {index} by atom type")
+                is_written(self.output_dir / f"{stage}_per_type.csv", table.write)
+                picture = self.output_dir / f"per_type_{stage}.png"
+                if is_written(picture, partial(table.draw, title=f"Errors of test set {index} by atom type")):
+                    self.files.append(picture)
 
     @staticmethod
     def _send(logger: WandbLogger, stage: str, table: _Table, **when: int) -> None:
@@ -133,7 +136,6 @@ class _Table:
         )
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([self.columns, *self.rows])
 
@@ -162,7 +164,6 @@ class _Table:
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9
             )
         panels[-1].set_xlabel("atom type, and number of atoms")
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
     def _draw_row(self, axis: Any, names: Sequence[str], part: np.ndarray) -> None:
