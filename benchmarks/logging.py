@@ -1,12 +1,12 @@
 """Cost of monitoring: training steps with everything that is logged and watched, beside the same steps with none of it.
 
     python benchmarks/logging.py                       # 4 and 89 atom types
-    python benchmarks/logging.py --types 4 --steps 400
+    python benchmarks/logging.py --types 4 --steps 2000
 
-Two trainings of the same data, model and loss run in one process and take turns, a step each, so that a busy machine
-slows both alike: one as `harness-train` makes it, with W&B (offline), CSV and all callbacks, the other with
-``logger=none`` and no callbacks. Times are from the start of a step to its end, callbacks included. The first steps are
-left out; steps that are logged are reported apart.
+One training as `harness-train` makes it, with W&B (offline), CSV and all callbacks, has them in every second step only,
+by chance; in the others nothing is called, logged or observed, as with ``logger=none callbacks=none``. So both kinds of
+steps share model, data, memory and machine: two trainings side by side differ by more than what is measured. Times are
+from the start of a step to the start of the next. Logged steps, all of them with everything, are reported apart.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ del sys.path[0]
 
 import argparse
 import os
-import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -51,13 +49,12 @@ def write_frames(path: Path, num_types: int, num_frames: int, num_atoms: int) ->
     write(path, frames, format="extxyz")
 
 
-def overrides(file: Path, folder: Path, monitored: bool, arguments: argparse.Namespace) -> list[str]:
-    """The command line of one of the two trainings."""
-    common = [
+def overrides(file: Path, folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command line of the training."""
+    return [
         "data=file",
         f"data.train={file}",
         "data.split={val: 2, test: 2}",
-        "data.batch_size=4",
         "loss=energy_force_stress",
         "metrics=energy_force_stress",
         "schedule=linear",
@@ -71,135 +68,101 @@ def overrides(file: Path, folder: Path, monitored: bool, arguments: argparse.Nam
         "model.energy_scales=1.0",
         "dry_step=false",
         "test=false",
+        "callbacks=[default,gradient_share]",
+        f"callbacks.gradient_share.every_n_steps={LOG_EVERY}",
+        "callbacks.best=null",  # there is no validation
+        "callbacks.best_epoch=null",
+        "callbacks.last=null",  # a checkpoint is none of what is measured
         f"output_dir={folder}",
     ]
-    if monitored:
-        return [
-            *common,
-            "callbacks=[default,gradient_share]",
-            f"callbacks.gradient_share.every_n_steps={LOG_EVERY}",
-            "callbacks.best=null",  # there is no validation
-            "callbacks.best_epoch=null",
-        ]
-    return [*common, "logger=none", "callbacks=none", "trainer.enable_progress_bar=false"]
 
 
-class Turns:
-    """Lets two threads take turns."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._turn = 0
-        self._left: set[int] = set()
-
-    def begin(self, who: int) -> None:
-        """Wait for the turn."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn == who or 1 - who in self._left)
-
-    def end(self, who: int) -> None:
-        """Give the turn to the other."""
-        with self._changed:
-            self._turn = 1 - who
-            self._changed.notify_all()
-
-    def leave(self, who: int) -> None:
-        """Take no more turns."""
-        with self._changed:
-            self._left.add(who)
-            self._changed.notify_all()
-
-
-def contest(num_types: int, arguments: argparse.Namespace, folder: Path) -> list[list[float]]:
-    """Seconds of each step without and with monitoring."""
+def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Seconds of the steps without monitoring, with it, and of those that are logged."""
     from hydra import compose, initialize_config_dir
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback, Trainer
 
     from harness import train
+    from harness.module import ForceFieldModule
 
     file = folder / f"{num_types}.xyz"
-    write_frames(file, num_types, 64, arguments.atoms)
-    turns, seconds, failures = Turns(), [[], []], []
+    write_frames(file, num_types, 132, arguments.atoms)
+    seconds: dict[str, list[float]] = {"without": [], "with everything": [], "logged": []}
+    random = np.random.default_rng(0)
 
-    class First(Callback):
-        """Begins a step before any other callback does."""
+    class Switch(Callback):
+        """Takes the time of each step, and decides what the next one has."""
 
-        def __init__(self, who: int) -> None:
-            self.who, self.start = who, 0.0
+        def __init__(self) -> None:
+            self.kind, self.upcoming, self.start = "with everything", "with everything", 0.0
+            self.callbacks: list[Callback] = []
+            self.observers: list[Any] = []
 
-        def on_train_batch_start(self, *_: Any) -> None:
-            turns.begin(self.who)
+        def on_train_start(self, trainer: Trainer, pl_module: ForceFieldModule) -> None:
+            self.callbacks, self.observers = list(trainer.callbacks), list(pl_module._observers)
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            now = time.perf_counter()
+            if trainer.global_step > WARM_UP and trainer.fit_loop.epoch_loop.batch_idx > 0:
+                seconds[self.kind].append(now - self.start)
             self.start = time.perf_counter()
+            self.kind = self.upcoming
 
-    class Last(Callback):
-        """Ends a step after all other callbacks."""
+        def on_train_batch_end(self, trainer: Trainer, pl_module: ForceFieldModule, *_: Any) -> None:
+            self.upcoming = self.draw(trainer)
+            monitored = self.upcoming != "without"
+            trainer.callbacks = self.callbacks if monitored else [self]
+            pl_module._observers = self.observers if monitored else []
 
-        def __init__(self, first: First) -> None:
-            self.first = first
+        def draw(self, trainer: Trainer) -> str:
+            if (trainer.global_step + 1) % LOG_EVERY == 0:
+                return "logged"
+            return "without" if random.random() < 0.5 else "with everything"
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            seconds[self.first.who].append(time.perf_counter() - self.first.start)
-            turns.end(self.first.who)
-
-    def run(who: int, job: train.Job) -> None:
-        first = First(who)
-        job.callbacks = [first, *job.callbacks, Last(first)]
-        try:
-            train.execute(job)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            turns.leave(who)
-
-    jobs = []
-    for who in range(2):
-        output = folder / f"{num_types}-{who}"
-        with initialize_config_dir(train._config_folder(), version_base="1.3"):
-            config = compose("train", overrides(file, output, bool(who), arguments))
-        config.output_dir = str(output)
-        jobs.append(train.prepare(config))
-    threads = [threading.Thread(target=run, args=(who, job)) for who, job in enumerate(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return [each[WARM_UP:] for each in seconds]
+    output = folder / str(num_types)
+    with initialize_config_dir(train._config_folder(), version_base="1.3"):
+        config = compose("train", overrides(file, output, arguments))
+    job = train.prepare(config)
+    job.callbacks = [Switch(), *job.callbacks]
+    train.execute(job)
+    return seconds
 
 
-def report(num_types: int, without: list[float], monitored: list[float]) -> None:
-    """Medians of unlogged and logged steps, and of the ratios of neighbours in time."""
-    steps = range(WARM_UP, WARM_UP + min(len(without), len(monitored)))
-    for what, chosen in (
-        ("unlogged", [i for i, step in enumerate(steps) if (step + 1) % LOG_EVERY]),
-        ("logged", [i for i, step in enumerate(steps) if (step + 1) % LOG_EVERY == 0]),
-    ):
-        bare, full = ([times[i] for i in chosen] for times in (without, monitored))
-        ratio = statistics.median(b / a for a, b in zip(bare, full, strict=True))
-        cells = [f"{1e3 * statistics.median(each):.2f} ms" for each in (bare, full)]
-        cells.append(f"{100 * (ratio - 1):+.1f} %")
-        print(f"| {num_types} | {what} ({len(chosen)}) | {' | '.join(cells)} |", flush=True)
+def report(num_types: int, seconds: dict[str, list[float]]) -> None:
+    """Medians, and the cost of monitoring with its 95 % interval (bootstrap)."""
+    random = np.random.default_rng(0)
+    without, monitored = (np.array(seconds[kind]) for kind in ("without", "with everything"))
+    drawn = [
+        np.median(random.choice(monitored, len(monitored))) / np.median(random.choice(without, len(without))) - 1
+        for _ in range(1000)
+    ]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    for kind, times in seconds.items():
+        cost = np.median(times) / np.median(without) - 1
+        cell = f"{100 * cost:+.1f} %"
+        if kind == "with everything":
+            cell += f" ({100 * low:+.1f} to {100 * high:+.1f})"
+        print(f"| {num_types} | {kind} | {len(times)} | {1e3 * np.median(times):.2f} ms | {cell} |", flush=True)
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", type=int, nargs="+", default=[4, 89], help="numbers of atom types")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each training")
-    parser.add_argument("--atoms", type=int, default=64, help="atoms in a frame, about; 4 frames in a step")
+    parser.add_argument("--steps", type=int, default=1200, help="steps of the training")
+    parser.add_argument("--atoms", type=int, default=64, help="atoms in a frame, about; 8 frames in a step")
     arguments = parser.parse_args()
     os.environ.setdefault("WANDB_MODE", "offline")
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
-        print("| types | steps | without | with everything | cost |\n| --- | --- | --- | --- | --- |", flush=True)
+        print("| types | steps | number | median | cost |\n| --- | --- | --- | --- | --- |", flush=True)
         for num_types in arguments.types:
             stdout, stderr = os.dup(1), os.dup(2)
             os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
             try:
-                times = contest(num_types, arguments, Path(folder))
+                seconds = measure(num_types, arguments, Path(folder))
             finally:
                 os.dup2(stdout, 1), os.dup2(stderr, 2)
-            report(num_types, *times)
+            report(num_types, seconds)
 
 
 if __name__ == "__main__":
