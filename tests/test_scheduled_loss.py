@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from spawning import spawn
 
 import harness
+from harness.adaptive import UncertaintyWeighting
 from harness.callbacks import (
     CoefficientCurve,
     LinearLossCoefficientScheduler,
@@ -530,6 +531,20 @@ def test_they_work_on_other_modules(origin: str, data: EmbeddedAlloyDataModule, 
     linear = LinearLossCoefficientScheduler({FORCES: 1, ENERGY: 3}, transition_epochs=2)
     fit(tmp_path / "linear", module, loader, callbacks=[linear], max_epochs=3)
     assert [seen[FORCES] for seen in module.seen][::4] == pytest.approx([0.75, 0.5, 0.25])
+
+
+def test_the_monitor_logs_what_a_step_was_trained_with(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    """Learnt coefficients: the module's own rows of the same training, which are logged between the passes."""
+    rows = {}
+    for every in (1, 1000):
+        module = build(data, weighting=UncertaintyWeighting(speed=30.0))
+        monitor = LossCoefficientMonitor("batch", 1)
+        _, logged = fit(tmp_path / str(every), module, data, callbacks=[monitor], log_every_n_steps=every, max_epochs=1)
+        key = f"loss_coeff_step/{FORCES}"
+        rows[every] = {int(row["step"]): row[key] for row in logged if key in row}
+    assert len(rows[1]) == 4
+    assert len(set(rows[1].values())) > 2  # at first both variances move alike
+    assert rows[1] == rows[1000]
 
 
 def test_nequips_manager_would_drop_what_is_not_named(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:

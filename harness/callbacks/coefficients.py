@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.drivers import loss_of, refuse_other_drivers
-from harness.manager import MetricsManager
-from harness.module import ForceFieldModule
+from harness.manager import MetricsManager, Values
+from harness.module import ForceFieldModule, Step
 from harness.schedules import PiecewiseConstant
 
 __all__ = ["LinearLossCoefficientScheduler", "LossCoefficientMonitor", "LossCoefficientScheduler"]
@@ -188,6 +188,11 @@ class LossCoefficientMonitor(Callback):
         self.interval = interval
         self.frequency = frequency
         self._step = 0
+        self._used: Values | None = None
+
+    def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
+        """Keep the coefficients that the step uses: learnt ones are others after it."""
+        self._used = step.values.detach()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -210,7 +215,8 @@ class LossCoefficientMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         loss = loss_of(pl_module)
         if isinstance(loss, MetricsManager):
-            coeffs: dict[str, float] = loss.effective_coeffs() | loss.type_weights
+            own = loss.effective_coeffs() if self._used is None else self._used.to_report().coeffs
+            coeffs: dict[str, float] = own | loss.type_weights
         else:
             coeffs = {name: entry.coeff for name, entry in loss.entries.items() if entry.coeff is not None}
         key = "loss_coeff_step" if isinstance(pl_module, ForceFieldModule) else "loss_coeff"
