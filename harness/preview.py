@@ -161,7 +161,10 @@ class _Preview:
         if number == -1:
             number = max(math.ceil(1.25 * max(self.boundaries, default=0)), 10)
             self.notes.append(f"max_epochs=-1 has no end: shown are the first {number} epochs.")
-        beyond = [f"{boundary:g}" for boundary in self.boundaries if boundary > number]
+        # within the last epoch nothing moves any more, unless it does by steps
+        by_epoch = self.loss.schedule is not None and self.loss.schedule.interval == "epoch"
+        last = number - 1 if by_epoch else number
+        beyond = [f"{each:g}" for each in self.boundaries if each > last and each != number]
         if beyond:
             self.notes.append(
                 f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "

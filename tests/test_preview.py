@@ -245,3 +245,10 @@ def test_a_config_directory_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["schedule=mine", "--config-dir", str(tmp_path / "nowhere")])
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_a_stage_that_never_comes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["max_epochs=2", "data.type_names=[Cu]", "--output", str(tmp_path / "x.png")]
+    for choice, told in (("two_stage", True), ("linear", False)):
+        main([f"schedule={choice}", *options])
+        assert ("before what the schedule has at epoch" in capsys.readouterr().out) == told
