@@ -1,6 +1,6 @@
 """Collectives of the package: merge rows, agree on small objects, leave notes, split and join parameters.
 
-This is the only module that calls :mod:`torch.distributed`. Every function works without a process group too, where
+This is the only module that calls :mod:`torch.distributed`, but for its launcher (:mod:`harness.launcher`). Every function works without a process group too, where
 it does what one rank would do.
 """
 
@@ -53,6 +53,7 @@ __all__ = [
     "sharded_parts",
     "share",
     "split_like",
+    "take_ranks_of_submitit",
 ]
 
 START_LIMIT = timedelta(minutes=5)
@@ -237,6 +238,24 @@ def launched_ranks() -> int:
 def launched_rank() -> int:
     """This process's number among :func:`launched_ranks`."""
     return int(os.environ.get("RANK", "0"))
+
+
+def take_ranks_of_submitit() -> None:
+    """Tell torch of the ranks that submitit has started, which has its own words for them; nothing without submitit."""
+    if "SUBMITIT_EXECUTOR" not in os.environ or is_launched_by_torchrun():
+        return
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = JobEnvironment()
+    if job.num_tasks == 1:
+        return
+    os.environ.pop("MASTER_PORT", None)  # of whatever has started it; submitit draws one for the job
+    # all GPUs of the node stay visible to each rank, which takes that of its number
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["GROUP_RANK"] = str(job.node)
+    if job.num_nodes == 1:  # the name of a host may not resolve on itself
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
 def agree(key: str, proposal: str) -> str:

@@ -345,6 +345,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(self.max_waiting)
         self._worker: threading.Thread | None = None
         self._started, self._lost, self._finished = threading.Event(), threading.Event(), False
+        self._exit_code: int | None = None
         self._logged: Counter[tuple[int, frozenset[str]]] = Counter()
         self._first_row: int | None = None
         self._place: str | None = None
@@ -443,8 +444,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._submit(lambda: super(WandbLogger, self).finalize(status))
 
     @rank_zero_only
-    def finish(self) -> str | None:
+    def finish(self, exit_code: int | None = None) -> str | None:
         """End the run, waiting up to ``finish_timeout`` seconds for what has not been written or uploaded yet.
+
+        Args:
+            exit_code: not 0 for a run that has failed while its process goes on; W&B asks the process otherwise.
 
         Returns:
             Where the run is, its folder or its address; None if there is no run, or not all of it.
@@ -452,7 +456,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if self._worker is None:
             return None
         if not self._finished:
-            self._finished = True
+            self._finished, self._exit_code = True, exit_code
             until = time.monotonic() + self.finish_timeout + _GRACE
             with suppress(queue.Full):
                 self._tasks.put(None, timeout=self.finish_timeout)
@@ -507,7 +511,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 self._warn(f"W&B failed ({_one_line(error)}); the training goes on, and the run may miss values.")
         if not self._lost.is_set():
             try:
-                self._experiment.finish()  # type: ignore[union-attr]
+                self._experiment.finish(exit_code=self._exit_code)  # type: ignore[union-attr]
                 self._check_files(ended=True)
                 if self._journal and not self._failed and self._warn.said is None:  # all is done and written
                     self._journal.close()
