@@ -1,7 +1,7 @@
 """Collectives of the package: merge rows, agree on small objects, leave notes, split and join parameters.
 
-This is the only module that calls :mod:`torch.distributed`, but for its launcher (:mod:`harness.launcher`). Every function works without a process group too, where
-it does what one rank would do.
+This is the only module that calls :mod:`torch.distributed`, but for :mod:`harness.launcher`, which starts ranks with
+its agent. Every function works without a process group too, where it does what one rank would do.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +19,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.runs import Command
 
-__all__ = ["QUIET_RANK", "asks_for_sweep", "command", "group", "label", "objective", "point_name", "sweep_dir", "typed"]
+__all__ = [
+    "COMPOSED",
+    "FAILED",
+    "QUIET_RANK",
+    "TYPED",
+    "asks_for_sweep",
+    "command",
+    "group",
+    "label",
+    "objective",
+    "point_name",
+    "sweep_dir",
+    "typed",
+]
 
 TYPED = "HARNESS_COMMAND"
 """Environment variable with the arguments of a sweep, for processes that a launcher starts for its points."""
@@ -26,6 +40,12 @@ TYPED = "HARNESS_COMMAND"
 # hydra.run.dir is a folder that is there: Hydra would make one on this rank's node too
 QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
 """What :mod:`harness.train` adds to the arguments of ranks other than 0."""
+
+
+COMPOSED = Event()
+"""Set once Hydra has composed the configuration and calls the job, or starts its points."""
+FAILED: list[str] = []
+"""Points of the sweep of this process that have failed."""
 
 
 def typed() -> tuple[str, ...]:

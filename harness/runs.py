@@ -43,7 +43,7 @@ RECORD = "run.json"
 RESULT = "result.json"
 
 
-class JobFailed(SystemExit):  # noqa: N818 - not an error that a job has, but the way out after it has been told
+class JobFailed(SystemExit):
     """A job has failed and has said why; the process exits with 1 unless somebody catches it."""
 
     def __init__(self, message: str) -> None:

@@ -27,7 +27,6 @@ from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import hydra
@@ -64,6 +63,8 @@ from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.points import (
+    COMPOSED,
+    FAILED,
     QUIET_RANK,
     TYPED,
     asks_for_sweep,
@@ -101,7 +102,17 @@ from harness.runs import (
 from harness.schedules import Schedule, as_schedule
 from harness.strategies import check_strategy, connect, load_weights
 
-__all__ = ["Job", "build_module", "execute", "follow_schedule", "main", "prepare", "run_job", "train"]
+__all__ = [
+    "Job",
+    "build_module",
+    "execute",
+    "follow_schedule",
+    "main",
+    "prepare",
+    "register_resolvers",
+    "run_job",
+    "train",
+]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
 _BAD_INPUT = (
@@ -141,7 +152,12 @@ def _interrupted_stamp(is_sweep: bool) -> str | None:
     return found.parent.name if is_sweep else found.name
 
 
-def _register_resolvers() -> None:
+def register_resolvers(leave_to_ranks: bool = False) -> None:
+    """Make the functions known that ``conf/`` calls as ``${harness.devices:}`` and the like.
+
+    Args:
+        leave_to_ranks: let what a rank alone knows stay as it is written, for ranks that are yet to be started.
+    """
     resolvers: dict[str, Callable[..., Any]] = {
         "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
         # ranks that a launcher has started on this node; one without a launcher
@@ -152,6 +168,8 @@ def _register_resolvers() -> None:
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }
+    if leave_to_ranks:
+        resolvers |= {"devices": lambda: "${harness.devices:}", "nodes": lambda: "${harness.nodes:}"}
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"harness.{name}", resolver, use_cache=True, replace=True)
     # not kept: each point of a sweep has its own
@@ -159,7 +177,7 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("harness.group", group, replace=True)
 
 
-_register_resolvers()
+register_resolvers()
 
 
 @dataclass
@@ -389,7 +407,7 @@ def run_job(config: DictConfig, asked_for: Command | None = None) -> float | tup
         JobFailed: a run on its own has failed, and has said why.
         PointFailedError: a point of a sweep has.
     """
-    _COMPOSED.set()
+    COMPOSED.set()
     asked_for = asked_for or command()
     if asked_for.point is None:
         return _run_job(config, asked_for)
@@ -412,7 +430,7 @@ def run_job(config: DictConfig, asked_for: Command | None = None) -> float | tup
             note_failure(Path(config.output_dir), asked_for, what)
             lock.release()
     name = label(asked_for.point, point_name())
-    _FAILED.append(name)
+    FAILED.append(name)
     raise PointFailedError(f"{name} failed: {what}")
 
 
@@ -544,7 +562,7 @@ def _message(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what libraries say at every start and no user of this command can act on."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # of the strides of dimensions of size 1, which mean nothing
@@ -554,7 +572,7 @@ def _quieten() -> None:
 
 def main() -> None:
     """Command line of ``harness-train``."""
-    _quieten()
+    quieten()
     try:
         _main()
     except RankAbsentError as error:
@@ -578,22 +596,23 @@ def _main() -> None:
         os.environ[TYPED] = json.dumps(typed())
     if stamp:
         os.environ[_RUN_STAMP] = stamp
-    _COMPOSED.clear()
+    COMPOSED.clear()
     said = io.StringIO()
     try:
         with redirect_stderr(_UntilComposed(said)):
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
+        sys.stderr.write(said.getvalue())  # of a sweep whose points run in other processes
     except SystemExit as ended:
         if ended.code in (None, 0):  # --help and the like
             sys.stderr.write(said.getvalue())
-        elif not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+        elif not COMPOSED.is_set():  # a mistake that Hydra has found itself
             if launched_rank() == 0:
                 share("output_dir", "")  # which ranks that found none are waiting for
             refused = refusal(_of_hydra(said.getvalue()))
             if launched_rank() == 0:
                 print(f"\nerror: {refused}", file=sys.stderr)
-        if _FAILED and ended.code == 1:
-            print(f"\nerror: failed points of the sweep: {', '.join(_FAILED)}", file=sys.stderr)
+        if FAILED and ended.code == 1:
+            print(f"\nerror: failed points of the sweep: {', '.join(FAILED)}", file=sys.stderr)
         raise
 
 
@@ -629,7 +648,7 @@ class _UntilComposed(io.TextIOBase):
         self._kept, self._stderr = kept, sys.stderr
 
     def write(self, text: str) -> int:
-        return (self._stderr if _COMPOSED.is_set() else self._kept).write(text)
+        return (self._stderr if COMPOSED.is_set() else self._kept).write(text)
 
     def flush(self) -> None:
         self._stderr.flush()
@@ -641,10 +660,6 @@ class _UntilComposed(io.TextIOBase):
         return self._stderr.fileno()
 
 
-_COMPOSED = Event()
-"""Set once Hydra has composed the configuration and calls the job."""
-_FAILED: list[str] = []
-"""Points of the sweep of this process that have failed."""
 _SWEEP_ON_RANKS = (
     "error: --multirun under a launcher would run the whole sweep on each of the {} ranks. Start a sweep without "
     "torchrun; hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 makes each of its points a job of two ranks."
