@@ -240,22 +240,27 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def take_ranks_of_submitit() -> None:
-    """Tell torch of the ranks that submitit has started, which has its own words for them; nothing without submitit."""
+def take_ranks_of_submitit() -> bool:
+    """Tell torch of the ranks that submitit has started, which has its own words for them.
+
+    Returns:
+        Whether this is a job of submitit's.
+    """
     if "SUBMITIT_EXECUTOR" not in os.environ or is_launched_by_torchrun():
-        return
+        return False
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
     job = JobEnvironment()
     if job.num_tasks == 1:
-        return
+        return True
     os.environ.pop("MASTER_PORT", None)  # of whatever has started it; submitit draws one for the job
     # all GPUs of the node stay visible to each rank, which takes that of its number
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ["GROUP_RANK"] = str(job.node)
     if job.num_nodes == 1:  # the name of a host may not resolve on itself
         os.environ["MASTER_ADDR"] = "127.0.0.1"
+    return True
 
 
 def agree(key: str, proposal: str) -> str:

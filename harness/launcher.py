@@ -34,7 +34,7 @@ from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, setup_globals
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -42,7 +42,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.points import COMPOSED, FAILED, TYPED, label, objective, point_name, typed
 from harness.runs import Command, PointFailedError, finished_result, note_failure, read
 
-__all__ = ["Settings", "launch", "main"]
+__all__ = ["Settings", "SettingsError", "launch", "main"]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,10 @@ _STALE = (
     *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE"),
     *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_TIMER_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"),
 )
+
+
+class SettingsError(CompactHydraException, ValueError):
+    """A setting of ``hydra.launcher`` is wrong; Hydra shows the message without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Settings:
         rdzv_conf: further options of the rendezvous.
 
     Raises:
-        ValueError: a setting is not of its kind, or several nodes are asked for without an address to meet at.
+        SettingsError: a setting is not of its kind, or several nodes are asked for without an address to meet at.
     """
 
     nproc_per_node: int | str = "auto"
@@ -107,22 +111,22 @@ class Settings:
         for name in ("nproc_per_node", "parallel"):
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"hydra.launcher.{name} is a number, at least 1, or auto, found {value!r}.")
+                raise SettingsError(f"hydra.launcher.{name} is a number, at least 1, or auto, found {value!r}.")
         lowest = {"max_restarts": 0, "node_rank": 0, "omp_num_threads": 1}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is None and name == "omp_num_threads":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"hydra.launcher.{name} is a whole number, at least {least}, found {value!r}.")
+                raise SettingsError(f"hydra.launcher.{name} is a whole number, at least {least}, found {value!r}.")
         most = self.node_range[1]
         if most > 1 and not self.rdzv_endpoint:
-            raise ValueError(
+            raise SettingsError(
                 f"hydra.launcher.nnodes={self.nnodes} needs an address where the nodes meet: "
                 f"hydra.launcher.rdzv_endpoint=HOST:PORT of this node."
             )
         if most > 1 and self.parallel not in (1, "auto"):
-            raise ValueError(
+            raise SettingsError(
                 f"hydra.launcher.parallel={self.parallel} with nnodes={self.nnodes}: points on several nodes run one "
                 f"after the other, since they meet at one address. Use parallel=1."
             )
@@ -132,7 +136,7 @@ class Settings:
         """Smallest and largest number of nodes."""
         least, _, most = str(self.nnodes).partition(":")
         if not least.isdigit() or not (most or least).isdigit() or not 1 <= int(least) <= int(most or least):
-            raise ValueError(f"hydra.launcher.nnodes is a number of nodes, or MIN:MAX, found {self.nnodes!r}.")
+            raise SettingsError(f"hydra.launcher.nnodes is a number of nodes, or MIN:MAX, found {self.nnodes!r}.")
         return int(least), int(most or least)
 
 
@@ -246,14 +250,14 @@ def _slots(settings: Settings, gpus: Sequence[str], cores: int) -> tuple[Setting
     """Settings with numbers instead of ``auto``, and the environment of each place where a point can run.
 
     Raises:
-        ValueError: there are not enough GPUs.
+        SettingsError: there are not enough GPUs.
     """
     ranks = settings.nproc_per_node if isinstance(settings.nproc_per_node, int) else max(1, len(gpus))
     most = settings.node_range[1]
     fit = 1 if most > 1 else max(1, (len(gpus) if gpus else cores) // ranks)
     number = settings.parallel if isinstance(settings.parallel, int) else fit
     if gpus and number * ranks > len(gpus):
-        raise ValueError(
+        raise SettingsError(
             f"hydra.launcher: {number} point(s) of {ranks} rank(s) side by side need {number * ranks} GPUs, found "
             f"{len(gpus)}. Use parallel=auto, fewer ranks (nproc_per_node), or trainer.accelerator=cpu."
         )
@@ -571,9 +575,8 @@ def main() -> None:
         return
     changes = {name: getattr(arguments, name) for name in ("node_rank", "local_addr")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if arguments.place.is_dir():
-        sys.exit(_join(arguments.place, **changes))
-    sys.exit(_run_agent(arguments.place, **changes))
+    run = _run_agent if arguments.place.suffix == ".yaml" else _join  # its directory may not be there yet
+    sys.exit(run(arguments.place, **changes))
 
 
 if __name__ == "__main__":

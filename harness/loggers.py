@@ -592,7 +592,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         # the journal of a job that has not come to its end; another job in its directory is another run
         goes_on = self._resumed_step is not None or (folder / "wandb" / "rows.jsonl").is_file()
         kept = file.read_text().strip() if goes_on and file.is_file() else ""
-        self._id = self._given_id or kept or uuid.uuid4().hex[:8]
+        drawn = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # of an agent of W&B's
+        self._id = self._given_id or drawn or kept or uuid.uuid4().hex[:8]
         self._wandb_init["id"] = self._id
         if self._id != kept:
             part = file.with_suffix(".part")

@@ -408,12 +408,15 @@ def run_job(config: DictConfig, asked_for: Command | None = None) -> float | tup
         PointFailedError: a point of a sweep has.
     """
     COMPOSED.set()
-    asked_for = asked_for or command()
+    if asked_for is None:
+        asked_for = command()
+        if asked_for.point is not None:
+            if launched_ranks() > 1 and os.environ.get(TYPED) is None:
+                sys.exit(_SWEEP_ON_RANKS.format(launched_ranks()))
+            if take_ranks_of_submitit():
+                quieten()
     if asked_for.point is None:
         return _run_job(config, asked_for)
-    if launched_ranks() > 1 and os.environ.get(TYPED) is None:
-        sys.exit(_SWEEP_ON_RANKS.format(launched_ranks()))
-    take_ranks_of_submitit()
     try:
         return _run_job(config, asked_for)
     except SystemExit as error:
@@ -619,6 +622,10 @@ def _main() -> None:
 def _of_hydra(text: str) -> str:
     """What Hydra says of a wrong configuration, with the setting that a misspelt one may be meant for."""
     told = text.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
+    plugin = re.search(r"Could not find 'hydra/(?:sweeper|launcher)(?:/sampler)?/(optuna|tpe|submitit_\w+)'", told)
+    if plugin is not None:
+        of = "hydra-submitit-launcher" if plugin.group(1).startswith("submitit") else "hydra-optuna-sweeper"
+        return f"{of} is not installed; it comes with pip install 'potential-harness[sweep]'.\n({told})"
     misspelt = re.search(r"Could not override '([\w.]+)'", told)
     if misspelt is None:
         return told or "the configuration cannot be composed"
