@@ -141,7 +141,12 @@ def note_failure(output_dir: Path, command: Command, error: BaseException | str)
 
 
 def write_result(
-    output_dir: Path, monitor: str, values: Mapping[str, float], seconds: float, objectives: Sequence[str] = ()
+    output_dir: Path,
+    monitor: str,
+    values: Mapping[str, float],
+    seconds: float,
+    ranks: int = 1,
+    objectives: Sequence[str] = (),
 ) -> None:
     """Write ``result.json``, what a report or the sampler of a sweep reads of a run.
 
@@ -150,6 +155,7 @@ def write_result(
         monitor: log key of the monitored value, which becomes the ``objective``.
         values: by log key; those of validations and tests are kept. A value that is NaN becomes null.
         seconds: how long it took.
+        ranks: how many took part.
         objectives: log keys of a sweep with several objectives.
     """
     kept = {key: _finite(value) for key, value in values.items() if key.startswith(("val", "test"))}
@@ -158,7 +164,7 @@ def write_result(
         "objective": _finite(values.get(monitor)),
         "values": kept,
         "seconds": round(seconds, 3),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "ranks": ranks,
     }
     if objectives:
         result["objectives"] = {key: _finite(values.get(key)) for key in objectives}

@@ -454,6 +454,7 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
             print(f"finished before: {output_dir}", flush=True)
             return objective(config, before["values"])
     job, refused, start = None, None, time.monotonic()
+    ranks = launched_ranks()  # Lightning may have forgotten it in the end
     try:
         job, refused = _started(config, limit, asked_for)
         if job is None:
@@ -465,7 +466,7 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
             results = execute(job)
             if launched_rank() == 0:
                 seconds = time.monotonic() - start
-                write_result(output_dir, config.monitor, results, seconds, config.get("objectives") or ())
+                write_result(output_dir, config.monitor, results, seconds, ranks, config.get("objectives") or ())
     except Preempted as told:
         if launched_rank() == 0:
             print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
