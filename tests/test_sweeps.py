@@ -33,6 +33,8 @@ POINT = (
     "trainer.accelerator=cpu",
     "hydra.sweep.dir=sweep",
 )
+pytestmark = pytest.mark.timeout(600)  # each starts several processes that import torch
+
 TORCHRUN = ("--multirun", "hydra/launcher=torchrun")
 LOGGERS = "logger=[wandb,csv]"
 needs_optuna = pytest.mark.skipif(
@@ -72,7 +74,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "loss.coeffs.forces=1,10",
         "loss.coeffs.total_energy=1,10",
         folder=tmp_path_factory.mktemp("sweep"),
-        timeout=280,
+        timeout=400,
         RANK="3",  # of a launcher that is none of ours
         MASTER_PORT="1",
     )
@@ -200,7 +202,6 @@ def test_two_tasks_of_submitit_are_two_ranks(of_ranks: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_that_is_ended_leaves_nothing_behind_and_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness.train", *TORCHRUN, *POINT, "logger=csv", "test=false"]
@@ -224,21 +225,20 @@ def test_a_sweep_that_is_ended_leaves_nothing_behind_and_goes_on(number: signal.
         kill_tree(sweep.pid)
     assert read(first, "run.json")["state"] == "preempted"
     assert torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] < 19
-    again = run([*command, "resume=auto"], tmp_path, timeout=200)
+    again = run([*command, "resume=auto"], tmp_path, timeout=300)
     assert again.code == 0, again.err[-3000:]
     assert again.out.count("goes on from") == 1
     for point in (first, tmp_path / "sweep" / "1"):
         epochs = [row["epoch"] for row in read_csv(point) if "train_loss_epoch/weighted_sum" in row]
         assert epochs == list(range(20))
     results = [(each / "result.json").stat().st_mtime_ns for each in (first, tmp_path / "sweep" / "1")]
-    once_more = run([*command, "resume=auto"], tmp_path, timeout=200)
+    once_more = run([*command, "resume=auto"], tmp_path, timeout=300)
     assert once_more.code == 0, once_more.err[-3000:]
     assert once_more.out.count("finished before") == 2
     assert results == [(each / "result.json").stat().st_mtime_ns for each in (first, tmp_path / "sweep" / "1")]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_another_node_joins_a_sweep(of_ranks: Path, tmp_path: Path) -> None:
     """Two agents on this host, of one rank each, that meet at an address as two nodes would."""
     command = [sys.executable, "-m", "harness.launcher", "sweep", "--node-rank", "1"]
@@ -257,7 +257,7 @@ def test_another_node_joins_a_sweep(of_ranks: Path, tmp_path: Path) -> None:
             address,
             "loss.coeffs.forces=1,-1,10",
             folder=tmp_path,
-            timeout=280,
+            timeout=400,
         )
         assert done.code == 1
         assert joining.wait(30) == 0, (tmp_path / "out").read_text()[-3000:]
