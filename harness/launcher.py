@@ -507,7 +507,8 @@ def _run_agent(file: Path, **changes: Any) -> int:
         traceback.print_exc()
         what, code = f"its agent failed: {type(error).__name__}: {error}", 1
     found = read(folder)
-    if settings.node_rank == 0 and (found == before or found.get("state") == "running"):  # the ranks have not told why
+    has_told = found != before and found.get("state") in ("failed", "preempted")
+    if settings.node_rank == 0 and not has_told:  # rank 0 may have finished, and another one not
         note_failure(folder, command, what)
     return code
 

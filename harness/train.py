@@ -282,13 +282,15 @@ def execute(job: Job) -> dict[str, float]:
     complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
     if complete is not None:
         console.print(f"training is complete in {job.resume_from}", highlight=False, soft_wrap=True)
-        results, best = dict(complete), _best_checkpoint(callbacks, resumed_from) or job.resume_from
+        before = _best_before(callbacks, resumed_from)
+        results, best = dict(complete), _best_checkpoint(callbacks, before) or job.resume_from
     elif config.train:
         if resumed_from:
             console.print(f"goes on from {resumed_from}", highlight=False, soft_wrap=True)
+        before = _best_before(callbacks, resumed_from)  # now, since rank 0 moves the checkpoint while others go on
         trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        best = _best_checkpoint(callbacks, resumed_from)
+        best = _best_checkpoint(callbacks, before)
     if config.test and module.test_metrics:
         if best:
             # not by the trainer: an averaging callback would put back the weights that are not averaged
@@ -355,20 +357,30 @@ def follow_schedule(loss: MetricsManager, schedule: Schedule) -> None:
     loss.follow(schedule)
 
 
-def _best_checkpoint(callbacks: list[Callback], resumed_from: str | None) -> str | None:
+def _best_monitor(callbacks: list[Callback]) -> ModelCheckpoint | None:
+    return next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.monitor), None)
+
+
+def _best_before(callbacks: list[Callback], resumed_from: str | None) -> dict[str, Any]:
+    """What the run that is continued knows of its best checkpoint."""
+    monitoring = _best_monitor(callbacks)
+    if monitoring is None or not resumed_from:
+        return {}
+    checkpoint = torch.load(resumed_from, weights_only=True, map_location="cpu")
+    return checkpoint["callbacks"].get(monitoring.state_key, {})  # type: ignore[no-any-return]
+
+
+def _best_checkpoint(callbacks: list[Callback], before: dict[str, Any]) -> str | None:
     """The checkpoint with the best monitored value, of this run or of the one that it continues."""
-    monitoring = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
-    if not monitoring:
+    best = _best_monitor(callbacks)
+    if best is None:
         return None
-    best = monitoring[0]
     found: list[tuple[float, str]] = []
     # a full disk may have kept it from being written
     if best.best_model_score is not None and Path(best.best_model_path).is_file():
         found.append((float(best.best_model_score), best.best_model_path))
-    if resumed_from:
-        before = torch.load(resumed_from, weights_only=True, map_location="cpu")["callbacks"].get(best.state_key, {})
-        if before.get("best_model_score") is not None and Path(before["best_model_path"]).is_file():
-            found.append((float(before["best_model_score"]), before["best_model_path"]))
+    if before.get("best_model_score") is not None and Path(before["best_model_path"]).is_file():
+        found.append((float(before["best_model_score"]), before["best_model_path"]))
     if not found:
         return None
     return (min if best.mode == "min" else max)(found)[1]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -248,7 +249,9 @@ def test_another_node_joins_a_sweep(of_ranks: Path, tmp_path: Path) -> None:
         )
     try:
         nodes = ["hydra.launcher.nproc_per_node=1", "hydra.launcher.nnodes=2"]
-        address = "hydra.launcher.rdzv_endpoint=127.0.0.1:29571"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"hydra.launcher.rdzv_endpoint=127.0.0.1:{probe.getsockname()[1]}"
         done = train(
             *TORCHRUN,
             *POINT,
