@@ -23,6 +23,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
 COPY conf/ conf/
 COPY harness/ harness/
+COPY hydra_plugins/ hydra_plugins/
 RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 # --- what is installed ---

@@ -1,7 +1,7 @@
 """Collectives of the package: merge rows, agree on small objects, leave notes, split and join parameters.
 
-This is the only module that calls :mod:`torch.distributed`. Every function works without a process group too, where
-it does what one rank would do.
+This is the only module that calls :mod:`torch.distributed`, but for :mod:`harness.launcher`, which starts ranks with
+its agent. Every function works without a process group too, where it does what one rank would do.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ __all__ = [
     "share",
     "split_like",
     "sum_over_ranks",
+    "take_ranks_of_submitit",
 ]
 
 START_LIMIT = timedelta(minutes=5)
@@ -252,6 +253,29 @@ def launched_ranks() -> int:
 def launched_rank() -> int:
     """This process's number among :func:`launched_ranks`."""
     return int(os.environ.get("RANK", "0"))
+
+
+def take_ranks_of_submitit() -> bool:
+    """Tell torch of the ranks that submitit has started, which has its own words for them.
+
+    Returns:
+        Whether this is a job of submitit's.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or is_launched_by_torchrun():
+        return False
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = JobEnvironment()
+    if job.num_tasks == 1:
+        return True
+    os.environ.pop("MASTER_PORT", None)  # of whatever has started it; submitit draws one for the job
+    # all GPUs of the node stay visible to each rank, which takes that of its number
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["GROUP_RANK"] = str(job.node)
+    if job.num_nodes == 1:  # the name of a host may not resolve on itself
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    return True
 
 
 def agree(key: str, proposal: str) -> str:

@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.distributed import Board, is_lost_connection, keep_alive, launched_rank, launched_ranks, named
+from harness.runs import JobFailed
 
 __all__ = ["Whereabouts", "reported"]
 
@@ -103,10 +104,10 @@ def reported(whereabouts: Whereabouts, timeout: timedelta) -> Iterator[None]:
     except Exception as error:
         if _is_of_all(error):
             raise
-        faults.leave(error)
+        told = faults.leave(error)
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(1)
+        raise JobFailed(told) from error
     finally:
         faults.end()
 
@@ -139,19 +140,22 @@ class _Faults:
             self._first = json.loads(first) if first else fault
         self._board.append("left", f"{self._rank},")
 
-    def leave(self, error: Exception) -> None:
-        """Say what has happened, if it is this rank that says it, and see to it that the process ends."""
+    def leave(self, error: Exception) -> str:
+        """Say what has happened, if it is this rank that says it, and see to it that the process ends.
+
+        Returns:
+            What has happened, as far as this rank knows.
+        """
         self.post(error)
         self._leaving.set()
         Thread(target=_end_process_after, args=(4 * _LEAVE,), daemon=True).start()
         if self._first is None:
             silent = self._wait_for_notes()
             if self._first is None:
-                self._tell_who_is_silent(error, silent)
-                return
+                return self._tell_who_is_silent(error, silent)
         if self._first["rank"] != self._rank:
             self._hear()
-            return
+            return self._cause()
         if self._rank == 0 or not self._is_noted("told", _SPEAK):
             self._tell()
         traceback.print_exception(error)
@@ -159,6 +163,7 @@ class _Faults:
         self._board.put("done", "")
         if self._rank == 0:  # it may be the one that keeps the board
             time.sleep(2 * _LOOK)
+        return self._cause()
 
     def end(self) -> None:
         """Stop looking."""
@@ -200,8 +205,12 @@ class _Faults:
             if self._has_told or self._first is None:
                 return
             self._has_told = True
-            _say(f"rank {self._first['rank']} (host {self._first['host']}) failed: {self._first['text']}")
+            _say(self._cause())
         self._board.put("told", "")
+
+    def _cause(self) -> str:
+        first = self._first or {}
+        return f"rank {first.get('rank')} (host {first.get('host')}) failed: {first.get('text')}"
 
     def _is_noted(self, key: str, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -224,11 +233,11 @@ class _Faults:
             time.sleep(0.1)
         return None if self._board.is_lost else silent
 
-    def _tell_who_is_silent(self, error: Exception, silent: list[int] | None) -> None:
+    def _tell_who_is_silent(self, error: Exception, silent: list[int] | None) -> str:
         first_there = next((rank for rank in range(self._ranks) if rank not in (silent or [])), self._rank)
         if silent is not None and self._rank != first_there:
             self._is_noted("done", _SPEAK)
-            return
+            return _one_line(error)
         timed_out = "imed out" in str(error)
         waited = f"waited {self._timeout:.0f} s" if timed_out else "lost a connection while it waited"
         text = f"rank {self._rank} (host {self._host}) {waited} for {self._whereabouts.waited_for(error)}. "
@@ -247,8 +256,13 @@ class _Faults:
             text += "All ranks have noticed it and leave: a connection between their hosts was interrupted."
         if timed_out:
             text += f" trainer.timeout={self._timeout:g} is how long ranks wait for each other."
-        _say(f"{text}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+        _say(f"{text}\n({_one_line(error)})")
         self._board.put("done", "")
+        return text
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _is_of_all(error: Exception) -> bool:

@@ -349,6 +349,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(self.max_waiting)
         self._worker: threading.Thread | None = None
         self._started, self._lost, self._finished = threading.Event(), threading.Event(), False
+        self._exit_code: int | None = None
         self._logged: Counter[tuple[int, frozenset[str]]] = Counter()
         self._extremes: dict[str, _Extremes] = {}
         self._axes: dict[str, dict[str, str]] = {}  # as they have been defined, by name
@@ -574,8 +575,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._submit(lambda: super(WandbLogger, self).finalize(status))
 
     @rank_zero_only
-    def finish(self) -> str | None:
+    def finish(self, exit_code: int | None = None) -> str | None:
         """End the run, waiting up to ``finish_timeout`` seconds for what has not been written or uploaded yet.
+
+        Args:
+            exit_code: not 0 for a run that has failed while its process goes on; W&B asks the process otherwise.
 
         Returns:
             Where the run is, its folder or its address; None if there is no run, or not all of it.
@@ -583,7 +587,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if self._worker is None:
             return None
         if not self._finished:
-            self._finished = True
+            self._finished, self._exit_code = True, exit_code
             until = time.monotonic() + self.finish_timeout + _GRACE
             with suppress(queue.Full):
                 self._tasks.put(None, timeout=self.finish_timeout)
@@ -639,7 +643,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if not self._lost.is_set():
             try:
                 self._sum_up()
-                self._experiment.finish()  # type: ignore[union-attr]
+                self._experiment.finish(exit_code=self._exit_code)  # type: ignore[union-attr]
                 self._check_files(ended=True)
                 if self._journal and not self._failed and self._warn.said is None:  # all is done and written
                     self._journal.close()
@@ -723,7 +727,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         # the journal of a job that has not come to its end; another job in its directory is another run
         goes_on = self._resumed_step is not None or (folder / "wandb" / "rows.jsonl").is_file()
         kept = file.read_text().strip() if goes_on and file.is_file() else ""
-        self._id = self._given_id or kept or uuid.uuid4().hex[:8]
+        drawn = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # of an agent of W&B's
+        self._id = self._given_id or drawn or kept or uuid.uuid4().hex[:8]
         self._wandb_init["id"] = self._id
         if self._id != kept:
             part = file.with_suffix(".part")

@@ -237,6 +237,7 @@ def check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceF
     managers += [(f"val{index}_epoch", manager) for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
     valid = [f"{stage}/{name}" for stage, manager in managers if manager is not None for name in manager.value_names]
     monitors = {"monitor": config.monitor, "lr_scheduler.monitor": (config.lr_scheduler or {}).get("monitor")}
+    monitors |= {f"objectives[{number}]": key for number, key in enumerate(config.get("objectives") or [])}
     monitors |= {f"the monitor of {type(each).__name__}": getattr(each, "monitor", None) for each in callbacks}
     for where, monitor in monitors.items():
         if monitor and "_epoch/" in monitor and monitor not in valid:

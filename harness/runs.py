@@ -1,23 +1,79 @@
-"""The record that a run keeps in its output directory: who writes there, by which command, and how it ended."""
+"""The record that a run keeps in its output directory: who writes there, by which command, how it ended, with what.
+
+``run.json`` is written when a run begins and when it ends, ``result.json`` when it has come to its end. Both are the
+old or the new one at any time.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.errors import CompactHydraException
 
-__all__ = ["RECORD", "claim", "interrupted_run", "is_interrupted", "read", "record"]
+__all__ = [
+    "RECORD",
+    "RESULT",
+    "Command",
+    "JobFailed",
+    "PointFailedError",
+    "claim",
+    "finished_result",
+    "interrupted_run",
+    "is_interrupted",
+    "latest_run",
+    "note_failure",
+    "read",
+    "record",
+    "write_result",
+]
 
 RECORD = "run.json"
+RESULT = "result.json"
+
+
+class JobFailed(SystemExit):
+    """A job has failed and has said why; the process exits with 1 unless somebody catches it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(1)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class PointFailedError(CompactHydraException):
+    """A point of a sweep has failed; Hydra shows the message without a traceback."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a run was asked for."""
+
+    typed: tuple[str, ...]
+    """Arguments of the command line; those of the whole sweep for a point of one."""
+    overrides: tuple[str, ...]
+    """Hydra's overrides of this run; of a point, with its own values."""
+    point: int | None = None
+    """Number in the sweep; None for a run on its own."""
+
+    @property
+    def identity(self) -> list[str]:
+        """What is the same if the same run is asked for again: in any order, and whether it is to be resumed or not."""
+        given = self.typed if self.point is None else self.overrides
+        return sorted(str(each) for each in given if not str(each).lstrip("+").startswith("resume="))
 
 
 def claim(output_dir: Path) -> FileLock:
@@ -43,71 +99,143 @@ def claim(output_dir: Path) -> FileLock:
     return lock
 
 
-def read(output_dir: Path) -> dict[str, Any]:
-    """Record of the run in a directory; empty where there is none."""
+def read(output_dir: Path, name: str = RECORD) -> dict[str, Any]:
+    """Record of the run in a directory, or its result; empty where there is none."""
     try:
-        found = json.loads((output_dir / RECORD).read_text())
+        found = json.loads((output_dir / name).read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 @contextmanager
-def record(output_dir: Path, command: Sequence[str]) -> Iterator[None]:
-    """Write down that a run is going on, and in the end how it ended: finished, preempted or failed.
+def record(output_dir: Path, command: Command) -> Iterator[None]:
+    """Write down that a run is going on, and in the end how it ended: finished, preempted or failed, and by what error.
 
     A run that is killed stays "running".
     """
-    entry = {
-        "command": list(command),
-        "started": datetime.now().isoformat(timespec="seconds"),
+    entry = _entry(command)
+    with suppress(OSError):
+        (output_dir / RESULT).unlink(missing_ok=True)  # of a run before
+    _write(output_dir / RECORD, {**entry, "state": "running"})
+    end: dict[str, Any] = {"state": "finished"}
+    try:
+        yield
+    except BaseException as error:
+        end = _failure(error)
+        if type(error).__name__ == "Preempted":
+            end = {"state": "preempted"}
+        raise
+    finally:
+        _write(output_dir / RECORD, {**entry, **end, "ended": _now()})
+
+
+def note_failure(output_dir: Path, command: Command, error: BaseException | str) -> None:
+    """Write down that a run has failed which could not do so itself, since it was refused or killed."""
+    found = read(output_dir)
+    # a record of the same run that was cut off knows when it started, and where
+    entry = found if found.get("state") == "running" else _entry(command)
+    with suppress(OSError):
+        (output_dir / RESULT).unlink(missing_ok=True)
+    _write(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
+
+
+def write_result(
+    output_dir: Path,
+    monitor: str,
+    values: Mapping[str, float],
+    seconds: float,
+    ranks: int = 1,
+    objectives: Sequence[str] = (),
+) -> None:
+    """Write ``result.json``, what a report or the sampler of a sweep reads of a run.
+
+    Args:
+        output_dir: of the run.
+        monitor: log key of the monitored value, which becomes the ``objective``.
+        values: by log key; those of validations and tests are kept. A value that is NaN becomes null.
+        seconds: how long it took.
+        ranks: how many took part.
+        objectives: log keys of a sweep with several objectives.
+    """
+    kept = {key: _finite(value) for key, value in values.items() if key.startswith(("val", "test"))}
+    result = {
+        "monitor": monitor,
+        "objective": _finite(values.get(monitor)),
+        "values": kept,
+        "seconds": round(seconds, 3),
+        "ranks": ranks,
+    }
+    if objectives:
+        result["objectives"] = {key: _finite(values.get(key)) for key in objectives}
+    _write(output_dir / RESULT, result)
+
+
+def finished_result(output_dir: Path, command: Command) -> dict[str, Any]:
+    """Result of the run in a directory, if it was given the same command and has finished; empty otherwise."""
+    found = read(output_dir)
+    if found.get("state") != "finished" or _identity_in(found, command) != command.identity:
+        return {}
+    return read(output_dir, RESULT)
+
+
+def _entry(command: Command) -> dict[str, Any]:
+    return {
+        "command": list(command.typed),
+        "overrides": list(command.overrides),
+        "started": _now(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
     }
-    _write(output_dir, {**entry, "state": "running"})
-    state = "failed"
-    try:
-        yield
-        state = "finished"
-    except BaseException as error:
-        state = "preempted" if type(error).__name__ == "Preempted" else "failed"
-        raise
-    finally:
-        _write(output_dir, {**entry, "state": state, "ended": datetime.now().isoformat(timespec="seconds")})
 
 
-def _write(output_dir: Path, entry: dict[str, Any]) -> None:
-    part = output_dir / f".{RECORD}.part"
+def _failure(error: BaseException | str) -> dict[str, Any]:
+    plain = isinstance(error, str | SystemExit) or (isinstance(error, CompactHydraException) and str(error))
+    return {"state": "failed", "error": str(error) if plain else f"{type(error).__name__}: {error}".rstrip(": ")}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def _write(path: Path, entry: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(json.dumps(entry, indent=1) + "\n")
-        os.replace(part, output_dir / RECORD)
+        os.replace(part, path)
     except OSError as error:
-        print(f"warning: {output_dir / RECORD} cannot be written: {error}", file=sys.stderr)
+        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
 
 
-def is_interrupted(output_dir: Path, command: Sequence[str]) -> bool:
+def is_interrupted(output_dir: Path, command: Command) -> bool:
     """Whether the last run in a directory was given the same command, and has not finished."""
     found = read(output_dir)
-    return found.get("state") not in (None, "finished") and _identity(found.get("command", [])) == _identity(command)
+    return found.get("state") not in (None, "finished") and _identity_in(found, command) == command.identity
 
 
-def _identity(command: Sequence[str]) -> list[str]:
-    """The overrides in any order; whether it is to be resumed makes no other training of it."""
-    return sorted(str(each) for each in command if not str(each).lstrip("+").startswith("resume="))
+def _identity_in(found: Mapping[str, Any], command: Command) -> list[str]:
+    """Identity of the run in a record, as that of the command would be."""
+    written = Command(tuple(found.get("command", ())), tuple(found.get("overrides", ())), command.point)
+    return written.identity
 
 
-def interrupted_run(command: Sequence[str], root: Path) -> Path | None:
-    """The newest output directory under ``root`` that was given the same command, if it has not finished.
+def latest_run(command: Command, root: Path) -> Path | None:
+    """The newest output directory under ``root`` that was given the same command line, finished or not.
 
     Args:
-        command: the overrides, in any order.
+        command: of a run on its own, or of a whole sweep.
         root: folder of output directories.
     """
-    same = [
-        each.parent
-        for each in root.rglob(RECORD)
-        if _identity(read(each.parent).get("command", [])) == _identity(command)
-    ]
-    newest = max(same, key=lambda folder: read(folder).get("started", ""), default=None)
+    same = [each.parent for each in root.rglob(RECORD) if _identity_in(read(each.parent), command) == command.identity]
+    return max(same, key=lambda folder: read(folder).get("started", ""), default=None)
+
+
+def interrupted_run(command: Command, root: Path) -> Path | None:
+    """The same if it has not finished."""
+    newest = latest_run(command, root)
     return newest if newest is not None and is_interrupted(newest, command) else None

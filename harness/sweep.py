@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
-import json
 import math
 import os
 import re
@@ -37,8 +36,6 @@ from harness.pareto import FrontPoint, draw_front, pareto_front
 
 __all__ = ["Point", "Sweep", "main", "read_sweep", "report"]
 
-RESULT = "result.json"
-"""What a point that has finished leaves: its monitored value, all values by log key, seconds and ranks."""
 _VALUE = re.compile(r"(val|test)\d+_\w+/")
 _ERROR_LINE = re.compile(r"(\w+\.)*(\w*(Error|Exception|Exit|Interrupt)|error)\b.*")
 
@@ -163,7 +160,7 @@ def _not_a_sweep(folder: Path) -> str:
 
 
 def _read_point(folder: Path, root: Path) -> Point:
-    record, result = runs.read(folder), _read_json(folder / RESULT)
+    record, result = runs.read(folder), runs.read(folder, runs.RESULT)
     state = str(record.get("state") or ("finished" if result else "starting"))
     reason = ""
     if state == "running":
@@ -187,7 +184,7 @@ def _read_point(folder: Path, root: Path) -> Point:
     if isinstance(monitor, str) and objective is not None:
         found.setdefault(monitor, objective)
     if state == "finished" and not found:
-        reason = f"no values: neither {RESULT} nor csv/metrics.csv has any"
+        reason = f"no values: neither {runs.RESULT} nor csv/metrics.csv has any"
     seconds, ranks = result.get("seconds"), result.get("ranks") or record.get("ranks")
     return Point(
         str(folder.relative_to(root)),
@@ -211,14 +208,6 @@ def _overrides(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
 def _split(overrides: Any) -> dict[str, str]:
     pairs = [each.partition("=") for each in overrides]
     return {name.lstrip("+~"): value for name, _, value in pairs}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_yaml(path: Path) -> DictConfig:

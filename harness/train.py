@@ -3,6 +3,7 @@
     python -m harness.train                                        # the embedded alloy
     python -m harness.train data=file data.train=my.xyz loss.coeffs.forces=10
     torchrun --nproc-per-node 2 -m harness.train ...               # the same on two ranks
+    python -m harness.train --multirun loss.coeffs.forces=1,10,100 # a sweep
 
 ``conf/train.yaml`` is the table of contents of what can be set.
 """
@@ -18,13 +19,14 @@ import os
 import re
 import shutil
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from threading import Event
 from typing import Any, NoReturn
 
 import hydra
@@ -54,12 +56,33 @@ from harness.callbacks import (
 )
 from harness.callbacks.resume import COMPLETE
 from harness.checkpoints import AtomicCheckpointIO, read, step_of
-from harness.distributed import START_LIMIT, RankAbsentError, agree, launched_rank, launched_ranks, share
+from harness.distributed import (
+    START_LIMIT,
+    RankAbsentError,
+    agree,
+    launched_rank,
+    launched_ranks,
+    share,
+    take_ranks_of_submitit,
+)
 from harness.dry_step import check_first_batch
 from harness.faults import Whereabouts, reported
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
+from harness.points import (
+    COMPOSED,
+    FAILED,
+    QUIET_RANK,
+    TYPED,
+    asks_for_sweep,
+    command,
+    group,
+    label,
+    objective,
+    point_name,
+    typed,
+)
 from harness.preflight import (
     check_accumulation,
     check_adaptive,
@@ -72,11 +95,33 @@ from harness.preflight import (
     refusal,
 )
 from harness.report import values_table
-from harness.runs import claim, interrupted_run, is_interrupted, record
+from harness.runs import (
+    Command,
+    JobFailed,
+    PointFailedError,
+    claim,
+    finished_result,
+    interrupted_run,
+    is_interrupted,
+    latest_run,
+    note_failure,
+    record,
+    write_result,
+)
 from harness.schedules import Schedule, as_schedule
 from harness.strategies import check_strategy, cluster_plugins, connect, load_weights
 
-__all__ = ["Job", "build_module", "execute", "follow_schedule", "main", "prepare", "run_job", "train"]
+__all__ = [
+    "Job",
+    "build_module",
+    "execute",
+    "follow_schedule",
+    "main",
+    "prepare",
+    "register_resolvers",
+    "run_job",
+    "train",
+]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
 _BAD_INPUT = (
@@ -100,18 +145,20 @@ def _now() -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def _interrupted_stamp() -> str | None:
-    """Last part of the output directory of the interrupted run that this command continues, if there is one."""
+def _interrupted_stamp(is_sweep: bool) -> str | None:
+    """Last part of the directory of the interrupted run or sweep that this command continues, if there is one."""
     requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     asked = [each for each in sys.argv[1:] if each.lstrip("+").replace("'", "").replace('"', "") == "resume=auto"]
     if not requeued and not asked:
         return None
-    root = Path("outputs").absolute()
-    interrupted = interrupted_run(_overrides(), root)
-    if interrupted is None:
-        print(f"resume: no interrupted run of this command under {root}; it starts anew", flush=True)
+    root = Path("multirun" if is_sweep else "outputs").absolute()
+    asked_for = Command(typed(), ())
+    found = latest_run(asked_for, root) if is_sweep else interrupted_run(asked_for, root)
+    if found is None:
+        what = "sweep" if is_sweep else "interrupted run"
+        print(f"resume: no {what} of this command under {root}; it starts anew", flush=True)
         return None
-    return interrupted.name
+    return found.parent.name if is_sweep else found.name
 
 
 def _part(number: float, fraction: float) -> float:
@@ -124,7 +171,12 @@ def _part(number: float, fraction: float) -> float:
     return number * fraction
 
 
-def _register_resolvers() -> None:
+def register_resolvers(leave_to_ranks: bool = False) -> None:
+    """Make the functions known that ``conf/`` calls as ``${harness.devices:}`` and the like.
+
+    Args:
+        leave_to_ranks: let what a rank alone knows stay as it is written, for ranks that are yet to be started.
+    """
     resolvers: dict[str, Callable[..., Any]] = {
         "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
         # ranks that a launcher has started on this node; one without a launcher
@@ -134,11 +186,16 @@ def _register_resolvers() -> None:
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }
+    if leave_to_ranks:
+        resolvers |= {"devices": lambda: "${harness.devices:}", "nodes": lambda: "${harness.nodes:}"}
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"harness.{name}", resolver, use_cache=True, replace=True)
+    # not kept: each point of a sweep has its own
+    OmegaConf.register_new_resolver("harness.point_name", point_name, replace=True)
+    OmegaConf.register_new_resolver("harness.group", group, replace=True)
 
 
-_register_resolvers()
+register_resolvers()
 
 
 @dataclass
@@ -249,13 +306,15 @@ def execute(job: Job) -> dict[str, float]:
     complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
     if complete is not None:
         console.print(f"training is complete in {job.resume_from}", highlight=False, soft_wrap=True)
-        results, best = dict(complete), _best_checkpoint(callbacks, resumed_from) or job.resume_from
+        before = _best_before(callbacks, resumed_from)
+        results, best = dict(complete), _best_checkpoint(callbacks, before) or job.resume_from
     elif config.train:
         if resumed_from:
             console.print(f"goes on from {resumed_from}", highlight=False, soft_wrap=True)
+        before = _best_before(callbacks, resumed_from)  # now, since rank 0 moves the checkpoint while others go on
         trainer.fit(module, datamodule=datamodule, ckpt_path=resumed_from, weights_only=True)
         results = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        best = _best_checkpoint(callbacks, resumed_from)
+        best = _best_checkpoint(callbacks, before)
     if config.test and module.test_metrics:
         if best:
             # not by the trainer: an averaging callback would put back the weights that are not averaged
@@ -322,20 +381,30 @@ def follow_schedule(loss: MetricsManager, schedule: Schedule) -> None:
     loss.follow(schedule)
 
 
-def _best_checkpoint(callbacks: list[Callback], resumed_from: str | None) -> str | None:
+def _best_monitor(callbacks: list[Callback]) -> ModelCheckpoint | None:
+    return next((each for each in callbacks if isinstance(each, ModelCheckpoint) and each.monitor), None)
+
+
+def _best_before(callbacks: list[Callback], resumed_from: str | None) -> dict[str, Any]:
+    """What the run that is continued knows of its best checkpoint."""
+    monitoring = _best_monitor(callbacks)
+    if monitoring is None or not resumed_from:
+        return {}
+    checkpoint = torch.load(resumed_from, weights_only=True, map_location="cpu")
+    return checkpoint["callbacks"].get(monitoring.state_key, {})  # type: ignore[no-any-return]
+
+
+def _best_checkpoint(callbacks: list[Callback], before: dict[str, Any]) -> str | None:
     """The checkpoint with the best monitored value, of this run or of the one that it continues."""
-    monitoring = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
-    if not monitoring:
+    best = _best_monitor(callbacks)
+    if best is None:
         return None
-    best = monitoring[0]
     found: list[tuple[float, str]] = []
     # a full disk may have kept it from being written
     if best.best_model_score is not None and Path(best.best_model_path).is_file():
         found.append((float(best.best_model_score), best.best_model_path))
-    if resumed_from:
-        before = torch.load(resumed_from, weights_only=True, map_location="cpu")["callbacks"].get(best.state_key, {})
-        if before.get("best_model_score") is not None and Path(before["best_model_path"]).is_file():
-            found.append((float(before["best_model_score"]), before["best_model_path"]))
+    if before.get("best_model_score") is not None and Path(before["best_model_path"]).is_file():
+        found.append((float(before["best_model_score"]), before["best_model_path"]))
     if not found:
         return None
     return (min if best.mode == "min" else max)(found)[1]
@@ -361,32 +430,82 @@ def _say_where(console: Console, output_dir: Path, best: str, loggers: list[Logg
                 console.print(f"            upload it with: wandb sync {Path(place).parent}", highlight=False)
 
 
-def run_job(config: DictConfig) -> float | None:
-    """Hydra's job: the monitored value, for sweeps; mistakes of users end it with one message, not a traceback.
+def run_job(config: DictConfig, asked_for: Command | None = None) -> float | tuple[float | None, ...] | None:
+    """Hydra's job; mistakes of users end it with one message, not a traceback.
 
     A run that is told to leave exits with :data:`~harness.callbacks.REQUEUE_EXIT_CODE`.
+
+    Args:
+        config: the whole configuration.
+        asked_for: by what command; None to ask Hydra.
+
+    Returns:
+        The monitored value, or a tuple of those of ``objectives``, for the sampler of a sweep; None instead of NaN.
+
+    Raises:
+        JobFailed: a run on its own has failed, and has said why.
+        PointFailedError: a point of a sweep has.
     """
-    _COMPOSED.set()
+    COMPOSED.set()
+    if asked_for is None:
+        asked_for = command()
+        if asked_for.point is not None:
+            if launched_ranks() > 1 and os.environ.get(TYPED) is None:
+                sys.exit(_SWEEP_ON_RANKS.format(launched_ranks()))
+            if take_ranks_of_submitit():
+                quieten()
+    if asked_for.point is None:
+        return _run_job(config, asked_for)
     try:
-        return _run_job(config)
+        return _run_job(config, asked_for)
+    except SystemExit as error:
+        if isinstance(error, Preempted) or not error.code:
+            raise
+        what = str(error)
+    except Exception as error:
+        traceback.print_exc()
+        what = f"{type(error).__name__}: {error}"
+    # outside of the handlers, so that it does not keep the model of the point alive
+    if launched_rank() == 0:
+        with suppress(ValueError):  # the directory belongs to another process, or all is written down there already
+            lock = claim(Path(config.output_dir))
+            note_failure(Path(config.output_dir), asked_for, what)
+            lock.release()
+    name = label(asked_for.point, point_name())
+    FAILED.append(name)
+    raise PointFailedError(f"{name} failed: {what}")
+
+
+def _run_job(config: DictConfig, asked_for: Command) -> float | tuple[float | None, ...] | None:
+    try:
+        return _try_job(config, asked_for)
     except RankAbsentError as error:
         _say_absent(error)
-        sys.exit(1)
+        raise JobFailed(str(error)) from error
 
 
-def _run_job(config: DictConfig) -> float | None:
+def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | None, ...] | None:
     config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
-    limit = _time_limit(config)
-    job, refused = None, None
+    output_dir, limit, is_point = Path(config.output_dir), _time_limit(config), asked_for.point is not None
+    if is_point and config.resume == "auto":
+        before = json.loads(share("finished", json.dumps(finished_result(output_dir, asked_for)), limit))
+        if before:
+            print(f"finished before: {output_dir}", flush=True)
+            return objective(config, before["values"])
+    job, refused, start = None, None, time.monotonic()
+    ranks = launched_ranks()  # Lightning may have forgotten it in the end
     try:
-        job, refused = _started(config, limit)
+        job, refused = _started(config, limit, asked_for)
         if job is None:
             raise ValueError(refused)
         with (
-            record(Path(config.output_dir), _overrides()) if launched_rank() == 0 else nullcontext(),
+            record(output_dir, asked_for) if launched_rank() == 0 else nullcontext(),
             reported(job.whereabouts, limit),
         ):
             results = execute(job)
+            if launched_rank() == 0:
+                seconds = time.monotonic() - start
+                write_result(output_dir, config.monitor, results, seconds, ranks, config.get("objectives") or ())
     except Preempted as told:
         if launched_rank() == 0:
             print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
@@ -398,11 +517,18 @@ def _run_job(config: DictConfig) -> float | None:
     except _BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        text = refused or _message(error)
         if launched_rank() == 0:
-            _leave_no_trace(Path(config.output_dir))
-            print(f"\nerror: {refused or _message(error)}\n{_HINT}", file=sys.stderr)
-        sys.exit(1)
-    return results.get(config.monitor)
+            if not is_point:
+                _leave_no_trace(output_dir)
+            print(f"\nerror: {text}\n{_HINT}", file=sys.stderr, flush=True)
+        raise JobFailed(text) from error
+    finally:
+        if is_point and job is not None:  # the next point in this process has a run of its own
+            for logger in job.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.finish(exit_code=1 if sys.exc_info()[0] else 0)
+    return objective(config, results)
 
 
 def _leave_together(error: Exception, loggers: list[Logger], limit: timedelta) -> NoReturn:
@@ -410,11 +536,11 @@ def _leave_together(error: Exception, loggers: list[Logger], limit: timedelta) -
     if launched_rank() == 0:
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.finish()
+                logger.finish(exit_code=1)
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
     with suppress(RankAbsentError):
         share("all is written", "", limit)
-    sys.exit(1)
+    raise JobFailed(str(error)) from error
 
 
 def _leave_no_trace(output_dir: Path) -> None:
@@ -423,7 +549,7 @@ def _leave_no_trace(output_dir: Path) -> None:
         shutil.rmtree(output_dir, ignore_errors=True)
 
 
-def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | None]:
+def _started(config: DictConfig, limit: timedelta, asked_for: Command) -> tuple[Job | None, str | None]:
     """The job, ready on all ranks, in an output directory of its own; or why it cannot start.
 
     Raises:
@@ -451,7 +577,7 @@ def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | No
     if launched_rank() == 0:  # one rank looks for all: they must go on from the same
         try:
             job.lock = claim(Path(config.output_dir))
-            found["checkpoint"] = _checkpoint_to_resume(config, job.callbacks)
+            found["checkpoint"] = _checkpoint_to_resume(config, job.callbacks, asked_for)
         except _BAD_INPUT as error:
             found["error"] = _message(error)
     found = json.loads(share("resume", json.dumps(found), limit))
@@ -459,24 +585,19 @@ def _started(config: DictConfig, limit: timedelta) -> tuple[Job | None, str | No
     return (None, found["error"]) if found.get("error") else (job, None)
 
 
-def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback]) -> str | None:
+def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback], asked_for: Command) -> str | None:
     """The newest whole checkpoint of this command in this output directory, if it was interrupted and is to go on."""
     keeping = next((each for each in callbacks if isinstance(each, ResumeCheckpoint)), None)
     if keeping is None or not config.train:
         return None
     restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     wanted = config.resume == "auto" or (config.resume == "restart" and restarts > 0)
-    if not wanted or not is_interrupted(Path(config.output_dir), _overrides()):
+    if not wanted or not is_interrupted(Path(config.output_dir), asked_for):
         if not config.ckpt_path or Path(config.ckpt_path).resolve().parent != keeping.dirpath.resolve():
             keeping.put_aside()
         return None
     newest = keeping.newest()
     return None if newest is None else str(newest)
-
-
-def _overrides() -> list[str]:
-    """What the user has typed: the identity of a command that is given again."""
-    return [argument for argument in sys.argv[1:] if argument not in _QUIET_RANK]
 
 
 def _say_absent(error: RankAbsentError) -> None:
@@ -500,7 +621,7 @@ def _message(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out what libraries say at every start and no user of this command can act on."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # of the strides of dimensions of size 1, which mean nothing
@@ -510,7 +631,7 @@ def _quieten() -> None:
 
 def main() -> None:
     """Command line of ``harness-train``."""
-    _quieten()
+    quieten()
     try:
         _main()
     except RankAbsentError as error:
@@ -519,40 +640,48 @@ def main() -> None:
 
 
 def _main() -> None:
-    num_ranks = launched_ranks()
+    num_ranks, is_sweep = launched_ranks(), asks_for_sweep(sys.argv[1:])
+    os.environ.pop(TYPED, None)  # of a sweep that has started this command
     if num_ranks > 1:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            sys.exit(
-                f"error: --multirun under a launcher would run the whole sweep on each of the {num_ranks} ranks. Start "
-                f"a sweep without torchrun."
-            )
+        if is_sweep:
+            sys.exit(_SWEEP_ON_RANKS.format(num_ranks))
         if launched_rank() != 0:  # only rank 0 writes
-            sys.argv += _QUIET_RANK
-    stamp = _interrupted_stamp() if launched_rank() == 0 else None
+            sys.argv += QUIET_RANK
+    stamp = _interrupted_stamp(is_sweep) if launched_rank() == 0 else None
     if num_ranks > 1:  # each rank's clock would give it a folder of its own
         stamp = share("run_stamp", agree("run_stamp", stamp or _now()) if launched_rank() == 0 else "")
+    elif is_sweep:  # points may be composed in other processes
+        stamp = stamp or _now()
+        os.environ[TYPED] = json.dumps(typed())
     if stamp:
         os.environ[_RUN_STAMP] = stamp
-    _COMPOSED.clear()
+    COMPOSED.clear()
     said = io.StringIO()
     try:
         with redirect_stderr(_UntilComposed(said)):
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
+        sys.stderr.write(said.getvalue())  # of a sweep whose points run in other processes
     except SystemExit as ended:
         if ended.code in (None, 0):  # --help and the like
             sys.stderr.write(said.getvalue())
-        elif not _COMPOSED.is_set():  # a mistake that Hydra has found itself
+        elif not COMPOSED.is_set():  # a mistake that Hydra has found itself
             if launched_rank() == 0:
                 share("output_dir", "")  # which ranks that found none are waiting for
             refused = refusal(_of_hydra(said.getvalue()))
             if launched_rank() == 0:
                 print(f"\nerror: {refused}", file=sys.stderr)
+        if FAILED and ended.code == 1:
+            print(f"\nerror: failed points of the sweep: {', '.join(FAILED)}", file=sys.stderr)
         raise
 
 
 def _of_hydra(text: str) -> str:
     """What Hydra says of a wrong configuration, with the setting that a misspelt one may be meant for."""
     told = text.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
+    plugin = re.search(r"Could not find 'hydra/(?:sweeper|launcher)(?:/sampler)?/(optuna|tpe|submitit_\w+)'", told)
+    if plugin is not None:
+        of = "hydra-submitit-launcher" if plugin.group(1).startswith("submitit") else "hydra-optuna-sweeper"
+        return f"{of} is not installed; it comes with pip install 'potential-harness[sweep]'.\n({told})"
     misspelt = re.search(r"Could not override '([\w.]+)'", told)
     if misspelt is None:
         return told or "the configuration cannot be composed"
@@ -593,7 +722,7 @@ class _UntilComposed(io.TextIOBase):
         self._kept, self._stderr = kept, sys.stderr
 
     def write(self, text: str) -> int:
-        return (self._stderr if _COMPOSED.is_set() else self._kept).write(text)
+        return (self._stderr if COMPOSED.is_set() else self._kept).write(text)
 
     def flush(self) -> None:
         self._stderr.flush()
@@ -605,12 +734,15 @@ class _UntilComposed(io.TextIOBase):
         return self._stderr.fileno()
 
 
-_COMPOSED = Event()
-"""Set once Hydra has composed the configuration and calls the job."""
-# hydra.run.dir is a folder that is there: Hydra would make one on this rank's node too
-_QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
+_SWEEP_ON_RANKS = (
+    "error: --multirun under a launcher would run the whole sweep on each of the {} ranks. Start a sweep without "
+    "torchrun; hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 makes each of its points a job of two ranks."
+)
 _HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 
 if __name__ == "__main__":
-    main()
+    # by its name, under which launchers of Hydra find the job in other processes
+    from harness.train import main as named_main
+
+    named_main()

@@ -198,8 +198,6 @@ class ResumeCheckpoint(Checkpoint):
         """Save the end, and that it is one: early stopping is not to be decided again."""
         self._complete = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._save(trainer)
-        # what comes next reads last.ckpt, which has no file for a moment while rank 0 gives out the names
-        trainer.strategy.barrier("ResumeCheckpoint.on_train_end")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

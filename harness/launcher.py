@@ -1,0 +1,584 @@
+"""Sweeps whose points are jobs of several ranks: ``hydra/launcher=torchrun``.
+
+    python -m harness.train --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 loss.coeffs.forces=1,10
+
+Hydra composes in one process, which writes the resolved configuration of a point to a file and starts an agent of
+torch's elastic launcher on it, in a process of its own. The agent starts the ranks; what came out of them is read from
+``run.json`` and ``result.json`` in the directory of the point. This module is also what these processes run:
+
+    python -m harness.launcher FILE                        # the agent of a point
+    python -m harness.launcher SWEEP_DIR --node-rank 1     # the agents of another node, for each point as it comes
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, setup_globals
+from hydra.errors import CompactHydraException, HydraException
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.points import COMPOSED, FAILED, TYPED, label, objective, point_name, typed
+from harness.runs import Command, PointFailedError, finished_result, note_failure, read
+
+__all__ = ["Settings", "SettingsError", "launch", "main"]
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.1  # seconds between looks at the agents
+_LEAVE = 60.0  # for an agent to leave: its ranks get 30 s to save what they have
+_AGENT_TO_LEAVE = 75  # exit code of ranks that were told to leave, harness.callbacks.REQUEUE_EXIT_CODE
+_FILES, _END = ".launch", "end"
+_PARENT = "HARNESS_PARENT"
+# what launchers tell their ranks; an agent that has been started by a rank must not hand it on
+_STALE = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
+    *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_TIMER_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"),
+)
+
+
+class SettingsError(CompactHydraException, ValueError):
+    """A setting of ``hydra.launcher`` is wrong; Hydra shows the message without a traceback."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``conf/hydra/launcher/torchrun.yaml``.
+
+    Args:
+        nproc_per_node: ranks of a point on each node; ``auto`` for one for each GPU, or one without GPUs.
+        parallel: points side by side; ``auto`` for as many as there are GPUs, or cores without GPUs, for their ranks.
+        fail_fast: whether a point that fails ends the sweep.
+        omp_num_threads: threads of a rank; None for ``OMP_NUM_THREADS``, or the cores divided by the ranks on them.
+        max_restarts: how often the ranks of a point are started again after one has failed.
+        nnodes: nodes of a point, or ``MIN:MAX``.
+        node_rank: of this node, with a fixed number of them.
+        local_addr: address of this node that the others can reach.
+        rdzv_backend: ``static`` or ``c10d``; None for the first with a fixed number of nodes.
+        rdzv_endpoint: ``HOST:PORT`` of node 0; None for a free port, on one node.
+        rdzv_id: with the number of the point, what its nodes meet by.
+        rdzv_conf: further options of the rendezvous.
+
+    Raises:
+        SettingsError: a setting is not of its kind, or several nodes are asked for without an address to meet at.
+    """
+
+    nproc_per_node: int | str = "auto"
+    parallel: int | str = 1
+    fail_fast: bool = False
+    omp_num_threads: int | None = None
+    max_restarts: int = 0
+    nnodes: int | str = 1
+    node_rank: int = 0
+    local_addr: str | None = None
+    rdzv_backend: str | None = None
+    rdzv_endpoint: str | None = None
+    rdzv_id: str = "harness"
+    rdzv_conf: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """From a section of a config, whose nested parts may be of OmegaConf's types."""
+        plain: dict[str, Any] = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in given.items()
+        }
+        return cls(**plain)
+
+    def __post_init__(self) -> None:
+        for name in ("nproc_per_node", "parallel"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SettingsError(f"hydra.launcher.{name} is a number, at least 1, or auto, found {value!r}.")
+        lowest = {"max_restarts": 0, "node_rank": 0, "omp_num_threads": 1}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is None and name == "omp_num_threads":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingsError(f"hydra.launcher.{name} is a whole number, at least {least}, found {value!r}.")
+        most = self.node_range[1]
+        if most > 1 and not self.rdzv_endpoint:
+            raise SettingsError(
+                f"hydra.launcher.nnodes={self.nnodes} needs an address where the nodes meet: "
+                f"hydra.launcher.rdzv_endpoint=HOST:PORT of this node."
+            )
+        if most > 1 and self.parallel not in (1, "auto"):
+            raise SettingsError(
+                f"hydra.launcher.parallel={self.parallel} with nnodes={self.nnodes}: points on several nodes run one "
+                f"after the other, since they meet at one address. Use parallel=1."
+            )
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """Smallest and largest number of nodes."""
+        least, _, most = str(self.nnodes).partition(":")
+        if not least.isdigit() or not (most or least).isdigit() or not 1 <= int(least) <= int(most or least):
+            raise SettingsError(f"hydra.launcher.nnodes is a number of nodes, or MIN:MAX, found {self.nnodes!r}.")
+        return int(least), int(most or least)
+
+
+@dataclass
+class _Point:
+    """A point of the sweep, composed."""
+
+    number: int
+    name: str | None
+    folder: Path
+    command: Command
+    config: DictConfig
+    returns: JobReturn
+    file: Path | None = None
+    console: Path | None = None
+    slot: dict[str, str] = field(default_factory=dict)
+    started: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return label(self.number, self.name)
+
+
+# --- in the process of the sweep ---
+
+
+def launch(
+    context: HydraContext, config: DictConfig, settings: Settings, job_overrides: Sequence[Sequence[str]], first: int
+) -> list[JobReturn]:
+    """Run points of a sweep as jobs of several ranks, one after the other or side by side.
+
+    Args:
+        context: of Hydra, which composes.
+        config: of the whole sweep.
+        settings: how the ranks are started.
+        job_overrides: the overrides of each point.
+        first: number of the first of them.
+
+    Returns:
+        The objective of each point that has finished, an error for each that has failed, in order.
+
+    Raises:
+        PointFailedError: a point has failed, with ``fail_fast``.
+        SystemExit: this process was told to leave, and all that it has started has left.
+    """
+    COMPOSED.set()
+    setup_globals()
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    os.environ.setdefault(TYPED, _as_json(typed()))
+    sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
+    if first == 0:  # what a sweep before has left in the directory
+        shutil.rmtree(sweep_dir / _FILES, ignore_errors=True)
+        atexit.register(_note_end, sweep_dir / _FILES)
+    (sweep_dir / _FILES).mkdir(parents=True, exist_ok=True)
+    on_cpus = OmegaConf.select(config, "trainer.accelerator") == "cpu"
+    settings, slots = _slots(settings, [] if on_cpus else _visible_gpus(), len(os.sched_getaffinity(0)))
+    side_by_side = f", {len(slots)} side by side" if len(slots) > 1 else ""
+    log.info(f"Launching {len(job_overrides)} jobs of {settings.nproc_per_node} ranks on each node{side_by_side}")
+
+    waiting, free = deque(enumerate(job_overrides, start=first)), deque(slots)
+    running: dict[subprocess.Popen[bytes], _Point] = {}
+    returns: dict[int, JobReturn] = {}
+    try:
+        with _told_to_leave() as told:
+            while (waiting or running) and not told:
+                while waiting and free and not told:
+                    number, overrides = waiting.popleft()
+                    point = _composed(context, config, overrides, number)
+                    returns[number] = point.returns
+                    if point.returns.status == JobStatus.UNKNOWN:
+                        point.slot = free.popleft()
+                        running[_start(point, settings, sweep_dir, show=len(slots) == 1)] = point
+                time.sleep(_LOOK if running else 0)
+                for agent in [each for each in running if each.poll() is not None]:
+                    point = running.pop(agent)
+                    free.append(point.slot)
+                    _finish(point, agent.returncode)
+                    context.callbacks.on_job_end(config=point.config, job_return=point.returns)
+                if settings.fail_fast and any(each.status == JobStatus.FAILED for each in returns.values()):
+                    failed = next(each for each in returns.values() if each.status == JobStatus.FAILED)
+                    raise PointFailedError(f"{failed._return_value}\nThe sweep ends here, since fail_fast is true.")
+            if told:
+                _leave(running, told)
+    finally:
+        _end(running)
+    return [returns[number] for number in sorted(returns)]
+
+
+def _as_json(arguments: Sequence[str]) -> str:
+    import json
+
+    return json.dumps(list(arguments))
+
+
+def _note_end(folder: Path) -> None:
+    with suppress(OSError):
+        (folder / _END).touch()
+
+
+def _visible_gpus() -> list[str]:
+    """Those of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return []
+    return [each for each in given.split(",") if each] if given else list(map(str, range(torch.cuda.device_count())))
+
+
+def _slots(settings: Settings, gpus: Sequence[str], cores: int) -> tuple[Settings, list[dict[str, str]]]:
+    """Settings with numbers instead of ``auto``, and the environment of each place where a point can run.
+
+    Raises:
+        SettingsError: there are not enough GPUs.
+    """
+    ranks = settings.nproc_per_node if isinstance(settings.nproc_per_node, int) else max(1, len(gpus))
+    most = settings.node_range[1]
+    fit = 1 if most > 1 else max(1, (len(gpus) if gpus else cores) // ranks)
+    number = settings.parallel if isinstance(settings.parallel, int) else fit
+    if gpus and number * ranks > len(gpus):
+        raise SettingsError(
+            f"hydra.launcher: {number} point(s) of {ranks} rank(s) side by side need {number * ranks} GPUs, found "
+            f"{len(gpus)}. Use parallel=auto, fewer ranks (nproc_per_node), or trainer.accelerator=cpu."
+        )
+    threads = settings.omp_num_threads or os.environ.get("OMP_NUM_THREADS") or max(1, cores // (ranks * number))
+    slots = [{"OMP_NUM_THREADS": str(threads)} for _ in range(number)]
+    if gpus and number > 1:
+        for index, slot in enumerate(slots):
+            slot["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * ranks : (index + 1) * ranks])
+    return replace(settings, nproc_per_node=ranks, parallel=number), slots
+
+
+def _composed(context: HydraContext, config: DictConfig, overrides: Sequence[str], number: int) -> _Point:
+    """A point, with its directory and Hydra's files in it, as Hydra's own launcher would make it.
+
+    It has failed already if it cannot be composed, and finished if that was done before and ``resume`` is ``auto``.
+    """
+    returns = JobReturn(overrides=list(overrides), working_dir=os.getcwd(), task_name=JobRuntime.instance().get("name"))
+    point = _Point(number, None, Path(), Command(typed(), tuple(overrides), number), config, returns)
+    before = HydraConfig.instance().cfg
+    try:
+        composed = context.config_loader.load_sweep_config(config, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        HydraConfig.instance().set_config(composed)
+        point.folder = Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
+        with read_write(composed.hydra.runtime), open_dict(composed.hydra.runtime):
+            composed.hydra.runtime.output_dir = str(point.folder)
+        HydraConfig.instance().set_config(composed)
+        point.name = point_name()
+        returns.hydra_cfg = cast(DictConfig, HydraConfig.instance().cfg)
+        returns.cfg = deepcopy(composed)
+        with read_write(returns.cfg), open_dict(returns.cfg):
+            del returns.cfg["hydra"]
+        returns.overrides = list(map(str, composed.hydra.overrides.task))
+        point.command = Command(typed(), tuple(returns.overrides), number)
+        point.config = composed
+        _write_hydra_files(point, returns)
+        context.callbacks.on_job_start(config=composed, task_function=_job())
+        returns.cfg = _settled(returns.cfg)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        _fail(point, f"{type(error).__name__}: {error}")
+        return point
+    finally:
+        HydraConfig.instance().cfg = before
+    result = finished_result(point.folder, point.command) if returns.cfg.get("resume") == "auto" else None
+    if result:
+        log.info(f"\t{point.label}: finished before, in {point.folder}")
+        returns.return_value, returns.status = objective(returns.cfg, result["values"]), JobStatus.COMPLETED
+    return point
+
+
+def _job() -> Any:
+    from harness.train import run_job
+
+    return run_job
+
+
+def _write_hydra_files(point: _Point, returns: JobReturn) -> None:
+    subdir = point.config.hydra.output_subdir
+    point.folder.mkdir(parents=True, exist_ok=True)
+    if subdir is None:
+        return
+    (point.folder / subdir).mkdir(exist_ok=True)
+    contents = {"config": returns.cfg, "hydra": returns.hydra_cfg, "overrides": point.config.hydra.overrides.task}
+    for name, content in contents.items():
+        (point.folder / subdir / f"{name}.yaml").write_text(OmegaConf.to_yaml(content))
+
+
+def _settled(config: DictConfig) -> DictConfig:
+    """Every value as all ranks are to see it; only the number of ranks is left to them."""
+    from harness.train import register_resolvers
+
+    for name in ("harness.devices", "harness.nodes"):
+        OmegaConf.get_cache(config).pop(name, None)
+    register_resolvers(leave_to_ranks=True)
+    try:
+        return DictConfig(OmegaConf.to_container(config, resolve=True))
+    finally:
+        register_resolvers()
+
+
+def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> subprocess.Popen[bytes]:
+    """Write the file of a point, and start its agent."""
+    hydra = point.config.hydra
+    content = {
+        "number": point.number,
+        "folder": str(point.folder),
+        "typed": list(point.command.typed),
+        "overrides": list(point.command.overrides),
+        "settings": asdict(settings),
+        "chdir": bool(hydra.job.chdir),
+        "job_logging": OmegaConf.to_container(hydra.job_logging, resolve=True) if hydra.job_logging else None,
+        "config": OmegaConf.to_container(point.returns.cfg),
+    }
+    point.file = sweep_dir / _FILES / f"{point.number}.yaml"
+    part = point.file.with_suffix(".part")
+    OmegaConf.save(OmegaConf.create(content), part)
+    os.replace(part, point.file)
+    environment = {key: value for key, value in os.environ.items() if key not in _STALE}
+    # kills ranks that are stopped; see launch/env/gloo.sh
+    environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
+    environment |= {**point.slot, **{str(key): str(value) for key, value in hydra.job.env_set.items()}}
+    environment[_PARENT] = str(os.getpid())
+    log.info(f"\t{point.label}: starts")
+    point.started = time.monotonic()
+    if show:
+        sys.stdout.flush()
+        return subprocess.Popen(_agent(point.file), env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    point.console = point.folder / "console.log"
+    with point.console.open("ab") as console:
+        return subprocess.Popen(
+            _agent(point.file),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _agent(file: Path) -> list[str]:
+    return [sys.executable, "-m", "harness.launcher", str(file)]
+
+
+def _finish(point: _Point, code: int) -> None:
+    """What came out of a point whose agent has ended."""
+    seconds = time.monotonic() - point.started
+    state = read(point.folder)
+    if code == 0 and state.get("state") == "finished":
+        values = read(point.folder, "result.json").get("values", {})
+        config = point.returns.cfg or point.config
+        point.returns.return_value, point.returns.status = objective(config, values), JobStatus.COMPLETED
+        log.info(f"\t{point.label}: finished in {seconds:.0f} s, {point.returns.return_value}")
+        return
+    if state.get("state") == "failed":
+        what = str(state.get("error"))
+    elif state.get("state") == "preempted":
+        what = "its ranks were told to leave"
+    else:
+        what = f"its agent was killed by signal {-code}" if code < 0 else f"its agent ended with exit code {code}"
+        note_failure(point.folder, point.command, what)
+    _fail(point, what)
+
+
+def _fail(point: _Point, what: str) -> None:
+    where = f"\n(what its ranks have said: {point.console})" if point.console else ""
+    print(f"\nerror: {point.label} failed: {what}{where}", file=sys.stderr, flush=True)
+    FAILED.append(point.label)
+    if point.folder != Path():
+        with suppress(OSError):
+            if read(point.folder).get("state") != "failed" and point.file is None:
+                note_failure(point.folder, point.command, what)
+    point.returns.return_value = PointFailedError(f"{point.label} failed: {what}")
+    point.returns.status = JobStatus.FAILED
+
+
+@contextmanager
+def _told_to_leave() -> Iterator[list[signal.Signals]]:
+    """A list that signals put themselves into, which would otherwise end this process and leave its agents behind."""
+    told: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        told.append(signal.Signals(number))
+        if len(told) > 1:
+            raise KeyboardInterrupt  # whoever says it twice does not want to wait
+
+    before: dict[signal.Signals, Any] = {}
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        with suppress(ValueError):  # Python gives signals to the main thread alone
+            before[each] = signal.signal(each, note)
+    try:
+        yield told
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _leave(running: dict[subprocess.Popen[bytes], _Point], told: Sequence[signal.Signals]) -> None:
+    _end(running)
+    print(f"\nstopped: {told[0].name} came. The same command with resume=auto goes on.", flush=True)
+    if told[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(_AGENT_TO_LEAVE)
+
+
+def _end(running: dict[subprocess.Popen[bytes], _Point]) -> None:
+    """End all agents, and with them their ranks, which save where they are. None of them is left."""
+    try:
+        for agent in running:
+            agent.terminate()
+        deadline = time.monotonic() + _LEAVE
+        for agent in running:
+            with suppress(subprocess.TimeoutExpired):
+                agent.wait(max(deadline - time.monotonic(), 0.0))
+    finally:
+        for agent in running:
+            if agent.poll() is None:
+                agent.kill()  # its ranks end with it, see _end_with_parent
+            agent.wait()
+        running.clear()
+
+
+# --- in the process of an agent ---
+
+
+def _run_agent(file: Path, **changes: Any) -> int:
+    """The agent of a point on this node: starts its ranks, and says why if they fail. Returns an exit code."""
+    _end_with_parent(signal.SIGTERM)
+    # here, since the other processes of a sweep do without
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    point = OmegaConf.load(file)
+    settings = replace(Settings.of(point.settings), **changes)
+    folder, command = Path(point.folder), _command_of(point)
+    least, most = settings.node_range
+    is_static = (settings.rdzv_backend or ("static" if most > 1 and least == most else "c10d")) == "static"
+    before = read(folder)
+    config = LaunchConfig(
+        min_nodes=least,
+        max_nodes=most,
+        nproc_per_node=int(settings.nproc_per_node),
+        run_id=f"{settings.rdzv_id}-{point.number}",
+        role="harness",
+        rdzv_backend="static" if is_static else settings.rdzv_backend or "c10d",
+        rdzv_endpoint=settings.rdzv_endpoint or "localhost:0",
+        rdzv_configs={**({"rank": settings.node_rank} if is_static else {}), **settings.rdzv_conf},
+        max_restarts=settings.max_restarts,
+        local_addr=settings.local_addr,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    os.environ[_PARENT] = str(os.getpid())
+    try:
+        launch_agent(config, sys.executable, ["-m", "harness.launcher", "--rank", str(file)])
+        return 0
+    except SignalException:
+        return _AGENT_TO_LEAVE
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:
+            what = f"rank {rank} was killed by {first.signal_name()}"
+        else:
+            what = f"rank {rank} ended with exit code {first.exitcode}"
+        code = _AGENT_TO_LEAVE if first.exitcode == _AGENT_TO_LEAVE else 1
+    except Exception as error:
+        traceback.print_exc()
+        what, code = f"its agent failed: {type(error).__name__}: {error}", 1
+    found = read(folder)
+    has_told = found != before and found.get("state") in ("failed", "preempted")
+    if settings.node_rank == 0 and not has_told:  # rank 0 may have finished, and another one not
+        note_failure(folder, command, what)
+    return code
+
+
+def _command_of(point: Any) -> Command:
+    return Command(tuple(point.typed), tuple(point.overrides), point.number)
+
+
+def _end_with_parent(number: signal.Signals) -> None:
+    """Let the kernel send a signal to this process when the one that has started it ends, even by SIGKILL."""
+    with suppress(OSError, AttributeError):  # there is no such call but on Linux
+        ctypes.CDLL(None, use_errno=True).prctl(1, number.value, 0, 0, 0)
+    parent = os.environ.get(_PARENT)
+    if parent and os.getppid() != int(parent):  # it was quicker
+        sys.exit(1)
+
+
+def _join(sweep_dir: Path, **changes: Any) -> int:
+    """Run the agents of another node for the points of a sweep, as they come, until it ends."""
+    seen: set[Path] = set()
+    while True:
+        has_ended = (sweep_dir / _FILES / _END).exists()
+        files = sorted((sweep_dir / _FILES).glob("*.yaml"), key=lambda path: int(path.stem))
+        for file in [each for each in files if each not in seen]:
+            seen.add(file)
+            options = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
+            environment = {key: value for key, value in os.environ.items() if key not in _STALE}
+            environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
+            environment[_PARENT] = str(os.getpid())
+            subprocess.run([*_agent(file), *options], env=environment, check=False)
+        if has_ended:
+            return 0
+        time.sleep(_LOOK)
+
+
+# --- in the process of a rank ---
+
+
+def _run_rank(file: Path) -> None:
+    _end_with_parent(signal.SIGKILL)
+    from harness import train
+
+    train.quieten()
+    point = OmegaConf.load(file)
+    if point.chdir:
+        os.chdir(point.folder)
+    if os.environ["RANK"] == "0" and point.job_logging is not None:
+        configure_log(point.job_logging)
+    try:
+        train.run_job(point.config, _command_of(point))
+    except PointFailedError:  # it has been told
+        sys.exit(1)
+
+
+def main() -> None:
+    """What the processes of a sweep run, see the head of this module."""
+    parser = argparse.ArgumentParser(prog="python -m harness.launcher", description="Agents and ranks of sweeps.")
+    parser.add_argument("place", type=Path, help="directory of a sweep on several nodes, or the file of a point in it")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--node-rank", type=int, help="of this node, from 1, with a fixed number of nodes")
+    parser.add_argument("--local-addr", help="address of this node that the others can reach")
+    arguments = parser.parse_args()
+    if arguments.rank:
+        _run_rank(arguments.place)
+        return
+    changes = {name: getattr(arguments, name) for name in ("node_rank", "local_addr")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    run = _run_agent if arguments.place.suffix == ".yaml" else _join  # its directory may not be there yet
+    sys.exit(run(arguments.place, **changes))
+
+
+if __name__ == "__main__":
+    main()

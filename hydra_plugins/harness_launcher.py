@@ -1,0 +1,34 @@
+"""Where Hydra looks for plugins: ``hydra/launcher=torchrun``, which :mod:`harness.launcher` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+__all__ = ["TorchrunLauncher"]
+
+
+class TorchrunLauncher(Launcher):
+    """Runs each point of a sweep as a job of several ranks.
+
+    Args:
+        settings: those of :class:`harness.launcher.Settings`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra has composed for the whole sweep; the job itself is :func:`harness.train.run_job`."""
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run points, and return what came out of each."""
+        from harness.launcher import Settings, launch  # here, since Hydra imports all plugins at every start
+
+        return launch(self.context, self.config, Settings.of(self.settings), job_overrides, initial_job_idx)

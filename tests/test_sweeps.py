@@ -1,0 +1,397 @@
+"""Sweeps from the command line: in one process, with points of several ranks, with Optuna, and through submitit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import BIN, ROOT, TINY, kill_tree, read_csv, run, train, wait_for
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import harness.train  # noqa: F401 - with the functions that configs call
+from harness.launcher import Settings, SettingsError, _slots
+from harness.points import asks_for_sweep, objective
+from harness.runs import Command, finished_result, is_interrupted, note_failure, record, write_result
+
+POINT = (
+    *(each for each in TINY if not each.startswith("max_epochs")),
+    "max_epochs=1",
+    "callbacks.parity=null",
+    "callbacks.coefficients=null",
+    "callbacks.learning_rate=null",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+    "hydra.sweep.dir=sweep",
+)
+pytestmark = pytest.mark.timeout(600)  # each starts several processes that import torch
+
+TORCHRUN = ("--multirun", "hydra/launcher=torchrun")
+LOGGERS = "logger=[wandb,csv]"
+needs_optuna = pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None, reason="the extra `sweep` is not installed"
+)
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="the extra `sweep` is not installed"
+)
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name).read_text())
+    return found
+
+
+def wandb_run(folder: Path) -> dict[str, Any]:
+    """What the one offline W&B run of a point says of itself: name, group, config and how it ended."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    command = [str(BIN / "wandb"), "leet", "inspect", "--json"]
+    lines = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True, timeout=60).stdout
+    records = [json.loads(line) for line in lines.splitlines() if '"type":"run"' in line]
+    summary = subprocess.run(
+        [*command, "--summary", str(file)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    return {**next(each["run"] for each in records if each["type"] == "run"), **json.loads(summary)}
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a sweep of four points of two ranks."""
+    done = train(
+        *TORCHRUN,
+        *POINT,
+        LOGGERS,
+        "name=coefficients",
+        "hydra.launcher.nproc_per_node=2",
+        "loss.coeffs.forces=1,10",
+        "loss.coeffs.total_energy=1,10",
+        folder=tmp_path_factory.mktemp("sweep"),
+        timeout=400,
+        RANK="3",  # of a launcher that is none of ours
+        MASTER_PORT="1",
+    )
+    assert done.code == 0, done.err[-4000:]
+    (done.folder / "stdout.txt").write_text(done.out)
+    return done.folder / "sweep"
+
+
+def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
+    points = [of_ranks / str(number) for number in range(4)]
+    assert {each.name for each in of_ranks.iterdir() if (each / ".hydra").is_dir()} == {each.name for each in points}
+    expected = [(1, 1), (1, 10), (10, 1), (10, 10)]
+    objectives = set()
+    for folder, (forces, energy) in zip(points, expected, strict=True):
+        name = f"forces={forces},total_energy={energy}"
+        logged = wandb_run(folder)  # one for both ranks
+        assert logged["display_name"] == name
+        assert logged["run_group"] == "coefficients/sweep"
+        assert logged["state"] == "finished"
+        assert logged["config"]["loss"]["coeffs"] == {"forces": forces, "total_energy": energy}
+        assert logged["config"]["trainer"]["devices"] == 2  # which only the ranks know
+
+        state, result = read(folder, "run.json"), read(folder, "result.json")
+        assert (state["state"], state["ranks"], result["ranks"]) == ("finished", 2, 2)
+        assert state["overrides"][-2:] == [f"loss.coeffs.forces={forces}", f"loss.coeffs.total_energy={energy}"]
+        assert state["started"] <= state["ended"]
+        assert result["monitor"] == "val0_epoch/weighted_sum"
+        assert result["objective"] == result["values"]["val0_epoch/weighted_sum"]
+        assert result["seconds"] > 0
+        csv: dict[str, float] = {}
+        for row in read_csv(folder):
+            csv |= row
+        assert len(result["values"]) > 20
+        for key, value in result["values"].items():
+            assert value == pytest.approx(csv[key], rel=1e-12), key
+        objectives.add(result["objective"])
+        overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+        assert overrides == state["overrides"]
+    assert len(objectives) == 3  # coefficients are normalised: 1 to 1 is 10 to 10
+    screen = (of_ranks.parent / "stdout.txt").read_text()
+    assert screen.count("finished in") == screen.count("│ weighted_sum") == 4  # one rank of each prints
+
+
+def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path, tmp_path: Path) -> None:
+    """The last of three points, after one that has failed: as if it were alone, with a W&B run of its own."""
+    done = train("--multirun", *POINT, LOGGERS, "loss.coeffs.forces=10,-1,1", "name=plain", folder=tmp_path)
+    assert done.code == 1
+    assert done.err.count("found -1") == 2  # when it happened, and in the end
+    assert "failed points of the sweep: point 1 (forces=-1)" in done.err
+    assert "Traceback" not in done.err
+    points = [tmp_path / "sweep" / str(number) for number in range(3)]
+    assert [read(each, "run.json")["state"] for each in points] == ["finished", "failed", "finished"]
+    assert "must be finite and not negative, found -1" in read(points[1], "run.json")["error"]
+    assert not (points[1] / "result.json").exists()
+    for number, other in ((0, 3), (2, 1)):
+        assert wandb_run(points[number])["run_group"] == "plain/sweep"
+        values, of_two = (read(each, "result.json")["values"] for each in (points[number], of_ranks / str(other)))
+        assert values.keys() == of_two.keys()
+        for key, value in values.items():
+            assert value == pytest.approx(of_two[key], rel=1e-4), key
+
+
+def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: Path) -> None:
+    point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
+    done = train(*TORCHRUN, *point, "loss.coeffs.forces=-1,10", folder=tmp_path)
+    assert done.code == 1
+    assert "error: point 0 (forces=-1) failed: The coefficient of 'forces_mse' must be finite" in done.err
+    assert "Traceback" not in done.err
+    assert "point 1 (forces=10): finished" in done.out
+    # side by side, each with its output in a file of its own
+    assert "weighted_sum" not in done.out
+    said = [(tmp_path / "sweep" / str(number) / "console.log").read_text() for number in range(2)]
+    assert "found -1" in said[0]
+    assert said[1].count("│ weighted_sum") == 1
+    states = [read(tmp_path / "sweep" / str(number), "run.json") for number in range(2)]
+    assert [each["state"] for each in states] == ["failed", "finished"]
+    assert "found -1" in states[0]["error"]
+    assert not (tmp_path / "sweep" / "0" / "result.json").exists()
+
+
+@needs_optuna
+def test_optuna_finds_a_front_of_two_objectives(tmp_path: Path) -> None:
+    sampler = ["hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=2"]  # which draws one of each
+    drawn = "loss.coeffs.forces=choice(-1,1,1000)"
+    done = train(*POINT, "sweep=pareto", *sampler, drawn, "logger=csv", folder=tmp_path)
+    assert done.code == 0, done.err[-4000:]
+    values, failed = [], 0
+    for number in range(3):
+        folder = tmp_path / "sweep" / str(number)
+        if read(folder, "run.json")["state"] == "failed":
+            failed += 1
+            continue
+        objectives = read(folder, "result.json")["objectives"]
+        assert list(objectives) == ["val0_epoch/per_atom_energy_rmse", "val0_epoch/forces_rmse"]
+        values.append(tuple(objectives.values()))
+    assert failed == 1  # of forces=-1, which ends neither the sweep nor the study
+    assert len(set(values)) == 2
+    better = [
+        each
+        for each in values
+        if not any(other != each and other[0] <= each[0] and other[1] <= each[1] for other in values)
+    ]
+    solutions = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml").solutions
+    assert {tuple(each["values"]) for each in solutions} == set(better)
+
+
+@needs_submitit
+def test_two_tasks_of_submitit_are_two_ranks(of_ranks: Path, tmp_path: Path) -> None:
+    done = train(
+        "--multirun",
+        *POINT,
+        LOGGERS,
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.tasks_per_node=2",
+        "loss.coeffs.forces=10",
+        folder=tmp_path,
+    )
+    logs = "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_log.err"))
+    assert done.code == 0, done.err[-2000:] + logs[-2000:]
+    folder = tmp_path / "sweep" / "0"
+    result = read(folder, "result.json")
+    assert result["ranks"] == 2
+    assert result["values"] == pytest.approx(read(of_ranks / "3", "result.json")["values"], rel=1e-9)
+    assert wandb_run(folder)["state"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_ended_leaves_nothing_behind_and_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness.train", *TORCHRUN, *POINT, "logger=csv", "test=false"]
+    command += ["max_epochs=20", "hydra.launcher.nproc_per_node=2", "loss.coeffs.forces=1,10"]
+    with (tmp_path / "out").open("w") as out:
+        sweep = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        first = tmp_path / "sweep" / "0"
+        wait_for((first / "checkpoints" / "last.ckpt").is_file, 120, "a first checkpoint")
+        assert len(processes_of(tmp_path)) >= 4  # the sweep, an agent and two ranks
+        sweep.send_signal(number)
+        assert sweep.wait(60) == (75 if number == signal.SIGTERM else -9)
+        wait_for(lambda: not processes_of(tmp_path), 40, "the end of all ranks")
+    finally:
+        kill_tree(sweep.pid)
+    assert read(first, "run.json")["state"] == "preempted"
+    assert torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] < 19
+    again = run([*command, "resume=auto"], tmp_path, timeout=300)
+    assert again.code == 0, again.err[-3000:]
+    assert again.out.count("goes on from") == 1
+    for point in (first, tmp_path / "sweep" / "1"):
+        epochs = [row["epoch"] for row in read_csv(point) if "train_loss_epoch/weighted_sum" in row]
+        assert epochs == list(range(20))
+    results = [(each / "result.json").stat().st_mtime_ns for each in (first, tmp_path / "sweep" / "1")]
+    once_more = run([*command, "resume=auto"], tmp_path, timeout=300)
+    assert once_more.code == 0, once_more.err[-3000:]
+    assert once_more.out.count("finished before") == 2
+    assert results == [(each / "result.json").stat().st_mtime_ns for each in (first, tmp_path / "sweep" / "1")]
+
+
+@pytest.mark.slow
+def test_another_node_joins_a_sweep(of_ranks: Path, tmp_path: Path) -> None:
+    """Two agents on this host, of one rank each, that meet at an address as two nodes would."""
+    command = [sys.executable, "-m", "harness.launcher", "sweep", "--node-rank", "1"]
+    with (tmp_path / "out").open("w") as out:
+        joining = subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=out, stderr=out
+        )
+    try:
+        nodes = ["hydra.launcher.nproc_per_node=1", "hydra.launcher.nnodes=2"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"hydra.launcher.rdzv_endpoint=127.0.0.1:{probe.getsockname()[1]}"
+        done = train(
+            *TORCHRUN,
+            *POINT,
+            "logger=none",
+            *nodes,
+            address,
+            "loss.coeffs.forces=1,-1,10",
+            folder=tmp_path,
+            timeout=400,
+        )
+        assert done.code == 1
+        assert joining.wait(30) == 0, (tmp_path / "out").read_text()[-3000:]
+    finally:
+        kill_tree(joining.pid)
+    assert "failed points of the sweep: point 1 (forces=-1)\n" in done.err
+    for number, other in ((0, 1), (2, 3)):
+        result = read(tmp_path / "sweep" / str(number), "result.json")
+        assert result["ranks"] == 2
+        assert result["values"] == read(of_ranks / str(other), "result.json")["values"]
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those whose command line or working directory is in a folder, without those that have ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, place = (process / "cmdline").read_bytes().decode(), os.readlink(process / "cwd")
+        except OSError:
+            continue
+        if "harness." in command and Path(place).is_relative_to(folder):
+            found.append(int(process.name))
+    return found
+
+
+# --- without a training ---
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nproc_per_node": "gpu"}, "nproc_per_node is a number, at least 1, or auto, found 'gpu'"),
+        ({"parallel": 0}, "parallel is a number, at least 1, or auto, found 0"),
+        ({"max_restarts": -1}, "max_restarts is a whole number, at least 0, found -1"),
+        ({"omp_num_threads": 0}, "omp_num_threads is a whole number, at least 1, found 0"),
+        ({"nnodes": "2:1"}, "nnodes is a number of nodes, or MIN:MAX, found '2:1'"),
+        ({"nnodes": 2}, "nnodes=2 needs an address where the nodes meet"),
+        ({"nnodes": "1:2", "rdzv_endpoint": "a:1", "parallel": 2}, "one after the other"),
+    ],
+)
+def test_wrong_settings_of_the_launcher_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.of(given)
+
+
+def test_points_share_out_the_gpus_or_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    four = ["2", "3", "5", "7"]
+    settings, slots = _slots(Settings(nproc_per_node=2, parallel="auto"), four, 16)
+    assert settings.parallel == 2
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2,3", "5,7"]
+    assert [slot["OMP_NUM_THREADS"] for slot in slots] == ["4", "4"]
+    settings, slots = _slots(Settings(), four, 16)
+    assert (settings.nproc_per_node, slots) == (4, [{"OMP_NUM_THREADS": "4"}])
+    settings, slots = _slots(Settings(nproc_per_node=2, parallel="auto", omp_num_threads=3), [], 7)
+    assert [*map(dict, slots)] == [{"OMP_NUM_THREADS": "3"}] * 3
+    settings, slots = _slots(Settings(nnodes=2, rdzv_endpoint="a:1", nproc_per_node=1, parallel="auto"), four, 16)
+    assert len(slots) == 1
+    with pytest.raises(SettingsError, match=r"3 point\(s\) of 2 rank\(s\) side by side need 6 GPUs, found 4"):
+        _slots(Settings(nproc_per_node=2, parallel=3), four, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sweeps"),
+    [
+        (["-m", "seed=1,2"], True),
+        (["sweep=grid"], True),
+        (["+hydra.mode=MULTIRUN"], True),
+        (["sweep=null", "name=sweep"], False),
+        (["seed=1"], False),
+    ],
+)
+def test_what_starts_a_sweep(arguments: list[str], sweeps: bool) -> None:
+    assert asks_for_sweep(arguments) == sweeps
+
+
+def test_the_objective_of_a_run(tmp_path: Path) -> None:
+    config = OmegaConf.create({"monitor": "val0_epoch/a", "objectives": None})
+    values = {"val0_epoch/a": 0.5, "val0_epoch/b": float("nan"), "train_loss_epoch/a": 1.0, "test0_epoch/a": 2.0}
+    assert objective(config, values) == 0.5
+    config.objectives = ["val0_epoch/a", "val0_epoch/b", "val0_epoch/absent"]
+    assert objective(config, values) == (0.5, None, None)
+    write_result(tmp_path, config.monitor, values, 3.0, objectives=config.objectives)
+    written = read(tmp_path, "result.json")
+    assert written["objective"] == 0.5
+    assert written["objectives"] == {"val0_epoch/a": 0.5, "val0_epoch/b": None, "val0_epoch/absent": None}
+    assert written["values"] == {"val0_epoch/a": 0.5, "val0_epoch/b": None, "test0_epoch/a": 2.0}
+
+
+def test_a_point_is_known_by_its_own_overrides(tmp_path: Path) -> None:
+    first = Command(("-m", "a=1,2"), ("a=1",), 0)
+    with record(tmp_path, first):
+        write_result(tmp_path, "val0_epoch/a", {"val0_epoch/a": 1.0}, 1.0)
+    assert finished_result(tmp_path, Command(("-m", "a=1,2,3", "resume=auto"), ("a=1", "resume=auto"), 0))["objective"]
+    assert finished_result(tmp_path, Command(("-m", "a=1,2"), ("a=2",), 0)) == {}
+    with pytest.raises(RuntimeError), record(tmp_path, first):
+        raise RuntimeError("no more")
+    assert read(tmp_path, "run.json")["error"] == "RuntimeError: no more"
+    assert not (tmp_path / "result.json").exists()
+    assert is_interrupted(tmp_path, first)
+    note_failure(tmp_path, first, "rank 1 was killed by SIGKILL")
+    assert read(tmp_path, "run.json")["error"] == "rank 1 was killed by SIGKILL"
+
+
+def test_a_run_on_its_own_has_no_name_of_a_point() -> None:
+    assert not HydraConfig.initialized()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        logger = compose("train", ["name=alone", "output_dir=somewhere"]).logger.wandb
+    assert (logger.name, logger.group) == (None, "alone")
+
+
+def test_the_command_of_a_wandb_sweep_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own functions make the command line of a point, as its agent does."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    sweep = OmegaConf.to_container(OmegaConf.create((ROOT / "launch" / "wandb_sweep.yaml").read_text()))
+    assert isinstance(sweep, dict)
+    ranges = sweep["parameters"]
+    assert all(
+        each["distribution"] == "log_uniform_values" and 0 < each["min"] < each["max"] for each in ranges.values()
+    )
+    drawn = create_sweep_command_args({"args": {name: {"value": each["min"]} for name, each in ranges.items()}})
+    macros = {**drawn, "env": ["/usr/bin/env"], "program": [sweep["program"]]}
+    command: list[str] = []
+    for part in create_sweep_command(list(sweep["command"])):
+        command += macros[part[2:-1]] if part.startswith("${") and part.endswith("}") else [part]
+    assert command[:2] == ["/usr/bin/env", "torchrun"]
+    overrides = command[command.index("harness.train") + 1 :]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", overrides, return_hydra_config=True)
+    assert config.loss.coeffs.forces == 0.01
+    assert config.hydra.run.dir == "outputs/coefficients/abc"
+    assert sweep["metric"] == {"name": config.monitor, "goal": "minimize"}
