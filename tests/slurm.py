@@ -18,33 +18,35 @@ from pathlib import Path
 
 from commands import BIN, ROOT, Finished, children, descendants, kill_tree
 
-_SRUN = """#!/usr/bin/env bash
-while [[ "$1" == --* ]]; do
-  case "$1" in
-    --ntasks) tasks=$2; shift 2 ;;
-    --ntasks-per-node | --distribution) shift 2 ;;
-    --kill-on-bad-exit=0 | --wait=0) shift ;;
-    *) echo "srun: unrecognized option '$1'" >&2; exit 1 ;;
-  esac
-done
-per_node=$((tasks / SLURM_JOB_NUM_NODES)) pids=() highest=0
-trap 'kill -USR1 "${pids[@]}"' USR1
-trap 'echo "srun: forcing job termination" >&2; kill -KILL "${pids[@]}"' TERM
-for ((task = 0; task < tasks; task++)); do
-  SLURM_PROCID=$task SLURM_LOCALID=$((task % per_node)) SLURM_NODEID=$((task / per_node)) SLURM_NTASKS=$tasks "$@" &
-  pids+=($!)
-done
-for pid in "${pids[@]}"; do
-  while true; do
-    wait "$pid"
-    code=$?
-    kill -0 "$pid" 2> /dev/null || break
-  done
-  wait "$pid"
-  code=$?
-  ((code > highest)) && highest=$code
-done
-exit "$highest"
+_SRUN = """
+import os, signal, subprocess, sys
+
+arguments, tasks = sys.argv[1:], 0
+while arguments[0].startswith("--"):
+    option = arguments.pop(0)
+    if option in ("--ntasks", "--ntasks-per-node", "--distribution"):
+        value = arguments.pop(0)
+        tasks = int(value) if option == "--ntasks" else tasks
+    elif option not in ("--kill-on-bad-exit=0", "--wait=0"):
+        sys.exit(f"srun: unrecognized option '{option}'")
+per_node, started = tasks // int(os.environ["SLURM_JOB_NUM_NODES"]), []
+
+
+def hand_on(number, frame):
+    if number == signal.SIGTERM:
+        print("srun: forcing job termination", file=sys.stderr, flush=True)
+    for task in started:
+        task.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
+
+
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, hand_on)
+for rank in range(tasks):
+    place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % per_node, "SLURM_NODEID": rank // per_node}
+    place["SLURM_NTASKS"] = tasks
+    started.append(subprocess.Popen(arguments, env={**os.environ, **{key: str(value) for key, value in place.items()}}))
+codes = [task.wait() for task in started]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 _SCONTROL = """#!/usr/bin/env bash
 case "$1" in
@@ -58,7 +60,7 @@ esac
 def install(folder: Path) -> Path:
     """The commands; returns the folder to be put on PATH."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
+    for name, text in (("srun", f"#!{sys.executable}{_SRUN}"), ("scontrol", _SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder

@@ -116,7 +116,7 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
         assert overrides == state["overrides"]
     assert len(objectives) == 3  # coefficients are normalised: 1 to 1 is 10 to 10
     screen = (of_ranks.parent / "stdout.txt").read_text()
-    assert screen.count("finished in") == screen.count("│ weighted_sum") == 4  # one rank of each prints
+    assert screen.count("finished in") == screen.count("output      ") == 4  # one rank of each prints
 
 
 def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path, tmp_path: Path) -> None:
@@ -146,10 +146,10 @@ def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: 
     assert "Traceback" not in done.err
     assert "point 1 (forces=10): finished" in done.out
     # side by side, each with its output in a file of its own
-    assert "weighted_sum" not in done.out
+    assert "output      " not in done.out
     said = [(tmp_path / "sweep" / str(number) / "console.log").read_text() for number in range(2)]
     assert "found -1" in said[0]
-    assert said[1].count("│ weighted_sum") == 1
+    assert said[1].count("output      ") == 1
     states = [read(tmp_path / "sweep" / str(number), "run.json") for number in range(2)]
     assert [each["state"] for each in states] == ["failed", "finished"]
     assert "found -1" in states[0]["error"]
