@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
+import json
 import logging
 import os
 import shutil
@@ -185,7 +186,7 @@ def launch(
     COMPOSED.set()
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    os.environ.setdefault(TYPED, _as_json(typed()))
+    os.environ.setdefault(TYPED, json.dumps(typed()))
     sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
     if first == 0:  # what a sweep before has left in the directory
         shutil.rmtree(sweep_dir / _FILES, ignore_errors=True)
@@ -223,12 +224,6 @@ def launch(
     finally:
         _end(running)
     return [returns[number] for number in sorted(returns)]
-
-
-def _as_json(arguments: Sequence[str]) -> str:
-    import json
-
-    return json.dumps(list(arguments))
 
 
 def _note_end(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
@@ -105,18 +106,49 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
         assert result["monitor"] == "val0_epoch/weighted_sum"
         assert result["objective"] == result["values"]["val0_epoch/weighted_sum"]
         assert result["seconds"] > 0
-        csv: dict[str, float] = {}
+        last: dict[str, float] = {}
         for row in read_csv(folder):
-            csv |= row
+            last |= row
         assert len(result["values"]) > 20
         for key, value in result["values"].items():
-            assert value == pytest.approx(csv[key], rel=1e-12), key
+            assert value == pytest.approx(last[key], rel=1e-12), key
         objectives.add(result["objective"])
         overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
         assert overrides == state["overrides"]
     assert len(objectives) == 3  # coefficients are normalised: 1 to 1 is 10 to 10
     screen = (of_ranks.parent / "stdout.txt").read_text()
     assert screen.count("finished in") == screen.count("output      ") == 4  # one rank of each prints
+
+
+def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:
+    """Four points in the order of the monitored value, and the front of their errors, in terminal, CSV, PNG and W&B."""
+    done = run([sys.executable, "-m", "harness.sweep", str(of_ranks), "--output", str(tmp_path / "report")], tmp_path)
+    assert done.code == 0, done.err[-4000:]
+    with (tmp_path / "report" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    results = {number: read(of_ranks / str(number), "result.json") for number in range(4)}
+    assert [row["point"] for row in rows] == sorted(
+        map(str, results), key=lambda number: results[int(number)]["objective"]
+    )
+    errors = {}
+    for rank, row in enumerate(rows, start=1):
+        values = results[int(row["point"])]["values"]
+        assert (row["rank"], row["state"], row["ranks"]) == (str(rank), "finished", "2")
+        assert f"forces={row['loss.coeffs.forces']}" in wandb_run(of_ranks / row["point"])["display_name"]
+        for key in ("val0_epoch/weighted_sum", "test0_epoch/forces_rmse", "test0_epoch/total_energy_mae"):
+            assert float(row[key]) == pytest.approx(values[key], rel=1e-12)
+        errors[row["point"]] = values["test0_epoch/per_atom_energy_rmse"], values["test0_epoch/forces_rmse"]
+    front = {
+        point
+        for point, mine in errors.items()
+        if not any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in errors.values())
+    }
+    assert {row["point"] for row in rows if row["front"] == "True"} == front
+    assert 1 <= len(front) < 4
+    assert (tmp_path / "report" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    logged = wandb_run(tmp_path / "report")
+    assert logged["run_group"] == "coefficients/sweep"
+    assert {"sweep", "pareto"} <= logged.keys()
 
 
 def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_wheel_holds_the_package_and_its_configs(wheel: Path) -> None:
         names = set(archive.namelist())
         (points,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     packed = {f"harness/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    packed |= {str(path.relative_to(ROOT)) for path in (ROOT / "harness").rglob("*.py")}
+    packed |= {
+        str(path.relative_to(ROOT)) for folder in ("harness", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")
+    }
     assert packed <= names
     settings = (ROOT / "pyproject.toml").read_text()
     packages = re.findall(r'"(\w+)"', settings.partition("\npackages = [")[2].partition("]")[0])
@@ -84,6 +86,8 @@ def test_installed_command_explains_itself(installed: Callable[..., Finished], t
     done = installed("--help", folder=tmp_path)
     assert "trainer: cpu, debug, default, gpu, multinode" in done.out
     assert not list(tmp_path.iterdir())
+    done = installed("hydra/launcher=torchrun", "--cfg", "hydra", "--package", "hydra.launcher", folder=tmp_path)
+    assert "_target_: hydra_plugins.harness_launcher.TorchrunLauncher" in done.out
 
 
 def test_installed_command_trains(installed: Callable[..., Finished], tmp_path: Path) -> None:
