@@ -148,7 +148,10 @@ def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     logged = wandb_run(tmp_path / "report")
     assert logged["run_group"] == "coefficients/sweep"
-    assert {"sweep", "pareto"} <= logged.keys()
+    assert (logged["state"], logged["summary"]["sweep/finished"]) == ("finished", 4)
+    assert logged["summary"]["sweep/best"] == min(each["objective"] for each in results.values())
+    assert logged["summary"]["sweep/pareto"]["_type"] == "images/separated"
+    assert logged["summary"]["sweep/points"]["_type"] == "table-file"
 
 
 def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path, tmp_path: Path) -> None:
