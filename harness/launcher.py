@@ -193,7 +193,7 @@ def launch(
         atexit.register(_note_end, sweep_dir / _FILES)
     (sweep_dir / _FILES).mkdir(parents=True, exist_ok=True)
     on_cpus = OmegaConf.select(config, "trainer.accelerator") == "cpu"
-    settings, slots = _slots(settings, [] if on_cpus else _visible_gpus(), len(os.sched_getaffinity(0)))
+    settings, slots = _slots(settings, [] if on_cpus else _visible_gpus(), _cores())
     side_by_side = f", {len(slots)} side by side" if len(slots) > 1 else ""
     log.info(f"Launching {len(job_overrides)} jobs of {settings.nproc_per_node} ranks on each node{side_by_side}")
 
@@ -229,6 +229,12 @@ def launch(
 def _note_end(folder: Path) -> None:
     with suppress(OSError):
         (folder / _END).touch()
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _visible_gpus() -> list[str]:
