@@ -40,7 +40,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.points import COMPOSED, FAILED, TYPED, label, objective, point_name, typed
+from harness.points import COMPOSED, FAILED, TYPED, as_typed, label, objective, point_name, typed
 from harness.runs import Command, PointFailedError, finished_result, note_failure, read
 
 __all__ = ["Settings", "SettingsError", "launch", "main"]
@@ -292,7 +292,7 @@ def _composed(context: HydraContext, config: DictConfig, overrides: Sequence[str
         returns.cfg = deepcopy(composed)
         with read_write(returns.cfg), open_dict(returns.cfg):
             del returns.cfg["hydra"]
-        returns.overrides = list(map(str, composed.hydra.overrides.task))
+        returns.overrides = list(as_typed(composed.hydra.overrides.task))
         point.command = Command(typed(), tuple(returns.overrides), number)
         point.config = composed
         _write_hydra_files(point, returns)
@@ -328,7 +328,7 @@ def _write_hydra_files(point: _Point, returns: JobReturn) -> None:
 
 
 def _settled(config: DictConfig) -> DictConfig:
-    """Every value as all ranks are to see it; only the number of ranks is left to them."""
+    """Values as all ranks are to see them; their number and variables of the environment are left to them."""
     from harness.train import register_resolvers
 
     for name in ("harness.devices", "harness.nodes"):
@@ -515,7 +515,7 @@ def _run_agent(file: Path, **changes: Any) -> int:
 
 
 def _command_of(point: Any) -> Command:
-    return Command(tuple(point.typed), tuple(point.overrides), point.number)
+    return Command(as_typed(point.typed), as_typed(point.overrides), point.number)
 
 
 def _end_with_parent(number: signal.Signals) -> None:

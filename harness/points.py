@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +24,7 @@ __all__ = [
     "FAILED",
     "QUIET_RANK",
     "TYPED",
+    "as_typed",
     "asks_for_sweep",
     "command",
     "group",
@@ -69,8 +70,14 @@ def command() -> Command:
     if not HydraConfig.initialized():
         return Command(typed(), ())
     hydra = HydraConfig.get()
-    overrides = tuple(str(each) for each in hydra.overrides.task)
-    return Command(typed(), overrides, None if OmegaConf.is_missing(hydra.job, "num") else int(hydra.job.num))
+    return Command(
+        typed(), as_typed(hydra.overrides.task), None if OmegaConf.is_missing(hydra.job, "num") else int(hydra.job.num)
+    )
+
+
+def as_typed(overrides: Any) -> tuple[str, ...]:
+    """Hydra's list of overrides with interpolations as they are: ``${oc.env:...}`` may be a secret."""
+    return tuple(str(each) for each in cast(list[Any], OmegaConf.to_container(overrides, resolve=False)))
 
 
 def _is_point() -> bool:

@@ -33,6 +33,7 @@ from rich.text import Text
 from harness import runs
 from harness.fields import registered_fields
 from harness.pareto import FrontPoint, draw_front, pareto_front
+from harness.points import as_typed
 
 __all__ = ["Point", "Sweep", "main", "read_sweep", "report"]
 
@@ -294,9 +295,9 @@ def _parsed(settings: DictConfig) -> list[Any]:
 
     params = OmegaConf.select(settings, "hydra.sweeper.params") or {}
     asked = [f"{name}={value}" for name, value in params.items()]
-    asked += OmegaConf.select(settings, "hydra.overrides.task") or []
+    asked += as_typed(OmegaConf.select(settings, "hydra.overrides.task") or OmegaConf.create([]))
     try:
-        return OverridesParser.create().parse_overrides([str(each) for each in asked])
+        return OverridesParser.create().parse_overrides(asked)
     except Exception:  # of another version of Hydra, or a plugin's
         return []
 

@@ -42,6 +42,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.resolvers import oc
 from rich.console import Console
 
 from harness.agreement import facts
@@ -171,11 +172,16 @@ def _part(number: float, fraction: float) -> float:
     return number * fraction
 
 
+def _environment_as_written(name: str, *default: Any) -> Any:
+    return f"${{oc.env:{name}}}" if name in os.environ else oc.env(name, *default)
+
+
 def register_resolvers(leave_to_ranks: bool = False) -> None:
     """Make the functions known that ``conf/`` calls as ``${harness.devices:}`` and the like.
 
     Args:
-        leave_to_ranks: let what a rank alone knows stay as it is written, for ranks that are yet to be started.
+        leave_to_ranks: let what a rank alone knows stay as it is written, for ranks that are yet to be started. That
+            is their number, and variables of the environment: secrets must not get into files.
     """
     resolvers: dict[str, Callable[..., Any]] = {
         "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
@@ -188,6 +194,8 @@ def register_resolvers(leave_to_ranks: bool = False) -> None:
     }
     if leave_to_ranks:
         resolvers |= {"devices": lambda: "${harness.devices:}", "nodes": lambda: "${harness.nodes:}"}
+    of_environment = _environment_as_written if leave_to_ranks else oc.env
+    OmegaConf.register_new_resolver("oc.env", of_environment, replace=True)
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(f"harness.{name}", resolver, use_cache=True, replace=True)
     # not kept: each point of a sweep has its own

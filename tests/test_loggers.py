@@ -28,7 +28,8 @@ from disturbances import fill, service_of
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from harness.loggers import CSVLogger, WandbLogger, _mend, without_secrets
+from harness.loggers import CSVLogger, WandbLogger, without_secrets
+from harness.loggers.wandb_files import mend
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 SMALL = (*TINY, "max_epochs=3", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false")
@@ -251,7 +252,7 @@ def test_wandb_file_that_was_torn_is_mended(cut: int, tmp_path: Path) -> None:
     inspect = [str(BIN / "wandb"), "leet", "inspect", "--json", str(log)]
     torn = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
     assert "incomplete" in torn.stderr
-    _mend(log)
+    mend(log)
     mended = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
     assert mended.stdout == torn.stdout
     assert log.stat().st_size > len(content) - cut - 40_000

@@ -37,6 +37,7 @@ POINT = (
 )
 pytestmark = pytest.mark.timeout(600)  # each starts several processes that import torch
 
+SECRET = "a-token-of-the-environment"
 TORCHRUN = ("--multirun", "hydra/launcher=torchrun")
 LOGGERS = "logger=[wandb,csv]"
 needs_optuna = pytest.mark.skipif(
@@ -75,8 +76,10 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hydra.launcher.nproc_per_node=2",
         "loss.coeffs.forces=1,10",
         "loss.coeffs.total_energy=1,10",
+        "+note=${oc.env:MY_SECRET_TOKEN}",
         folder=tmp_path_factory.mktemp("sweep"),
         timeout=400,
+        MY_SECRET_TOKEN=SECRET,
         RANK="3",  # of a launcher that is none of ours
         MASTER_PORT="1",
     )
@@ -101,7 +104,7 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
 
         state, result = read(folder, "run.json"), read(folder, "result.json")
         assert (state["state"], state["ranks"], result["ranks"]) == ("finished", 2, 2)
-        assert state["overrides"][-2:] == [f"loss.coeffs.forces={forces}", f"loss.coeffs.total_energy={energy}"]
+        assert state["overrides"][-3:-1] == [f"loss.coeffs.forces={forces}", f"loss.coeffs.total_energy={energy}"]
         assert state["started"] <= state["ended"]
         assert result["monitor"] == "val0_epoch/weighted_sum"
         assert result["objective"] == result["values"]["val0_epoch/weighted_sum"]
@@ -118,6 +121,13 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
     assert len(objectives) == 3  # coefficients are normalised: 1 to 1 is 10 to 10
     screen = (of_ranks.parent / "stdout.txt").read_text()
     assert screen.count("finished in") == screen.count("output      ") == 4  # one rank of each prints
+
+
+def test_no_file_of_a_sweep_holds_a_secret(of_ranks: Path) -> None:
+    """Of the environment, which a setting refers to."""
+    files = [path for path in of_ranks.rglob("*") if path.is_file()]
+    assert {"0.yaml", "run.json", "config.yaml"} <= {path.name for path in files}
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:

@@ -1,28 +1,17 @@
-"""Loggers that go on across restarts, and that no full disk, dead network or hanging service can stop.
-
-:class:`CSVLogger` and :class:`WandbLogger` are Lightning's, with the same numbers in the same places, and three things
-more. A job that is interrupted and started again in the same output directory continues its file and its W&B run, each
-step in it once. What fails is warned about once, and the training goes on. No secret of the configuration is written.
-"""
+"""A W&B run that goes on across restarts, and that nothing which happens to W&B can stop or slow down."""
 
 from __future__ import annotations
 
 import atexit
-import csv
-import io
 import json
 import logging
 import math
 import os
 import queue
-import re
-import struct
 import subprocess
-import sys
 import threading
 import time
 import uuid
-import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,271 +21,23 @@ from typing import IO, Any, cast
 
 import lightning.pytorch.loggers as lightning_loggers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-__all__ = ["CSVLogger", "WandbLogger", "without_secrets"]
+from harness.loggers.common import OneWarning, is_rank_zero, one_line
+from harness.loggers.secrets import arguments_have_secrets, without_secrets
+from harness.loggers.wandb_files import STEP, inspected, mend, read_journal, row_key, rows_of
 
-MASK = "***"
-_SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SECRET_SETTING = re.compile(  # whole words only: `keys` of labels, `tokens` and `keyword` are none
-    r"(^|[^a-z])(key|apikey|token|secret|password|passwd|credentials?)([^a-z]|$)", re.IGNORECASE
-)
-_SHORTEST_SECRET = 8
+__all__ = ["WandbLogger"]
 
-
-# --- secrets ---
-
-
-def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with ``***`` in the place of whatever looks like a secret.
-
-    That is the value of a setting whose name has a word such as ``key``, ``token``, ``secret``, ``password`` or
-    ``credentials`` in it, and any text that contains the value of an environment variable with such a name
-    (``WANDB_API_KEY``, ``HF_TOKEN``) of at least 8 characters. Values that are paths of this machine are none.
-
-    Args:
-        settings: settings, with dictionaries and lists at any depth; they are left as they are.
-
-    Returns:
-        A copy of them.
-    """
-    return cast(dict[str, Any], _masked(settings, _secret_values()))
-
-
-def _secret_values() -> list[str]:
-    return [
-        value
-        for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET and not os.path.exists(value)
-    ]
-
-
-def _masked(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            key: MASK if _names_a_secret(key) and item not in (None, "") else _masked(item, secrets)
-            for key, item in value.items()
-        }
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_masked(item, secrets) for item in value]
-    text = str(value) if isinstance(value, str | int | float | bytes | Path) else ""
-    return MASK if any(secret in text for secret in secrets) else value
-
-
-def _names_a_secret(name: object) -> bool:
-    return isinstance(name, str) and _SECRET_SETTING.search(re.sub(r"([a-z])([A-Z])", r"\1_\2", name)) is not None
-
-
-def _arguments_have_secrets() -> bool:
-    """Whether the command line of this process, which W&B would store, looks as if it had a secret in it."""
-    secrets = _secret_values()
-    return any(
-        any(secret in argument for secret in secrets) or ("=" in argument and _names_a_secret(argument.split("=")[0]))
-        for argument in sys.argv[1:]
-    )
-
-
-# --- shared ---
-
-
-def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-class _OneWarning:
-    """Says the first thing that goes wrong, and is silent about all that follows."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.said: str | None = None
-
-    def __call__(self, text: str) -> None:
-        with self._lock:
-            if self.said is not None:
-                return
-            self.said = text
-        with suppress(Warning):  # where warnings are errors, this one must not stop the training either
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-# --- CSV ---
-
-
-class CSVLogger(lightning_loggers.CSVLogger):
-    """Lightning's CSV logger, ``metrics.csv`` and ``hparams.yaml``, for jobs that are interrupted and for full disks.
-
-    Rows are appended as they come; only a new column writes the file again. A process that is killed leaves at most
-    one torn line at the end, which is dropped when the file is continued. If a write fails, a warning says so once, the
-    rows wait in memory, and are written when there is room again.
-
-    A file of before is continued after :meth:`resume_from`. Without it the job starts at its beginning: the file of
-    before is kept beside the new one as ``metrics.1.csv``.
-
-    Args:
-        save_dir: directory of the output, on a file system of this machine.
-        name: folder in it; an empty name for none.
-        version: folder in that; numbered ones if not given.
-        prefix: put before the keys, with a ``-``.
-        flush_logs_every_n_steps: rows are written at steps that are multiples of it, and whenever the trainer asks.
-    """
-
-    @property
-    def experiment(self) -> _CSVFile:  # type: ignore[override]
-        """What writes the file; a dummy that writes nothing off rank 0."""
-        if not _is_rank_zero():
-            return cast(_CSVFile, DummyExperiment())
-        if self._experiment is None:
-            self._experiment = cast(Any, _CSVFile(Path(self.log_dir)))
-        return cast(_CSVFile, self._experiment)
-
-    @rank_zero_only
-    def resume_from(self, step: int) -> None:
-        """Continue the file of before, from a checkpoint of ``step`` optimizer steps.
-
-        Its rows of later steps are dropped, since that work is done again. Call it after the checkpoint has been
-        loaded, and before anything is logged.
-        """
-        self.experiment.resume_from(step)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is still in memory."""
-        if self._experiment is not None:
-            self.experiment.save(now=True)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
-        """Write settings to ``hparams.yaml``, without the secrets among them."""
-        settings = vars(params) if isinstance(params, Namespace) else dict(params or {})
-        self.experiment.log_hparams(without_secrets(settings))
-
-
-class _CSVFile:
-    """The file of a :class:`CSVLogger`: what Lightning calls the experiment of a logger."""
-
-    longest_wait = 100_000
-    """Rows that wait in memory when they cannot be written; older ones are forgotten."""
-    seconds_between_attempts = 10.0
-    """After a write has failed: each attempt costs the training a moment."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log_dir = str(folder)
-        self.path = folder / "metrics.csv"
-        self.metrics: list[dict[str, Any]] = []  # rows that have not been written
-        self.metrics_file_path = str(self.path)
-        self.hparams: dict[str, Any] = {}
-        self._columns: list[str] = []  # of the file
-        self._size: int | None = None  # of what is whole in the file; None: the file has not been opened yet
-        self._next_attempt = 0.0
-        self._warn = _OneWarning()
-
-    def log_hparams(self, params: dict[str, Any]) -> None:
-        self.hparams.update(params)
-        path = Path(self.log_dir, "hparams.yaml")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_hparams_to_yaml(str(path), self.hparams)
-        except OSError as error:
-            self._warn(f"{path} cannot be written ({error}); the training goes on without it.")
-
-    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
-        values = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics_dict.items()}
-        self.metrics.append({**values, "step": len(self.metrics) if step is None else step})
-        if len(self.metrics) > self.longest_wait:
-            del self.metrics[: -self.longest_wait]
-
-    def save(self, now: bool = False) -> None:
-        if not self.metrics:
-            return
-        if not now and time.monotonic() < self._next_attempt:
-            return
-        try:
-            self._write()
-        except (OSError, csv.Error) as error:
-            self._next_attempt = time.monotonic() + self.seconds_between_attempts
-            self._warn(
-                f"{self.path} cannot be written ({error}). The training goes on; rows wait in memory until they can "
-                f"be. Is the disk full, or the quota used up?"
-            )
-
-    def resume_from(self, step: int) -> None:
-        try:
-            self._keep(step)
-        except (OSError, ValueError, csv.Error) as error:
-            self._warn(f"{self.path} cannot be continued ({error}); the training goes on.")
-
-    def _write(self) -> None:
-        if self._size is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._put_aside()
-            self._size = 0
-        elif self._size:
-            os.truncate(self.path, self._size)  # what a write that failed has left behind
-        new = set().union(*self.metrics) - set(self._columns)
-        if new:
-            self._rewrite(sorted([*self._columns, *new]))
-        text = io.StringIO(newline="")
-        csv.DictWriter(text, self._columns).writerows(self.metrics)
-        block = text.getvalue().encode()
-        try:
-            with self.path.open("r+b") as file:
-                file.seek(self._size)
-                file.write(block)
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self.path, self._size)
-            raise
-        self._size += len(block)
-        self.metrics = []
-
-    def _rewrite(self, columns: list[str], keep: Callable[[dict[str, str]], bool] = lambda row: True) -> None:
-        """Write the file again with these columns and the rows to keep; it is the old or the new one at any time."""
-        part = self.path.with_suffix(".part")
-        try:
-            with part.open("w", newline="") as new:
-                writer = csv.DictWriter(new, columns)
-                writer.writeheader()
-                if self._size:
-                    with self.path.open(newline="") as old:
-                        for row in csv.DictReader(_whole_lines(old)):
-                            if None not in row and None not in row.values() and keep(row):
-                                writer.writerow(row)
-            size = part.stat().st_size
-            os.replace(part, self.path)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
-        self._columns, self._size = columns, size
-
-    def _keep(self, step: int) -> None:
-        if not self.path.is_file():
-            self._size = None
-            return
-        with self.path.open(newline="") as file:
-            header = next(csv.reader(_whole_lines(file)), [])
-        if "step" not in header:
-            return  # not a file of ours, or none with a row in it: put aside when something is written
-        self._size = self.path.stat().st_size
-        self._rewrite(header, lambda row: int(row["step"]) < step)
-
-    def _put_aside(self) -> None:
-        if self.path.is_file():
-            number = 1
-            while self.path.with_suffix(f".{number}.csv").exists():
-                number += 1
-            os.replace(self.path, self.path.with_suffix(f".{number}.csv"))
-
-
-def _whole_lines(file: io.TextIOBase | Any) -> Any:
-    """Lines that have an end: the last one may have been torn."""
-    return (line for line in file if line.endswith("\n"))
-
-
-# --- Weights & Biases ---
+_SMALLEST_SPACE = 2**16
+"""Bytes on a disk below which W&B, which writes blocks of 32 KiB, cannot go on."""
+_GRACE = 5.0
+"""Seconds that W&B gets beyond a time limit of its own to say so."""
+_LONGEST_TITLE = 63
+"""Characters of an alert's title that W&B takes."""
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""Numbers as W&B writes them to its files."""
 
 
 class WandbLogger(lightning_loggers.WandbLogger):
@@ -360,7 +101,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._resumed_step: int | None = None
         self._failed = False
         self._journal: IO[str] | None = None
-        self._warn = _OneWarning()
+        self._warn = OneWarning()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_tasks", "_worker", "_started", "_lost", "_logged", "_extremes", "_warn", "_journal", "_experiment"}
@@ -380,7 +121,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         Its methods run on the caller's thread, and can fail or hang as W&B does: use those of the logger where there is
         one. Off rank 0, and when W&B did not start, it is a dummy that takes every call.
         """
-        if not _is_rank_zero():
+        if not is_rank_zero():
             return _Nothing()
         if threading.current_thread() is self._worker:
             return super().experiment
@@ -431,7 +172,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
             raise ValueError(f"Axes are defined by exact names, found {patterns}: give each name by itself.")
         if unknown := [name for name in minimised if name not in {*epoch, *step}]:
             raise ValueError(f"Values to be minimised are among those of `epoch` or `step`; {unknown} are not.")
-        axes = {name: {"step_metric": _STEP} for name in step}
+        axes = {name: {"step_metric": STEP} for name in step}
         axes |= {name: {"step_metric": self._prefixed("epoch")} for name in epoch}
         for name in minimised:
             axes[name]["summary"] = "min,last"
@@ -628,7 +369,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         try:
             self._start()
         except BaseException as error:  # SystemExit, too: whatever W&B makes of a network or a disk
-            self._warn(f"W&B cannot start ({_one_line(error)}); the training goes on without it.")
+            self._warn(f"W&B cannot start ({one_line(error)}); the training goes on without it.")
             self._lost.set()
         finally:
             self._started.set()
@@ -639,7 +380,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 task()
                 self._check_files()
             except BaseException as error:
-                self._warn(f"W&B failed ({_one_line(error)}); the training goes on, and the run may miss values.")
+                self._warn(f"W&B failed ({one_line(error)}); the training goes on, and the run may miss values.")
         if not self._lost.is_set():
             try:
                 self._sum_up()
@@ -649,7 +390,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
                     self._journal.close()
                     Path(self._journal.name).unlink()
             except BaseException as error:
-                self._warn(f"W&B failed to finish ({_one_line(error)}); the run in {self.save_dir} may miss values.")
+                self._warn(f"W&B failed to finish ({one_line(error)}); the run in {self.save_dir} may miss values.")
                 self._lost.set()
 
     def _start(self) -> None:
@@ -684,7 +425,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._wandb_init["mode"] = "offline"
             run = cast(Any, super()).experiment
             self._warn(
-                f"W&B cannot be reached ({_one_line(error)}). The run is kept on disk: upload it with `wandb sync "
+                f"W&B cannot be reached ({one_line(error)}). The run is kept on disk: upload it with `wandb sync "
                 f"{Path(run.dir).parents[1]}`."
             )
             return run
@@ -699,7 +440,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
             "x_service_wait": self.start_timeout,
             "finish_timeout": self.finish_timeout,
         }
-        if _arguments_have_secrets():
+        if arguments_have_secrets():
             limits["x_disable_meta"] = True  # W&B would store the command line
         for name, value in limits.items():
             if name in type(settings).model_fields and name not in settings.model_fields_set:
@@ -714,7 +455,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if ended and self._warn.said is None and (log := next(self._files.glob("*.wandb"), None)):
             with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):  # not with W&B's older versions
                 until = time.monotonic() + _GRACE  # its end is written after W&B says that it has finished
-                while json.loads(_inspected(log, self.finish_timeout, "--summary"))["exit_code"] is None:
+                while json.loads(inspected(log, self.finish_timeout, "--summary"))["exit_code"] is None:
                     if time.monotonic() > until:
                         self._warn(f"W&B has not written all of {log}. Was the disk full, or the quota used up?")
                         break
@@ -739,15 +480,15 @@ class WandbLogger(lightning_loggers.WandbLogger):
         """Number and key of every row of the run that earlier starts have left on this disk, in any order."""
         stored = []
         for log in sorted((folder / "wandb").glob(f"*run-*-{self._id}/run-{self._id}.wandb")):
-            text = _inspected(log, self.start_timeout)
+            text = inspected(log, self.start_timeout)
             if '"type":"run"' not in text:  # killed before anything was written: `wandb sync` would stop at it
                 log.rename(log.with_suffix(".empty"))
             elif '"type":"exit"' not in text:  # killed
-                _mend(log)
-            for row in _rows_of(text):
+                mend(log)
+            for row in rows_of(text):
                 number = int(row.pop("_step", 0))
                 self._note(row)
-                stored.append((number, _row_key(row, row.get(_STEP))))
+                stored.append((number, row_key(row, row.get(STEP))))
         return stored
 
     def _log_missing(self, path: Path) -> None:
@@ -755,14 +496,14 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
         W&B keeps what it is given in memory for a while, and loses it when the training is killed.
         """
-        kept = [] if self._resumed_step is None else _read_journal(path, self._resumed_step)
+        kept = [] if self._resumed_step is None else read_journal(path, self._resumed_step)
         part = path.with_suffix(".part")
         part.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
         os.replace(part, path)
         self._journal = path.open("a", buffering=1)  # a line at a time
         known = self._logged.copy()
         for row, step in kept:
-            key = _row_key(row, step)
+            key = row_key(row, step)
             known[key] -= 1
             if known[key] < 0:
                 self._send(row, step)
@@ -770,7 +511,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
     def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
         metrics = {self._prefixed(key): value for key, value in metrics.items()}
         step = self._last_step = self._last_step if step is None else step  # as W&B does by itself, in one start
-        known = _row_key(metrics, step)
+        known = row_key(metrics, step)
         if self._logged[known] > 0:
             self._logged[known] -= 1
             return
@@ -784,7 +525,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _send(self, metrics: dict[str, Any], step: int | None) -> None:
         self._note(metrics)
-        at = {} if step is None or self._wandb_init.get("sync_tensorboard") else {_STEP: step}
+        at = {} if step is None or self._wandb_init.get("sync_tensorboard") else {STEP: step}
         # The rows of one run are numbered over all its folders; without a number the first would be row 0 again.
         number, self._first_row = self._first_row, None
         self.experiment.log({**metrics, **at}, step=number, commit=True)
@@ -814,18 +555,6 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self.experiment.summary.update(
                 {name: {"min": each.least, "last": each.last} for name, each in found.items()}
             )
-
-
-_SMALLEST_SPACE = 2**16
-"""Bytes on a disk below which W&B, which writes blocks of 32 KiB, cannot go on."""
-_GRACE = 5.0
-"""Seconds that W&B gets beyond a time limit of its own to say so."""
-_LONGEST_TITLE = 63
-"""Characters of an alert's title that W&B takes."""
-_STEP = "trainer/global_step"
-"""Name of the optimizer step among W&B's values, chosen by Lightning."""
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""Numbers as W&B writes them to its files."""
 
 
 class _Extremes:
@@ -896,72 +625,6 @@ def _cell(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _row_key(row: Mapping[str, Any], step: Any) -> tuple[int, frozenset[str]]:
-    """What tells a row from others: its step and the names in it."""
-    from wandb.plot import CustomChart
-
-    media = {name.removesuffix("._type") for name in row if name.endswith("._type")}  # stored as several values
-    names = {name for name in row if name.rpartition(".")[0] not in media and not name.startswith("_")}
-    names.discard(_STEP)
-    charts = {name for name in names if isinstance(row.get(name), CustomChart)}  # stored as the table behind it
-    names = names - charts | {f"{name}_table" for name in charts}
-    return -1 if step is None else int(step), frozenset(names | media)
-
-
-def _read_journal(path: Path, step: int) -> list[tuple[dict[str, Any], int | None]]:
-    """Rows that were handed to W&B before a step; the last line may have been torn."""
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("]\n")]
-    entries = [json.loads(line) for line in lines]
-    return [(row, at) for row, at in entries if at is None or at < step]
-
-
-def _mend(log: Path) -> None:
-    """Cut a file of W&B's that was torn after its last whole record: ``wandb sync`` would stop there, short of others.
-
-    It is a log in LevelDB's format: blocks of 32 KiB of chunks with a checksum, a length and a kind, 1 for a whole
-    record and 2, 3, 4 for the beginning, the middle and the end of one.
-    """
-    data, block, header = log.read_bytes(), 32768, 7
-    position = end = header  # of the file, as long as that of a chunk
-    while position + header <= len(data):
-        left = block - position % block
-        if left < header:
-            position += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        position += header + length
-        if kind not in (1, 2, 3, 4) or position > len(data):
-            break
-        if kind in (1, 4):
-            end = position
-    if end < len(data):
-        os.truncate(log, end)
-
-
-def _rows_of(text: str) -> list[dict[str, Any]]:
-    """Rows among what is in a file of W&B's, as far as it is whole."""
-    lines = (line for line in text.splitlines() if '"type":"history"' in line)
-    records = [json.loads(line) for line in lines]
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
-
-
-def _inspected(log: Path, timeout: float, *options: str) -> str:
-    """What ``wandb leet inspect --json`` prints of a file, without the second that Python takes to start it."""
-    from wandb.util import get_core_path
-
-    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *options, "--run-file", str(log)]
-    return subprocess.run(
-        [*command, str(log.parents[1])], capture_output=True, text=True, timeout=timeout, check=False
-    ).stdout
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _silence_debug_log() -> None:

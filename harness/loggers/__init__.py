@@ -1,0 +1,14 @@
+"""Loggers that go on across restarts, and that no full disk, dead network or hanging service can stop.
+
+:class:`CSVLogger` and :class:`WandbLogger` are Lightning's, with the same numbers in the same places, and three things
+more. A job that is interrupted and started again in the same output directory continues its file and its W&B run, each
+step in it once. What fails is warned about once, and the training goes on. No secret of the configuration is written.
+"""
+
+from __future__ import annotations
+
+from harness.loggers.csv_file import CSVLogger
+from harness.loggers.secrets import without_secrets
+from harness.loggers.wandb_run import WandbLogger
+
+__all__ = ["CSVLogger", "WandbLogger", "without_secrets"]
