@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from commands import BIN, TINY, Finished, train
 from disturbances import fill, service_of
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from wandb.sdk.lib import telemetry
 
 from harness.loggers import CSVLogger, WandbLogger, without_secrets
 from harness.loggers.wandb_files import mend
@@ -260,7 +262,7 @@ def test_wandb_file_that_was_torn_is_mended(cut: int, tmp_path: Path) -> None:
 
 
 def test_wandb_that_stops_answering_costs_one_warning_and_no_time(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = offline(tmp_path, finish_timeout=2, max_waiting=100)
     logger.log_metrics({"loss": 1.0}, 0)
@@ -279,6 +281,11 @@ def test_wandb_that_stops_answering_costs_one_warning_and_no_time(
     assert time.monotonic() - start < 30
     assert len(said(recwarn.list)) == 1
     assert service_of(os.getpid()) is None
+    # W&B looks at what is imported, and would raise there now that its process has gone
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fastai.py").touch()
+    assert "fastai" in telemetry.list_telemetry_imports()
+    importlib.import_module("fastai")
 
 
 @pytest.mark.parametrize("place", ["below a file", "read-only"])

@@ -405,6 +405,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         atexit.register(self.finish)  # again, after W&B's own: it is called before that
         _silence_debug_log()
         run = self._start_run()
+        _ignore_imports(run)
         offline = bool(run.offline)
         self._files = Path(run.dir).parent
         self._place = str(Path(run.dir).parent) if offline else run.url
@@ -636,6 +637,12 @@ def _silence_debug_log() -> None:
         logging.Logger.addHandler(log, handler)
 
     log.addHandler = add  # type: ignore[method-assign, assignment]
+
+
+def _ignore_imports(run: Any) -> None:
+    """Take away what W&B hangs on the import of well-known packages: it would raise there once its process is dead."""
+    with suppress(Exception):  # a private name of W&B
+        run._unregister_telemetry_import_hooks(run.id)
 
 
 def _leave_service(patience: float = 2.0) -> None:
