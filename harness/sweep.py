@@ -37,6 +37,7 @@ from harness.points import as_typed
 
 __all__ = ["Point", "Sweep", "main", "read_sweep", "report"]
 
+_OF_HYDRA = ".hydra/hydra.yaml"
 _VALUE = re.compile(r"(val|test)\d+_\w+/")
 _ERROR_LINE = re.compile(r"(\w+\.)*(\w*(Error|Exception|Exit|Interrupt)|error)\b.*")
 
@@ -125,10 +126,11 @@ def read_sweep(folder: Path) -> Sweep:
     folder = folder.absolute()
     if not folder.is_dir():
         raise ValueError(f"There is no directory {folder}. A sweep's is multirun/<name>/<date and time>.")
-    settings = _read_yaml(folder / "multirun.yaml")
-    started = _point_folders(folder)
-    if not (folder / "multirun.yaml").is_file() and not started:
+    settings = _settings(folder)
+    started = _point_folders(folder, is_sweep=settings is not None)
+    if settings is None and not started:
         raise ValueError(_not_a_sweep(folder))
+    settings = settings or DictConfig({})
     points = [_read_point(each, folder) for each in started]
     planned, missing = _planned(settings, [point.overrides for point in points])
     points += [Point("-", None, each, "not started", "it has left no folder") for each in missing]
@@ -139,16 +141,34 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep(folder, points, swept, monitor, project, group, planned)
 
 
-def _point_folders(folder: Path) -> list[Path]:
-    """Folders of points: the numbered ones, even if empty, and others where multirun.yaml says that it is a sweep."""
-    found = {each for each in folder.iterdir() if each.is_dir() and each.name.isdigit()}
+def _settings(folder: Path) -> DictConfig | None:
+    """Hydra's settings of a sweep, which Optuna's sweeper leaves with the points alone; None if there are none."""
     if (folder / "multirun.yaml").is_file():
+        return _read_yaml(folder / "multirun.yaml")
+    ours = (file for file in sorted(folder.rglob(_OF_HYDRA)) if _sweep_of(file) == folder)
+    return next((_read_yaml(file) for file in ours), None)
+
+
+def _sweep_of(file: Path) -> Path | None:
+    """Directory of the sweep that a point belongs to, by Hydra's settings of the point."""
+    settings = _read_yaml(file)
+    if OmegaConf.select(settings, "hydra.mode") != "MULTIRUN":
+        return None
+    subdir = settings.hydra.sweep._get_node("subdir")  # as it is written: it is made of the point's number
+    return file.parents[2 + str(subdir).count("/")]
+
+
+def _point_folders(folder: Path, is_sweep: bool) -> list[Path]:
+    """Folders of points: the numbered ones, even if empty, and others where Hydra's settings say that it is a sweep."""
+    found = {each for each in folder.iterdir() if each.is_dir() and each.name.isdigit()}
+    if is_sweep:
         found |= {each.parent for name in (".hydra", runs.RECORD) for each in folder.rglob(name)} - {folder}
     return sorted(found, key=lambda each: [(int(part) if part.isdigit() else math.inf, part) for part in each.parts])
 
 
 def _not_a_sweep(folder: Path) -> str:
-    inside = [each.parent for depth in ("*", "*/*", "*/*/*") for each in folder.glob(f"{depth}/multirun.yaml")]
+    inside = {each.parent for depth in ("*", "*/*", "*/*/*") for each in folder.glob(f"{depth}/multirun.yaml")}
+    inside |= {found for each in folder.rglob(_OF_HYDRA) if (found := _sweep_of(each)) and folder in found.parents}
     if inside:
         newest = max(inside, key=lambda each: each.name)
         return f"{folder} is not a sweep's directory, but has sweeps in it. Give one of them, such as {newest}."
