@@ -433,10 +433,11 @@ def keep_alive(seconds: float) -> None:
     ``TORCHELASTIC_ENABLE_FILE_TIMER=1``, as the scripts in ``launch/`` do; without that, nothing happens.
     """
     path = os.environ.get("TORCHELASTIC_TIMER_FILE")
-    if not path or not is_launched_by_torchrun():
+    # no file: the launcher is leaving itself, and torch would tell so by a traceback
+    if not path or not is_launched_by_torchrun() or not os.path.exists(path):
         return
     timer: Any = FileTimerClient(path)
-    with contextlib.suppress(OSError, RuntimeError):  # the launcher is leaving itself
+    with contextlib.suppress(OSError, RuntimeError):  # likewise
         if seconds > 0:
             timer.acquire("harness", time.time() + seconds)
         else:

@@ -28,11 +28,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from threading import Event, Thread
 from types import FrameType
 from typing import Any, cast
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, setup_globals
 from hydra.errors import CompactHydraException, HydraException
@@ -41,7 +43,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.points import COMPOSED, FAILED, TYPED, as_typed, label, objective, point_name, typed
-from harness.runs import Command, PointFailedError, finished_result, note_failure, read
+from harness.runs import Command, Interrupted, PointFailedError, finished_result, note_failure, read
 
 __all__ = ["Settings", "SettingsError", "launch", "main"]
 
@@ -50,7 +52,9 @@ log = logging.getLogger(__name__)
 _LOOK = 0.1  # seconds between looks at the agents
 _LEAVE = 60.0  # for an agent to leave: its ranks get 30 s to save what they have
 _AGENT_TO_LEAVE = 75  # exit code of ranks that were told to leave, harness.callbacks.REQUEUE_EXIT_CODE
-_FILES, _END = ".launch", "end"
+_TOLD_BY = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_FILES, _END, _ALIVE = ".launch", "end", "alive"
+_BEAT, _SILENCE = 5.0, 180.0  # seconds between signs of life of a sweep; without one, other nodes take it for dead
 _PARENT = "HARNESS_PARENT"
 # what launchers tell their ranks; an agent that has been started by a rank must not hand it on
 _STALE = (
@@ -103,6 +107,10 @@ class Settings:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """From a section of a config, whose nested parts may be of OmegaConf's types."""
+        names = [each.name for each in fields(cls)]
+        for key in given:
+            if key not in names:
+                raise SettingsError(f"hydra.launcher has no setting {key!r}; it has {', '.join(names)}.")
         plain: dict[str, Any] = {
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in given.items()
         }
@@ -155,6 +163,8 @@ class _Point:
     console: Path | None = None
     slot: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
+    before: Mapping[str, Any] = field(default_factory=dict)
+    """What its directory held of an earlier run."""
 
     @property
     def label(self) -> str:
@@ -188,14 +198,13 @@ def launch(
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     os.environ.setdefault(TYPED, json.dumps(typed()))
     sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
-    if first == 0:  # what a sweep before has left in the directory
-        shutil.rmtree(sweep_dir / _FILES, ignore_errors=True)
-        atexit.register(_note_end, sweep_dir / _FILES)
-    (sweep_dir / _FILES).mkdir(parents=True, exist_ok=True)
     on_cpus = OmegaConf.select(config, "trainer.accelerator") == "cpu"
     settings, slots = _slots(settings, [] if on_cpus else _visible_gpus(), _cores())
+    if first == 0:
+        _take(sweep_dir)
     side_by_side = f", {len(slots)} side by side" if len(slots) > 1 else ""
-    log.info(f"Launching {len(job_overrides)} jobs of {settings.nproc_per_node} ranks on each node{side_by_side}")
+    ranks = f"{settings.nproc_per_node} rank(s)" + (" on each node" if settings.node_range[1] > 1 else "")
+    log.info(f"Launching {len(job_overrides)} point(s) of {ranks}{side_by_side}")
 
     waiting, free = deque(enumerate(job_overrides, start=first)), deque(slots)
     running: dict[subprocess.Popen[bytes], _Point] = {}
@@ -210,6 +219,8 @@ def launch(
                     if point.returns.status == JobStatus.UNKNOWN:
                         point.slot = free.popleft()
                         running[_start(point, settings, sweep_dir, show=len(slots) == 1)] = point
+                    elif point.returns.status == JobStatus.COMPLETED:
+                        context.callbacks.on_job_end(config=point.config, job_return=point.returns)
                 time.sleep(_LOOK if running else 0)
                 for agent in [each for each in running if each.poll() is not None]:
                     point = running.pop(agent)
@@ -226,9 +237,41 @@ def launch(
     return [returns[number] for number in sorted(returns)]
 
 
-def _note_end(folder: Path) -> None:
-    with suppress(OSError):
-        (folder / _END).touch()
+def _take(sweep_dir: Path) -> None:
+    """Take the directory for this process, clear what a sweep before has left there, and show that this one is alive.
+
+    Raises:
+        SettingsError: a sweep is going on there.
+    """
+    folder = sweep_dir / _FILES
+    lock = FileLock(sweep_dir / ".lock")
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SettingsError(
+            f"{sweep_dir} belongs to a sweep that is still going on. Wait for it or end it, or give this one another "
+            f"hydra.sweep.dir."
+        ) from None
+    except OSError as error:  # a file system without locks: better none than no training
+        log.warning(f"{sweep_dir} cannot be locked ({error}): take care that no other sweep writes there.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    ended = Event()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT):
+            with suppress(OSError):
+                (folder / _ALIVE).write_text(str(time.time()))
+
+    def end() -> None:
+        ended.set()
+        with suppress(OSError):
+            (folder / _END).touch()
+        lock.release()
+
+    Thread(target=beat, name="sign of life of the sweep", daemon=True).start()
+    atexit.register(end)
 
 
 def _cores() -> int:
@@ -242,9 +285,9 @@ def _visible_gpus() -> list[str]:
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available():
-        return []
-    return [each for each in given.split(",") if each] if given else list(map(str, range(torch.cuda.device_count())))
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = [each.strip() for each in given.split(",")] if given else list(map(str, range(number)))
+    return names[:number]  # CUDA leaves out the first that is not there, and all that follow
 
 
 def _slots(settings: Settings, gpus: Sequence[str], cores: int) -> tuple[Settings, list[dict[str, str]]]:
@@ -362,12 +405,14 @@ def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> su
     environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
     environment |= {**point.slot, **{str(key): str(value) for key, value in hydra.job.env_set.items()}}
     environment[_PARENT] = str(os.getpid())
-    log.info(f"\t{point.label}: starts")
+    point.before = read(point.folder)
     point.started = time.monotonic()
     if show:
+        log.info(f"\t{point.label}: starts")
         sys.stdout.flush()
         return subprocess.Popen(_agent(point.file), env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     point.console = point.folder / "console.log"
+    log.info(f"\t{point.label}: starts, and writes to {point.console}")
     with point.console.open("ab") as console:
         return subprocess.Popen(
             _agent(point.file),
@@ -387,20 +432,27 @@ def _finish(point: _Point, code: int) -> None:
     """What came out of a point whose agent has ended."""
     seconds = time.monotonic() - point.started
     state = read(point.folder)
+    if state == point.before:  # it has written nothing
+        state = {}
     if code == 0 and state.get("state") == "finished":
         values = read(point.folder, "result.json").get("values", {})
         config = point.returns.cfg or point.config
         point.returns.return_value, point.returns.status = objective(config, values), JobStatus.COMPLETED
-        log.info(f"\t{point.label}: finished in {seconds:.0f} s, {point.returns.return_value}")
+        shown = ", ".join(f"{key} {_shown(values.get(key))}" for key in config.get("objectives") or [config.monitor])
+        log.info(f"\t{point.label}: finished in {seconds:.0f} s, {shown}")
         return
     if state.get("state") == "failed":
         what = str(state.get("error"))
-    elif state.get("state") == "preempted":
+    elif state.get("state") in ("preempted", "interrupted"):
         what = "its ranks were told to leave"
     else:
         what = f"its agent was killed by signal {-code}" if code < 0 else f"its agent ended with exit code {code}"
         note_failure(point.folder, point.command, what)
     _fail(point, what)
+
+
+def _shown(value: float | None) -> str:
+    return "NaN" if value is None else f"{value:.4g}"
 
 
 def _fail(point: _Point, what: str) -> None:
@@ -426,7 +478,7 @@ def _told_to_leave() -> Iterator[list[signal.Signals]]:
             raise KeyboardInterrupt  # whoever says it twice does not want to wait
 
     before: dict[signal.Signals, Any] = {}
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for each in (signal.Signals[name] for name in _TOLD_BY if hasattr(signal, name)):
         with suppress(ValueError):  # Python gives signals to the main thread alone
             before[each] = signal.signal(each, note)
     try:
@@ -440,7 +492,7 @@ def _leave(running: dict[subprocess.Popen[bytes], _Point], told: Sequence[signal
     _end(running)
     print(f"\nstopped: {told[0].name} came. The same command with resume=auto goes on.", flush=True)
     if told[0] == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise Interrupted
     sys.exit(_AGENT_TO_LEAVE)
 
 
@@ -508,7 +560,7 @@ def _run_agent(file: Path, **changes: Any) -> int:
         traceback.print_exc()
         what, code = f"its agent failed: {type(error).__name__}: {error}", 1
     found = read(folder)
-    has_told = found != before and found.get("state") in ("failed", "preempted")
+    has_told = found != before and found.get("state") in ("failed", "preempted", "interrupted")
     if settings.node_rank == 0 and not has_told:  # rank 0 may have finished, and another one not
         note_failure(folder, command, what)
     return code
@@ -520,7 +572,7 @@ def _command_of(point: Any) -> Command:
 
 def _end_with_parent(number: signal.Signals) -> None:
     """Let the kernel send a signal to this process when the one that has started it ends, even by SIGKILL."""
-    with suppress(OSError, AttributeError):  # there is no such call but on Linux
+    with suppress(OSError, AttributeError, TypeError):  # there is no such call but on Linux
         ctypes.CDLL(None, use_errno=True).prctl(1, number.value, 0, 0, 0)
     parent = os.environ.get(_PARENT)
     if parent and os.getppid() != int(parent):  # it was quicker
@@ -530,8 +582,15 @@ def _end_with_parent(number: signal.Signals) -> None:
 def _join(sweep_dir: Path, **changes: Any) -> int:
     """Run the agents of another node for the points of a sweep, as they come, until it ends."""
     seen: set[Path] = set()
+    sign, since = "", time.monotonic()
     while True:
         has_ended = (sweep_dir / _FILES / _END).exists()
+        with suppress(OSError):
+            if (now := (sweep_dir / _FILES / _ALIVE).read_text()) != sign:
+                sign, since = now, time.monotonic()
+        if sign and time.monotonic() - since > _SILENCE:
+            print(f"error: there was no sign of life of the sweep in {sweep_dir} for {_SILENCE:g} s", file=sys.stderr)
+            return 1
         files = sorted((sweep_dir / _FILES).glob("*.yaml"), key=lambda path: int(path.stem))
         for file in [each for each in files if each not in seen]:
             seen.add(file)

@@ -15,6 +15,7 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from harness.runs import Command
@@ -23,7 +24,9 @@ __all__ = [
     "COMPOSED",
     "FAILED",
     "QUIET_RANK",
+    "SWEEPS",
     "TYPED",
+    "SweepCallback",
     "as_typed",
     "asks_for_sweep",
     "command",
@@ -43,10 +46,20 @@ QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra
 """What :mod:`harness.train` adds to the arguments of ranks other than 0."""
 
 
+SWEEPS: list[Path] = []
+"""Directories of sweeps that this process has started."""
 COMPOSED = Event()
 """Set once Hydra has composed the configuration and calls the job, or starts its points."""
 FAILED: list[str] = []
 """Points of the sweep of this process that have failed."""
+
+
+class SweepCallback(Callback):
+    """Notes where a sweep is, for Hydra's ``hydra.callbacks``."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called before the first point."""
+        SWEEPS.append(Path(str(config.hydra.sweep.dir)).absolute())
 
 
 def typed() -> tuple[str, ...]:

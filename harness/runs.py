@@ -26,6 +26,7 @@ __all__ = [
     "RECORD",
     "RESULT",
     "Command",
+    "Interrupted",
     "JobFailed",
     "PointFailedError",
     "claim",
@@ -52,6 +53,16 @@ class JobFailed(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Interrupted(SystemExit):
+    """Somebody has pressed Ctrl-C; the process exits with 130, as shells have it."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
+
+    def __str__(self) -> str:
+        return "interrupted (Ctrl-C)"
 
 
 class PointFailedError(CompactHydraException):
@@ -90,7 +101,8 @@ def claim(output_dir: Path) -> FileLock:
         found = read(output_dir)
         raise ValueError(
             f"{output_dir} belongs to a run that is still going on (process {found.get('pid')} on {found.get('host')}, "
-            f"since {found.get('started')}). Wait for it or end it, or give this one another hydra.run.dir."
+            f"since {found.get('started')}). Wait for it or end it, or give this one another hydra.run.dir, or "
+            f"hydra.sweep.dir if it is a sweep."
         ) from None
     except OSError as error:  # a file system without locks: better none than no training
         warnings.warn(
@@ -110,9 +122,9 @@ def read(output_dir: Path, name: str = RECORD) -> dict[str, Any]:
 
 @contextmanager
 def record(output_dir: Path, command: Command) -> Iterator[None]:
-    """Write down that a run is going on, and in the end how it ended: finished, preempted or failed, and by what error.
+    """Write down that a run is going on, and in the end how it ended, and by what error.
 
-    A run that is killed stays "running".
+    That is "finished", "preempted", "interrupted" or "failed". A run that is killed stays "running".
     """
     entry = _entry(command)
     with suppress(OSError):
@@ -125,19 +137,27 @@ def record(output_dir: Path, command: Command) -> Iterator[None]:
         end = _failure(error)
         if type(error).__name__ == "Preempted":
             end = {"state": "preempted"}
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            end = {"state": "interrupted"}
         raise
     finally:
         _write(output_dir / RECORD, {**entry, **end, "ended": _now()})
 
 
 def note_failure(output_dir: Path, command: Command, error: BaseException | str) -> None:
-    """Write down that a run has failed which could not do so itself, since it was refused or killed."""
-    found = read(output_dir)
-    # a record of the same run that was cut off knows when it started, and where
-    entry = found if found.get("state") == "running" else _entry(command)
-    with suppress(OSError):
-        (output_dir / RESULT).unlink(missing_ok=True)
-    _write(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
+    """Write down that a run has failed which could not do so itself, since it was refused or killed.
+
+    Nothing is written where the directory belongs to another run that is going on.
+    """
+    with suppress(ValueError):
+        lock = claim(output_dir)
+        found = read(output_dir)
+        # a record of the same run that was cut off knows when it started, and where
+        entry = found if found.get("state") == "running" else _entry(command)
+        with suppress(OSError):
+            (output_dir / RESULT).unlink(missing_ok=True)
+        _write(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
+        lock.release()
 
 
 def write_result(
@@ -204,7 +224,7 @@ def _now() -> str:
 
 
 def _write(path: Path, entry: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(json.dumps(entry, indent=1) + "\n")
         os.replace(part, path)

@@ -39,6 +39,7 @@ __all__ = ["Point", "Sweep", "main", "read_sweep", "report"]
 
 _OF_HYDRA = ".hydra/hydra.yaml"
 _VALUE = re.compile(r"(val|test)\d+_\w+/")
+_WITHOUT_ERROR = {"preempted": "told to leave, and saved", "interrupted": "by Ctrl-C"}
 _ERROR_LINE = re.compile(r"(\w+\.)*(\w*(Error|Exception|Exit|Interrupt)|error)\b.*")
 
 
@@ -50,7 +51,7 @@ class Point:
         name: its folder in that of the sweep; ``-`` if it has none.
         folder: where it is; None for a point that has not been started.
         overrides: what was given for it, by setting.
-        state: finished, running, preempted, failed, killed, starting, or not started.
+        state: finished, running, preempted, interrupted, failed, killed, starting, or not started.
         reason: why it is not finished, as far as it is known, or why it is not ranked.
         seconds: of wall time.
         ranks: processes that trained it.
@@ -124,6 +125,8 @@ def read_sweep(folder: Path) -> Sweep:
         ValueError: there is no such directory, or it is not that of a sweep.
     """
     folder = folder.absolute()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Expected the directory of a sweep, multirun/<name>/<date and time>.")
     if not folder.is_dir():
         raise ValueError(f"There is no directory {folder}. A sweep's is multirun/<name>/<date and time>.")
     settings = _settings(folder)
@@ -194,9 +197,7 @@ def _read_point(folder: Path, root: Path) -> Point:
         reason = f"it has written no {runs.RECORD}: it is starting, or was killed or refused before"
         reason = _last_error(folder, record) or reason
     elif state != "finished":
-        reason = _last_error(folder, record) or {"preempted": "told to leave, and saved"}.get(
-            state, "no error recorded"
-        )
+        reason = _last_error(folder, record) or _WITHOUT_ERROR.get(state, "no error recorded")
     values = result.get("values")
     of_result = {key: _number(value) for key, value in values.items()} if isinstance(values, Mapping) else {}
     found = {key: value for key, value in of_result.items() if value is not None and _VALUE.match(key)}

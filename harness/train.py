@@ -22,8 +22,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -75,6 +75,7 @@ from harness.points import (
     COMPOSED,
     FAILED,
     QUIET_RANK,
+    SWEEPS,
     TYPED,
     asks_for_sweep,
     command,
@@ -98,6 +99,7 @@ from harness.preflight import (
 from harness.report import values_table
 from harness.runs import (
     Command,
+    Interrupted,
     JobFailed,
     PointFailedError,
     claim,
@@ -152,14 +154,16 @@ def _interrupted_stamp(is_sweep: bool) -> str | None:
     asked = [each for each in sys.argv[1:] if each.lstrip("+").replace("'", "").replace('"', "") == "resume=auto"]
     if not requeued and not asked:
         return None
-    root = Path("multirun" if is_sweep else "outputs").absolute()
-    asked_for = Command(typed(), ())
-    found = latest_run(asked_for, root) if is_sweep else interrupted_run(asked_for, root)
-    if found is None:
-        what = "sweep" if is_sweep else "interrupted run"
-        print(f"resume: no {what} of this command under {root}; it starts anew", flush=True)
-        return None
-    return found.parent.name if is_sweep else found.name
+    runs, sweeps, asked_for = Path("outputs").absolute(), Path("multirun").absolute(), Command(typed(), ())
+    found = None if is_sweep else interrupted_run(asked_for, runs)
+    if found is not None:
+        return found.name
+    point = latest_run(asked_for, sweeps)  # also if the command line does not tell: an experiment can ask for a sweep
+    if point is not None:
+        return point.relative_to(sweeps).parts[1]
+    where, what = (sweeps, "sweep") if is_sweep else (runs, "interrupted run")
+    print(f"resume: no {what} of this command under {where}; it starts anew", flush=True)
+    return None
 
 
 def _part(number: float, fraction: float) -> float:
@@ -467,7 +471,7 @@ def run_job(config: DictConfig, asked_for: Command | None = None) -> float | tup
     try:
         return _run_job(config, asked_for)
     except SystemExit as error:
-        if isinstance(error, Preempted) or not error.code:
+        if isinstance(error, Preempted | Interrupted) or not error.code:
             raise
         what = str(error)
     except Exception as error:
@@ -475,10 +479,7 @@ def run_job(config: DictConfig, asked_for: Command | None = None) -> float | tup
         what = f"{type(error).__name__}: {error}"
     # outside of the handlers, so that it does not keep the model of the point alive
     if launched_rank() == 0:
-        with suppress(ValueError):  # the directory belongs to another process, or all is written down there already
-            lock = claim(Path(config.output_dir))
-            note_failure(Path(config.output_dir), asked_for, what)
-            lock.release()
+        note_failure(Path(config.output_dir), asked_for, what)
     name = label(asked_for.point, point_name())
     FAILED.append(name)
     raise PointFailedError(f"{name} failed: {what}")
@@ -509,6 +510,7 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
         with (
             record(output_dir, asked_for) if launched_rank() == 0 else nullcontext(),
             reported(job.whereabouts, limit),
+            _told_by_keyboard(),
         ):
             results = execute(job)
             if launched_rank() == 0:
@@ -517,6 +519,10 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
     except Preempted as told:
         if launched_rank() == 0:
             print(f"\nstopped: {told}. The same command with resume=auto goes on.", flush=True)
+        raise
+    except Interrupted:
+        if launched_rank() == 0:
+            print("\nstopped: interrupted. The same command with resume=auto goes on.", flush=True)
         raise
     except NonFiniteError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -537,6 +543,19 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
                 if isinstance(logger, WandbLogger):
                     logger.finish(exit_code=1 if sys.exc_info()[0] else 0)
     return objective(config, results)
+
+
+@contextmanager
+def _told_by_keyboard() -> Iterator[None]:
+    """Ctrl-C as what it is; Lightning makes an exit of it that looks like that of an error."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise Interrupted from None
+        raise
 
 
 def _leave_together(error: Exception, loggers: list[Logger], limit: timedelta) -> NoReturn:
@@ -634,6 +653,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # of the strides of dimensions of size 1, which mean nothing
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 
 
@@ -645,9 +665,26 @@ def main() -> None:
     except RankAbsentError as error:
         _say_absent(error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped: interrupted", file=sys.stderr)
+        raise Interrupted from None
+    finally:
+        _say_sweeps()
+
+
+def _say_sweeps() -> None:
+    """Where the sweeps of this command are, and how to read them; a sweep that was refused leaves nothing behind."""
+    for folder in SWEEPS:
+        if next(folder.rglob(".hydra"), None):
+            typed_here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+            print(f"\nsweep       {folder}\nreport      harness-sweep {typed_here}", flush=True)
+        elif folder.is_dir() and {path.name for path in folder.iterdir()} == {"multirun.yaml"}:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _main() -> None:
+    # Hydra wants all overrides in one piece: an option among them would end it
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     num_ranks, is_sweep = launched_ranks(), asks_for_sweep(sys.argv[1:])
     os.environ.pop(TYPED, None)  # of a sweep that has started this command
     if num_ranks > 1:
@@ -658,17 +695,17 @@ def _main() -> None:
     stamp = _interrupted_stamp(is_sweep) if launched_rank() == 0 else None
     if num_ranks > 1:  # each rank's clock would give it a folder of its own
         stamp = share("run_stamp", agree("run_stamp", stamp or _now()) if launched_rank() == 0 else "")
-    elif is_sweep:  # points may be composed in other processes
-        stamp = stamp or _now()
+    else:  # points of a sweep, if it is one, may be composed in other processes
         os.environ[TYPED] = json.dumps(typed())
-    if stamp:
-        os.environ[_RUN_STAMP] = stamp
+    os.environ[_RUN_STAMP] = stamp or _now()
     COMPOSED.clear()
     said = io.StringIO()
     try:
         with redirect_stderr(_UntilComposed(said)):
             hydra.main(version_base="1.3", config_path=_config_folder(), config_name="train")(run_job)()
         sys.stderr.write(said.getvalue())  # of a sweep whose points run in other processes
+        if FAILED:
+            sys.exit(1)
     except SystemExit as ended:
         if ended.code in (None, 0):  # --help and the like
             sys.stderr.write(said.getvalue())
@@ -690,26 +727,32 @@ def _of_hydra(text: str) -> str:
     if plugin is not None:
         of = "hydra-submitit-launcher" if plugin.group(1).startswith("submitit") else "hydra-optuna-sweeper"
         return f"{of} is not installed; it comes with pip install 'potential-harness[sweep]'.\n({told})"
+    if "BasicSweeper does not support sweep type" in told:
+        last = told.splitlines()[-1]
+        return f"a range of values needs a sampler that draws from it: sweep=optuna or sweep=pareto.\n({last})"
     misspelt = re.search(r"Could not override '([\w.]+)'", told)
     if misspelt is None:
         return told or "the configuration cannot be composed"
     full = re.search(r"^\s*full_key: ([\w.]+)", told, re.MULTILINE)  # a key within the value that was given
     key = full.group(1) if full else misspelt.group(1)
-    valid = _valid_settings()
-    close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+    of_hydra = key.startswith("hydra.")
+    close = difflib.get_close_matches(key, _valid_settings("hydra" if of_hydra else None), n=3, cutoff=0.6)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"there is no setting {key}. {meant}`harness-train --cfg job` lists all of them.\n({told})"
+    meant += "It is one of sweep=optuna and sweep=pareto. " if key == "hydra.sweeper.n_trials" else ""
+    listed = "hydra" if of_hydra else "job"
+    return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({told})"
 
 
-def _valid_settings() -> list[str]:
-    """Dotted names of all settings, with the choices of groups that have been typed."""
+def _valid_settings(part: str | None = None) -> list[str]:
+    """Dotted names of all settings, or of those of Hydra, with the choices of groups that have been typed."""
     folder = Path(_config_folder())
     choices = [each for each in sys.argv[1:] if (folder / each.partition("=")[0]).is_dir()]
     with initialize_config_dir(str(folder), version_base="1.3"):
         try:
-            return _settings_of(compose("train", choices))
+            config = compose("train", choices, return_hydra_config=part is not None)
         except hydra.errors.HydraException:  # a choice of a directory of the user's own
-            return _settings_of(compose("train"))
+            config = compose("train", return_hydra_config=part is not None)
+        return _settings_of(config[part], f"{part}.") if part else _settings_of(config)
 
 
 def _settings_of(config: DictConfig, prefix: str = "") -> list[str]:

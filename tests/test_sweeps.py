@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import torch
 from commands import BIN, ROOT, TINY, kill_tree, read_csv, run, train, wait_for
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import harness.train  # noqa: F401 - with the functions that configs call
+from harness import launcher
 from harness.launcher import Settings, SettingsError, _slots
 from harness.points import asks_for_sweep, objective
 from harness.runs import Command, finished_result, is_interrupted, note_failure, record, write_result
+from harness.sweep import read_sweep, report
 
 POINT = (
     *(each for each in TINY if not each.startswith("max_epochs")),
@@ -76,6 +79,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hydra.launcher.nproc_per_node=2",
         "loss.coeffs.forces=1,10",
         "loss.coeffs.total_energy=1,10",
+        "train_metrics=${metrics}",
         "+note=${oc.env:MY_SECRET_TOKEN}",
         folder=tmp_path_factory.mktemp("sweep"),
         timeout=400,
@@ -104,7 +108,7 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
 
         state, result = read(folder, "run.json"), read(folder, "result.json")
         assert (state["state"], state["ranks"], result["ranks"]) == ("finished", 2, 2)
-        assert state["overrides"][-3:-1] == [f"loss.coeffs.forces={forces}", f"loss.coeffs.total_energy={energy}"]
+        assert state["overrides"][-4:-2] == [f"loss.coeffs.forces={forces}", f"loss.coeffs.total_energy={energy}"]
         assert state["started"] <= state["ended"]
         assert result["monitor"] == "val0_epoch/weighted_sum"
         assert result["objective"] == result["values"]["val0_epoch/weighted_sum"]
@@ -166,10 +170,12 @@ def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:
 
 def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path, tmp_path: Path) -> None:
     """The last of three points, after one that has failed: as if it were alone, with a W&B run of its own."""
-    done = train("--multirun", *POINT, LOGGERS, "loss.coeffs.forces=10,-1,1", "name=plain", folder=tmp_path)
+    # an option among the overrides, where people write it too
+    done = train(*POINT, LOGGERS, "--multirun", "loss.coeffs.forces=10,-1,1", "name=plain", folder=tmp_path)
     assert done.code == 1
     assert done.err.count("found -1") == 2  # when it happened, and in the end
     assert "failed points of the sweep: point 1 (forces=-1)" in done.err
+    assert "report      harness-sweep sweep\n" in done.out
     assert "Traceback" not in done.err
     points = [tmp_path / "sweep" / str(number) for number in range(3)]
     assert [read(each, "run.json")["state"] for each in points] == ["finished", "failed", "finished"]
@@ -185,20 +191,31 @@ def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path
 
 def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: Path) -> None:
     point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
-    done = train(*TORCHRUN, *point, "loss.coeffs.forces=-1,10", folder=tmp_path)
+    places = "hydra.sweep.subdir=point_${hydra.job.num}"
+    done = train(*TORCHRUN, *point, places, "loss.coeffs.forces=-1,10", folder=tmp_path)
     assert done.code == 1
     assert "error: point 0 (forces=-1) failed: The coefficient of 'forces_mse' must be finite" in done.err
     assert "Traceback" not in done.err
     assert "point 1 (forces=10): finished" in done.out
     # side by side, each with its output in a file of its own
     assert "output      " not in done.out
-    said = [(tmp_path / "sweep" / str(number) / "console.log").read_text() for number in range(2)]
+    folders = [tmp_path / "sweep" / f"point_{number}" for number in range(2)]
+    said = [(folder / "console.log").read_text() for folder in folders]
+    assert f"writes to {folders[0] / 'console.log'}" in done.out
     assert "found -1" in said[0]
     assert said[1].count("output      ") == 1
-    states = [read(tmp_path / "sweep" / str(number), "run.json") for number in range(2)]
+    states = [read(folder, "run.json") for folder in folders]
     assert [each["state"] for each in states] == ["failed", "finished"]
     assert "found -1" in states[0]["error"]
-    assert not (tmp_path / "sweep" / "0" / "result.json").exists()
+    assert not (folders[0] / "result.json").exists()
+
+
+def test_the_first_point_that_fails_ends_a_sweep_if_asked(tmp_path: Path) -> None:
+    point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.fail_fast=true"]
+    done = train(*TORCHRUN, *point, "loss.coeffs.forces=-1,10", folder=tmp_path)
+    assert done.code == 1
+    assert "The sweep ends here, since fail_fast is true." in done.err
+    assert [each.name for each in (tmp_path / "sweep").iterdir() if each.name.isdigit()] == ["0"]
 
 
 @needs_optuna
@@ -206,7 +223,8 @@ def test_optuna_finds_a_front_of_two_objectives(tmp_path: Path) -> None:
     sampler = ["hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=2"]  # which draws one of each
     drawn = "loss.coeffs.forces=choice(-1,1,1000)"
     done = train(*POINT, "sweep=pareto", *sampler, drawn, "logger=csv", folder=tmp_path)
-    assert done.code == 0, done.err[-4000:]
+    assert done.code == 1, done.err[-4000:]  # since a point has failed
+    assert done.err.count("failed points of the sweep: point") == 1
     values, failed = [], 0
     for number in range(3):
         folder = tmp_path / "sweep" / str(number)
@@ -225,6 +243,14 @@ def test_optuna_finds_a_front_of_two_objectives(tmp_path: Path) -> None:
     ]
     solutions = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml").solutions
     assert {tuple(each["values"]) for each in solutions} == set(better)
+    found = report(
+        read_sweep(tmp_path / "sweep"), energy="val0_epoch/per_atom_energy_rmse", forces="val0_epoch/forces_rmse"
+    )
+    assert found.sweep.planned == 3
+    assert found.sweep.swept == ["loss.coeffs.forces"]
+    assert sorted(point.state for point in found.sweep.points) == ["failed", "finished", "finished"]
+    axes = found.axes or ()
+    assert {tuple(point.values[axis] for axis in axes) for point in found.front} == set(better)
 
 
 @needs_submitit
@@ -285,6 +311,50 @@ def test_a_sweep_that_is_ended_leaves_nothing_behind_and_goes_on(number: signal.
 
 
 @pytest.mark.slow
+def test_ctrl_c_ends_a_sweep_in_one_process_which_goes_on_when_asked(tmp_path: Path) -> None:
+    """A sweep that an experiment of the user's own asks for, so that the command line does not tell that it is one."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "many.yaml").write_text(
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {loss.coeffs.forces: '1,10'}}}\n"
+    )
+    given = [each for each in POINT if not each.startswith("hydra.sweep.dir")]
+    command = [sys.executable, "-m", "harness.train", "--config-dir", "mine", "experiment=many", *given]
+    command += ["logger=none", "max_epochs=30", "test=false", "resume=auto"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "out").open("w") as out:
+        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: list(tmp_path.glob("multirun/train/*/0/checkpoints/last.ckpt")), 120, "a first checkpoint")
+        sweep.send_signal(signal.SIGINT)
+        assert sweep.wait(60) == 130
+    finally:
+        kill_tree(sweep.pid)
+    said = (tmp_path / "out").read_text()
+    assert "stopped: interrupted. The same command with resume=auto goes on." in said
+    assert "Traceback" not in said
+    (folder,) = tmp_path.glob("multirun/train/*")
+    assert read(folder / "0", "run.json")["state"] == "interrupted"
+    assert not (folder / "1").exists()
+    again = run(command, tmp_path, timeout=300)
+    assert again.code == 0, again.err[-3000:]
+    assert again.out.count("goes on from") == 1
+    assert list(tmp_path.glob("multirun/train/*")) == [folder]
+    assert [read(folder / number, "run.json")["state"] for number in "01"] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_point_start_again_after_one_was_killed(tmp_path: Path) -> None:
+    kill = "+callbacks.kill={_target_: faults_for_tests.KillAt, step: 6, rank: 1}"
+    again = ["hydra.launcher.nproc_per_node=2", "hydra.launcher.max_restarts=1", "max_epochs=2", kill]
+    done = train(*TORCHRUN, *POINT, "logger=csv", *again, "loss.coeffs.forces=10", folder=tmp_path, timeout=300)
+    assert done.code == 0, done.err[-4000:]
+    assert done.out.count("goes on from") == 1
+    assert read(tmp_path / "sweep" / "0", "run.json")["state"] == "finished"
+    steps = [row["step"] for row in read_csv(tmp_path / "sweep" / "0") if "train_loss_step/forces_mse" in row]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
 def test_another_node_joins_a_sweep(of_ranks: Path, tmp_path: Path) -> None:
     """Two agents on this host, of one rank each, that meet at an address as two nodes would."""
     command = [sys.executable, "-m", "harness.launcher", "sweep", "--node-rank", "1"]
@@ -335,6 +405,59 @@ def processes_of(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["loss.coeffs.forces=tag(log,interval(0.1,100))"], "a range of values needs a sampler"),
+        ([TORCHRUN[1], "hydra.launcher.nproc_pernode=2"], "Did you mean hydra.launcher.nproc_per_node"),
+        (["hydra.sweeper.n_trials=3"], "It is one of sweep=optuna and sweep=pareto"),
+        ([TORCHRUN[1], "hydra.launcher.nproc_per_node=0"], "nproc_per_node is a number, at least 1, or auto, found 0"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = train("--multirun", *POINT, *arguments, folder=tmp_path)
+    assert done.code == 1
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_two_sweeps_in_one_directory_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "sweep" / ".launch").mkdir(parents=True)
+    (tmp_path / "sweep" / ".launch" / "0.yaml").touch()
+    with FileLock(tmp_path / "sweep" / ".lock"):
+        done = train(*TORCHRUN, *POINT, "loss.coeffs.forces=1,10", folder=tmp_path)
+    assert done.code == 1
+    assert "belongs to a sweep that is still going on" in done.err
+    assert (tmp_path / "sweep" / ".launch" / "0.yaml").exists()
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
+def test_a_node_leaves_a_sweep_that_gives_no_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "_SILENCE", 0.3)
+    (tmp_path / ".launch").mkdir()
+    (tmp_path / ".launch" / "alive").write_text("1.0")
+    assert launcher._join(tmp_path, node_rank=1) == 1
+    assert f"no sign of life of the sweep in {tmp_path}" in capsys.readouterr().err
+
+
+def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for visible, number, names in [
+        (None, 2, ["0", "1"]),
+        ("3, 5", 2, ["3", "5"]),
+        ("0,-1,1", 1, ["0"]),
+        ("MIG-a,MIG-b", 1, ["MIG-a"]),
+    ]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert launcher._visible_gpus() == names
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"nproc_per_node": "gpu"}, "nproc_per_node is a number, at least 1, or auto, found 'gpu'"),
@@ -342,6 +465,7 @@ def processes_of(folder: Path) -> list[int]:
         ({"max_restarts": -1}, "max_restarts is a whole number, at least 0, found -1"),
         ({"omp_num_threads": 0}, "omp_num_threads is a whole number, at least 1, found 0"),
         ({"nnodes": "2:1"}, "nnodes is a number of nodes, or MIN:MAX, found '2:1'"),
+        ({"foo": 2}, "no setting 'foo'; it has nproc_per_node, parallel,"),
         ({"nnodes": 2}, "nnodes=2 needs an address where the nodes meet"),
         ({"nnodes": "1:2", "rdzv_endpoint": "a:1", "parallel": 2}, "one after the other"),
     ],
