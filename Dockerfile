@@ -31,7 +31,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels 
 FROM ${PYTHON_IMAGE} AS environment
 ARG TORCH_INDEX=""
 RUN python -m venv /opt/harness
-COPY constraints.txt /tmp/constraints.txt
+COPY constraints-image.txt /tmp/constraints.txt
 COPY --from=wheel /wheels/ /tmp/wheels/
 RUN /opt/harness/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} /tmp/wheels/*.whl

@@ -8,7 +8,7 @@ STRICT := fields distributed schedules statistics foreign metrics components coe
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-slow test-all lint types imports docs benchmark ci clean
+.PHONY: help install train test test-slow test-all lint types imports docs benchmark ci lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -54,5 +54,11 @@ benchmark: install  ## cost of a loss step beside NequIP and a hand-packed minim
 
 ci: lint types imports docs test-all  ## everything that CI runs
 
+lock:  ## exact versions of what is in the image, into constraints-image.txt
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --constraint constraints.txt .
+	(head -n 1 constraints-image.txt; build/lock/bin/python -m pip freeze --exclude potential-harness | sed 's/+cpu//') > build/lock.txt
+	mv build/lock.txt constraints-image.txt
+
 clean:  ## remove what make has made, but not outputs/
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

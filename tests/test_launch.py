@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import time
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 import yaml
 from commands import BIN, ROOT, TINY, Finished, read_csv, run, same, wait_for
 from hydra import compose, initialize_config_dir
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from slurm import Job
 
 from harness.strategies import cluster_plugins
@@ -362,3 +365,16 @@ def test_dockerfile() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert copied == {line[1:] for line in ignored if line.startswith("!")}
     assert_clean("hadolint", "Dockerfile")
+
+
+def test_the_image_has_exact_versions() -> None:
+    """Of all that the package needs, and the same as those of development."""
+    lines = [line for line in (ROOT / "constraints-image.txt").read_text().splitlines() if not line.startswith("#")]
+    exact = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert all(exact.values())
+    for requirement in map(Requirement, requires("potential-harness") or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)], prereleases=True)
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line[0] != "#" and canonicalize_name(Requirement(line).name) in exact:
+            assert Requirement(line).specifier.contains(exact[canonicalize_name(Requirement(line).name)])
