@@ -346,7 +346,9 @@ def test_ctrl_c_ends_a_sweep_in_one_process_which_goes_on_when_asked(tmp_path: P
 def test_the_ranks_of_a_point_start_again_after_one_was_killed(tmp_path: Path) -> None:
     kill = "+callbacks.kill={_target_: faults_for_tests.KillAt, step: 6, rank: 1}"
     again = ["hydra.launcher.nproc_per_node=2", "hydra.launcher.max_restarts=1", "max_epochs=2", kill]
-    done = train(*TORCHRUN, *POINT, "logger=csv", *again, "loss.coeffs.forces=10", folder=tmp_path, timeout=300)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    given = [*POINT, "logger=csv", *again, "loss.coeffs.forces=10"]
+    done = train(*TORCHRUN, *given, folder=tmp_path, timeout=300, PYTHONPATH=paths)
     assert done.code == 0, done.err[-4000:]
     assert done.out.count("goes on from") == 1
     assert read(tmp_path / "sweep" / "0", "run.json")["state"] == "finished"
