@@ -42,7 +42,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.points import COMPOSED, FAILED, TYPED, as_typed, label, objective, point_name, typed
+from harness.points import COMPOSED, FAILED, TYPED, as_typed, goes_on, label, objective, point_name, typed
 from harness.runs import Command, Interrupted, PointFailedError, finished_result, note_failure, read
 
 __all__ = ["Settings", "SettingsError", "launch", "main"]
@@ -316,7 +316,7 @@ def _slots(settings: Settings, gpus: Sequence[str], cores: int) -> tuple[Setting
 def _composed(context: HydraContext, config: DictConfig, overrides: Sequence[str], number: int) -> _Point:
     """A point, with its directory and Hydra's files in it, as Hydra's own launcher would make it.
 
-    It has failed already if it cannot be composed, and finished if that was done before and ``resume`` is ``auto``.
+    It has failed already if it cannot be composed, and finished if that was done before and the sweep is to go on.
     """
     returns = JobReturn(overrides=list(overrides), working_dir=os.getcwd(), task_name=JobRuntime.instance().get("name"))
     point = _Point(number, None, Path(), Command(typed(), tuple(overrides), number), config, returns)
@@ -346,7 +346,7 @@ def _composed(context: HydraContext, config: DictConfig, overrides: Sequence[str
         return point
     finally:
         HydraConfig.instance().cfg = before
-    result = finished_result(point.folder, point.command) if returns.cfg.get("resume") == "auto" else None
+    result = finished_result(point.folder, point.command) if goes_on(returns.cfg) else None
     if result:
         log.info(f"\t{point.label}: finished before, in {point.folder}")
         returns.return_value, returns.status = objective(returns.cfg, result["values"]), JobStatus.COMPLETED

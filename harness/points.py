@@ -30,6 +30,7 @@ __all__ = [
     "as_typed",
     "asks_for_sweep",
     "command",
+    "goes_on",
     "group",
     "label",
     "objective",
@@ -147,6 +148,12 @@ def sweep_dir() -> Path:
 def group(name: str) -> str:
     """Group of a run in W&B: its name, and for a point the directory of its sweep, which all its points share."""
     return f"{name}/{sweep_dir().name}" if _is_point() else name
+
+
+def goes_on(config: DictConfig) -> bool:
+    """Whether a run is to go on where the same command was interrupted, and a sweep to leave what has finished."""
+    restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return bool(config.resume == "auto" or (config.resume == "restart" and restarts > 0))
 
 
 def objective(config: DictConfig, values: Mapping[str, Any]) -> float | tuple[float | None, ...] | None:

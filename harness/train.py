@@ -79,6 +79,7 @@ from harness.points import (
     TYPED,
     asks_for_sweep,
     command,
+    goes_on,
     group,
     label,
     objective,
@@ -496,7 +497,7 @@ def _run_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
 def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | None, ...] | None:
     config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
     output_dir, limit, is_point = Path(config.output_dir), _time_limit(config), asked_for.point is not None
-    if is_point and config.resume == "auto":
+    if is_point and goes_on(config):
         before = json.loads(share("finished", json.dumps(finished_result(output_dir, asked_for)), limit))
         if before:
             print(f"finished before: {output_dir}", flush=True)
@@ -617,9 +618,7 @@ def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback], asked_f
     keeping = next((each for each in callbacks if isinstance(each, ResumeCheckpoint)), None)
     if keeping is None or not config.train:
         return None
-    restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    wanted = config.resume == "auto" or (config.resume == "restart" and restarts > 0)
-    if not wanted or not is_interrupted(Path(config.output_dir), asked_for):
+    if not goes_on(config) or not is_interrupted(Path(config.output_dir), asked_for):
         if not config.ckpt_path or Path(config.ckpt_path).resolve().parent != keeping.dirpath.resolve():
             keeping.put_aside()
         return None
