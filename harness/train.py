@@ -722,7 +722,9 @@ def _main() -> None:
 def _of_hydra(text: str) -> str:
     """What Hydra says of a wrong configuration, with the setting that a misspelt one may be meant for."""
     told = text.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
-    plugin = re.search(r"Could not find 'hydra/(?:sweeper|launcher)(?:/sampler)?/(optuna|tpe|submitit_\w+)'", told)
+    plugin = re.search(r"Could not find 'hydra/(?:sweeper|launcher)(?:/sampler)?/(optuna|tpe|submitit_\w+|ray)'", told)
+    if plugin is not None and plugin.group(1) == "ray":
+        return f"hydra-ray-launcher is not installed: pip install hydra-ray-launcher.\n({told})"
     if plugin is not None:
         of = "hydra-submitit-launcher" if plugin.group(1).startswith("submitit") else "hydra-optuna-sweeper"
         return f"{of} is not installed; it comes with pip install 'potential-harness[sweep]'.\n({told})"
