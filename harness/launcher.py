@@ -36,10 +36,10 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, env_override, setup_globals
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.points import COMPOSED, FAILED, TYPED, as_typed, goes_on, label, objective, point_name, typed
@@ -163,6 +163,8 @@ class _Point:
     console: Path | None = None
     slot: dict[str, str] = field(default_factory=dict)
     started: float = 0.0
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Variables that ``hydra.job.env_set`` gives to its ranks."""
     before: Mapping[str, Any] = field(default_factory=dict)
     """What its directory held of an earlier run."""
 
@@ -339,8 +341,10 @@ def _composed(context: HydraContext, config: DictConfig, overrides: Sequence[str
         point.command = Command(typed(), tuple(returns.overrides), number)
         point.config = composed
         _write_hydra_files(point, returns)
-        context.callbacks.on_job_start(config=composed, task_function=_job())
-        returns.cfg = _settled(returns.cfg)
+        point.environment = cast(dict[str, Any], OmegaConf.to_container(_settled(composed.hydra.job.env_set)))
+        with env_override({key: str(value) for key, value in composed.hydra.job.env_set.items()}):
+            context.callbacks.on_job_start(config=composed, task_function=_job())
+            returns.cfg = _settled(returns.cfg)
     except (HydraException, OmegaConfBaseException, OSError) as error:
         _fail(point, f"{type(error).__name__}: {error}")
         return point
@@ -371,16 +375,45 @@ def _write_hydra_files(point: _Point, returns: JobReturn) -> None:
 
 
 def _settled(config: DictConfig) -> DictConfig:
-    """Values as all ranks are to see them; their number and variables of the environment are left to them."""
+    """Values as all ranks are to see them. What is made of their number, or of the environment, stays as it is written.
+
+    The environment of another node may differ, and its secrets must not get into a file.
+    """
     from harness.train import register_resolvers
 
-    for name in ("harness.devices", "harness.nodes"):
-        OmegaConf.get_cache(config).pop(name, None)
-    register_resolvers(leave_to_ranks=True)
+    asked: list[None] = []
+    register_resolvers(lambda: asked.append(None))
     try:
-        return DictConfig(OmegaConf.to_container(config, resolve=True))
+        return OmegaConf.create(_plain(config, asked))
     finally:
         register_resolvers()
+
+
+def _plain(config: DictConfig | ListConfig, asked: list[None]) -> Any:
+    def value(key: Any) -> Any:
+        node: Any = config._get_node(key)
+        if node._is_none() or node._is_missing():
+            return node._value()
+        if not node._is_interpolation():
+            return _plain(node, asked) if OmegaConf.is_config(node) else node._value()
+        asked.clear()
+        found = config[key]
+        if OmegaConf.is_config(found):
+            found = OmegaConf.to_container(found, resolve=True)
+        return node._value() if asked else _literal(found)
+
+    if isinstance(config, DictConfig):
+        return {key: value(key) for key in config}
+    return [value(index) for index in range(len(config))]
+
+
+def _literal(value: Any) -> Any:
+    """Such that it is not resolved once more."""
+    if isinstance(value, dict):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_literal(each) for each in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> subprocess.Popen[bytes]:
@@ -392,6 +425,7 @@ def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> su
         "typed": list(point.command.typed),
         "overrides": list(point.command.overrides),
         "settings": asdict(settings),
+        "environment": {"OMP_NUM_THREADS": point.slot["OMP_NUM_THREADS"], **point.environment},
         "chdir": bool(hydra.job.chdir),
         "job_logging": OmegaConf.to_container(hydra.job_logging, resolve=True) if hydra.job_logging else None,
         "config": OmegaConf.to_container(point.returns.cfg),
@@ -403,7 +437,7 @@ def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> su
     environment = {key: value for key, value in os.environ.items() if key not in _STALE}
     # kills ranks that are stopped; see launch/env/gloo.sh
     environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
-    environment |= {**point.slot, **{str(key): str(value) for key, value in hydra.job.env_set.items()}}
+    environment |= point.slot
     environment[_PARENT] = str(os.getpid())
     point.before = read(point.folder)
     point.started = time.monotonic()
@@ -431,6 +465,8 @@ def _agent(file: Path) -> list[str]:
 def _finish(point: _Point, code: int) -> None:
     """What came out of a point whose agent has ended."""
     seconds = time.monotonic() - point.started
+    if point.file:  # nodes that join later have nothing to do with it
+        os.replace(point.file, point.file.with_suffix(".done"))
     state = read(point.folder)
     if state == point.before:  # it has written nothing
         state = {}
@@ -447,7 +483,7 @@ def _finish(point: _Point, code: int) -> None:
         what = "its ranks were told to leave"
     else:
         what = f"its agent was killed by signal {-code}" if code < 0 else f"its agent ended with exit code {code}"
-        note_failure(point.folder, point.command, what)
+        note_failure(point.folder, point.command, what, has_begun=bool(state))
     _fail(point, what)
 
 
@@ -479,6 +515,8 @@ def _told_to_leave() -> Iterator[list[signal.Signals]]:
 
     before: dict[signal.Signals, Any] = {}
     for each in (signal.Signals[name] for name in _TOLD_BY if hasattr(signal, name)):
+        if signal.getsignal(each) in (signal.SIG_IGN, None):  # as nohup has it; None: somebody else's
+            continue
         with suppress(ValueError):  # Python gives signals to the main thread alone
             before[each] = signal.signal(each, note)
     try:
@@ -516,8 +554,12 @@ def _end(running: dict[subprocess.Popen[bytes], _Point]) -> None:
 # --- in the process of an agent ---
 
 
-def _run_agent(file: Path, **changes: Any) -> int:
-    """The agent of a point on this node: starts its ranks, and says why if they fail. Returns an exit code."""
+def _run_agent(file: Path, joined: bool = False, **changes: Any) -> int:
+    """The agent of a point on this node: starts its ranks, and says why if they fail, or leaves that to node 0.
+
+    Returns:
+        An exit code.
+    """
     _end_with_parent(signal.SIGTERM)
     # here, since the other processes of a sweep do without
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -543,6 +585,7 @@ def _run_agent(file: Path, **changes: Any) -> int:
         local_addr=settings.local_addr,
         logs_specs=DefaultLogsSpecs(),
     )
+    os.environ.update({str(key): str(value) for key, value in point.environment.items()})
     os.environ[_PARENT] = str(os.getpid())
     try:
         launch_agent(config, sys.executable, ["-m", "harness.launcher", "--rank", str(file)])
@@ -561,8 +604,8 @@ def _run_agent(file: Path, **changes: Any) -> int:
         what, code = f"its agent failed: {type(error).__name__}: {error}", 1
     found = read(folder)
     has_told = found != before and found.get("state") in ("failed", "preempted", "interrupted")
-    if settings.node_rank == 0 and not has_told:  # rank 0 may have finished, and another one not
-        note_failure(folder, command, what)
+    if not joined and not has_told:  # rank 0 may have finished, and another one not
+        note_failure(folder, command, what, has_begun=found != before)
     return code
 
 
@@ -592,13 +635,13 @@ def _join(sweep_dir: Path, **changes: Any) -> int:
             print(f"error: there was no sign of life of the sweep in {sweep_dir} for {_SILENCE:g} s", file=sys.stderr)
             return 1
         files = sorted((sweep_dir / _FILES).glob("*.yaml"), key=lambda path: int(path.stem))
-        for file in [each for each in files if each not in seen]:
+        for file in [each for each in files if each not in seen and each.exists()]:
             seen.add(file)
             options = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
             environment = {key: value for key, value in os.environ.items() if key not in _STALE}
             environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
             environment[_PARENT] = str(os.getpid())
-            subprocess.run([*_agent(file), *options], env=environment, check=False)
+            subprocess.run([*_agent(file), "--joined", *options], env=environment, check=False)
         if has_ended:
             return 0
         time.sleep(_LOOK)
@@ -628,6 +671,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m harness.launcher", description="Agents and ranks of sweeps.")
     parser.add_argument("place", type=Path, help="directory of a sweep on several nodes, or the file of a point in it")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--joined", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--node-rank", type=int, help="of this node, from 1, with a fixed number of nodes")
     parser.add_argument("--local-addr", help="address of this node that the others can reach")
     arguments = parser.parse_args()
@@ -636,8 +680,9 @@ def main() -> None:
         return
     changes = {name: getattr(arguments, name) for name in ("node_rank", "local_addr")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    run = _run_agent if arguments.place.suffix == ".yaml" else _join  # its directory may not be there yet
-    sys.exit(run(arguments.place, **changes))
+    if arguments.place.suffix == ".yaml":
+        sys.exit(_run_agent(arguments.place, arguments.joined, **changes))
+    sys.exit(_join(arguments.place, **changes))  # its directory may not be there yet
 
 
 if __name__ == "__main__":

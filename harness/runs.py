@@ -144,19 +144,29 @@ def record(output_dir: Path, command: Command) -> Iterator[None]:
         _write(output_dir / RECORD, {**entry, **end, "ended": _now()})
 
 
-def note_failure(output_dir: Path, command: Command, error: BaseException | str) -> None:
+def note_failure(output_dir: Path, command: Command, error: BaseException | str, has_begun: bool = False) -> None:
     """Write down that a run has failed which could not do so itself, since it was refused or killed.
 
-    Nothing is written where the directory belongs to another run that is going on.
+    Nothing is written where the directory belongs to another run that is going on, nor over what the run has written
+    itself.
+
+    Args:
+        output_dir: of the run.
+        command: by which it was asked for.
+        error: why it has failed.
+        has_begun: whether what is there is of this run; otherwise the results of one that has finished are kept.
     """
     with suppress(ValueError):
         lock = claim(output_dir)
         found = read(output_dir)
-        # a record of the same run that was cut off knows when it started, and where
-        entry = found if found.get("state") == "running" else _entry(command)
-        with suppress(OSError):
-            (output_dir / RESULT).unlink(missing_ok=True)
-        _write(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
+        ours = _identity_in(found, command) == command.identity
+        is_told = found.get("pid") == os.getpid() and found.get("state") != "running"
+        if not (ours and is_told) and (has_begun or found.get("state") != "finished"):
+            # a record of the same run that was cut off knows when it started, and where
+            entry = found if ours and found.get("state") == "running" else _entry(command)
+            with suppress(OSError):
+                (output_dir / RESULT).unlink(missing_ok=True)
+            _write(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
         lock.release()
 
 
@@ -173,12 +183,13 @@ def write_result(
     Args:
         output_dir: of the run.
         monitor: log key of the monitored value, which becomes the ``objective``.
-        values: by log key; those of validations and tests are kept. A value that is NaN becomes null.
+        values: by log key; those of validations and tests are kept, and what is asked for. NaN becomes null.
         seconds: how long it took.
         ranks: how many took part.
         objectives: log keys of a sweep with several objectives.
     """
-    kept = {key: _finite(value) for key, value in values.items() if key.startswith(("val", "test"))}
+    asked_for = {monitor, *objectives}
+    kept = {key: _finite(each) for key, each in values.items() if key.startswith(("val", "test")) or key in asked_for}
     result = {
         "monitor": monitor,
         "objective": _finite(values.get(monitor)),

@@ -158,7 +158,8 @@ def _sweep_of(file: Path) -> Path | None:
     if OmegaConf.select(settings, "hydra.mode") != "MULTIRUN":
         return None
     subdir = settings.hydra.sweep._get_node("subdir")  # as it is written: it is made of the point's number
-    return file.parents[2 + str(subdir).count("/")]
+    depth = 1 + len(Path(str(subdir)).parts)
+    return file.parents[depth] if depth < len(file.parents) else None
 
 
 def _point_folders(folder: Path, is_sweep: bool) -> list[Path]:

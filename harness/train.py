@@ -128,6 +128,7 @@ __all__ = [
 ]
 
 _RUN_STAMP = "HARNESS_RUN_STAMP"
+_STAMP = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
 _BAD_INPUT = (
     ValueError,
     TypeError,
@@ -161,7 +162,8 @@ def _interrupted_stamp(is_sweep: bool) -> str | None:
         return found.name
     point = latest_run(asked_for, sweeps)  # also if the command line does not tell: an experiment can ask for a sweep
     if point is not None:
-        return point.relative_to(sweeps).parts[1]
+        stamps = [part for part in point.relative_to(sweeps).parts if re.fullmatch(_STAMP, part)]
+        return stamps[0] if stamps else None
     where, what = (sweeps, "sweep") if is_sweep else (runs, "interrupted run")
     print(f"resume: no {what} of this command under {where}; it starts anew", flush=True)
     return None
@@ -177,35 +179,40 @@ def _part(number: float, fraction: float) -> float:
     return number * fraction
 
 
-def _environment_as_written(name: str, *default: Any) -> Any:
-    return f"${{oc.env:{name}}}" if name in os.environ else oc.env(name, *default)
-
-
-def register_resolvers(leave_to_ranks: bool = False) -> None:
+def register_resolvers(noted: Callable[[], None] | None = None) -> None:
     """Make the functions known that ``conf/`` calls as ``${harness.devices:}`` and the like.
 
     Args:
-        leave_to_ranks: let what a rank alone knows stay as it is written, for ranks that are yet to be started. That
-            is their number, and variables of the environment: secrets must not get into files.
+        noted: called whenever somebody asks for what each rank is to find out by itself, the number of ranks and
+            variables of the environment.
     """
-    resolvers: dict[str, Callable[..., Any]] = {
-        "run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
+    of_ranks: dict[str, Callable[..., Any]] = {
         # ranks that a launcher has started on this node; one without a launcher
-        "devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "part": _part,
-        # online only with a key; otherwise a run is kept on disk for `wandb sync`
-        "wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
+        "harness.devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "harness.nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "oc.env": oc.env,
     }
-    if leave_to_ranks:
-        resolvers |= {"devices": lambda: "${harness.devices:}", "nodes": lambda: "${harness.nodes:}"}
-    of_environment = _environment_as_written if leave_to_ranks else oc.env
-    OmegaConf.register_new_resolver("oc.env", of_environment, replace=True)
-    for name, resolver in resolvers.items():
-        OmegaConf.register_new_resolver(f"harness.{name}", resolver, use_cache=True, replace=True)
+    of_all: dict[str, Callable[..., Any]] = {
+        "harness.run_stamp": lambda: os.environ.get(_RUN_STAMP) or _now(),
+        "harness.part": _part,
+        # online only with a key; otherwise a run is kept on disk for `wandb sync`
+        "harness.wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
+    }
+    for name, resolver in of_all.items():
+        OmegaConf.register_new_resolver(name, resolver, use_cache=True, replace=True)
+    for name, resolver in of_ranks.items():
+        OmegaConf.register_new_resolver(name, _noted(resolver, noted) if noted else resolver, replace=True)
     # not kept: each point of a sweep has its own
     OmegaConf.register_new_resolver("harness.point_name", point_name, replace=True)
     OmegaConf.register_new_resolver("harness.group", group, replace=True)
+
+
+def _noted(resolver: Callable[..., Any], noted: Callable[[], None]) -> Callable[..., Any]:
+    def asked(*arguments: Any) -> Any:
+        noted()
+        return resolver(*arguments)
+
+    return asked
 
 
 register_resolvers()
@@ -698,6 +705,8 @@ def _main() -> None:
         os.environ[TYPED] = json.dumps(typed())
     os.environ[_RUN_STAMP] = stamp or _now()
     COMPOSED.clear()
+    FAILED.clear()
+    SWEEPS.clear()
     said = io.StringIO()
     try:
         with redirect_stderr(_UntilComposed(said)):

@@ -130,7 +130,7 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
 def test_no_file_of_a_sweep_holds_a_secret(of_ranks: Path) -> None:
     """Of the environment, which a setting refers to."""
     files = [path for path in of_ranks.rglob("*") if path.is_file()]
-    assert {"0.yaml", "run.json", "config.yaml"} <= {path.name for path in files}
+    assert {"0.done", "run.json", "config.yaml"} <= {path.name for path in files}
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
@@ -444,6 +444,50 @@ def test_a_node_leaves_a_sweep_that_gives_no_sign_of_life(
     assert f"no sign of life of the sweep in {tmp_path}" in capsys.readouterr().err
 
 
+def test_ranks_see_what_the_sweep_has_composed_but_for_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values are settled and literal; what comes from the environment stays as it is written."""
+    monkeypatch.setenv("NUMBER", "4")
+    monkeypatch.setenv("LETTER", "a")
+    given = {
+        "number": "${oc.decode:${oc.env:NUMBER}}",
+        "part": {"a": 1, "b": "${.a}"},
+        "chosen": "${part.${oc.env:LETTER}}",
+        "else": "${oc.env:NUMBER,5}",
+        "of_else": "before ${else}",
+        "escaped": "\\${part}",
+        "list": [1, "${part.b}", {"c": "${..1}"}],
+        "all": "${part}",
+        "empty": None,
+        "devices": "${harness.devices:}",
+    }
+    config = OmegaConf.create(given)
+    settled = launcher._settled(config)
+    as_it_was = ("number", "chosen", "else", "of_else", "escaped", "devices")
+    assert OmegaConf.to_container(settled) == {
+        **{key: given[key] for key in as_it_was},
+        "part": {"a": 1, "b": 1},
+        "list": [1, 1, {"c": 1}],
+        "all": {"a": 1, "b": 1},
+        "empty": None,
+    }
+    written = OmegaConf.create(OmegaConf.to_yaml(settled))
+    assert OmegaConf.to_container(written, resolve=True) == OmegaConf.to_container(config, resolve=True)
+    assert written.number == 4
+
+
+def test_signals_that_are_ignored_stay_so() -> None:
+    """As ``nohup`` asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launcher._told_to_leave() as told:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert told == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for visible, number, names in [
@@ -532,8 +576,24 @@ def test_a_point_is_known_by_its_own_overrides(tmp_path: Path) -> None:
     assert read(tmp_path, "run.json")["error"] == "RuntimeError: no more"
     assert not (tmp_path / "result.json").exists()
     assert is_interrupted(tmp_path, first)
-    note_failure(tmp_path, first, "rank 1 was killed by SIGKILL")
+    note_failure(tmp_path, first, "refused")
+    assert read(tmp_path, "run.json")["error"] == "RuntimeError: no more"  # as it has said itself
+    other = Command(("-m", "a=1,2"), ("a=2",), 1)
+    note_failure(tmp_path, other, "rank 1 was killed by SIGKILL")
     assert read(tmp_path, "run.json")["error"] == "rank 1 was killed by SIGKILL"
+    assert read(tmp_path, "run.json")["overrides"] == ["a=2"]
+
+
+def test_a_refused_command_leaves_the_results_of_one_before(tmp_path: Path) -> None:
+    done, again = Command(("-m", "a=1,2"), ("a=1",), 0), Command(("-m", "a=1,2", "b=wrong"), ("a=1", "b=wrong"), 0)
+    with record(tmp_path, done):
+        write_result(tmp_path, "train_loss_epoch/a", {"train_loss_epoch/a": 1.0, "train_loss_epoch/b": 2.0}, 1.0)
+    note_failure(tmp_path, again, "there is no b=wrong")
+    assert read(tmp_path, "run.json")["state"] == "finished"
+    assert read(tmp_path, "result.json")["values"] == {"train_loss_epoch/a": 1.0}  # the monitored value, of training
+    note_failure(tmp_path, again, "rank 1 was killed after rank 0 had finished", has_begun=True)
+    assert read(tmp_path, "run.json")["state"] == "failed"
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_a_run_on_its_own_has_no_name_of_a_point() -> None:
