@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from spawning import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.data import EmbeddedAlloyDataModule, collate, embedded_alloy_file
@@ -33,31 +33,24 @@ def loss_of_forces(predicted: dict[str, torch.Tensor], batch: dict[str, torch.Te
     return (predicted["forces"] - batch["forces"]).square().sum()
 
 
-def run_rank(rank: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=NUM_RANKS)
-    try:
-        module = data_module(directory)
-        train, (val_loader,) = list(module.train_dataloader()), module.val_dataloader()
-        val = list(val_loader)
-        replica = DistributedDataParallel(model(module))
-        for batch in (train[0], val[0]):  # a loss of forces alone, and a rank without graphs: neither may hang
-            replica.zero_grad()
-            (NUM_RANKS * loss_of_forces(replica(batch), batch)).backward()
-        saved = {
-            "train": [batch["frame_index"].tolist() for batch in train],
-            "val": [batch["frame_index"].tolist() for batch in val],
-            "gradients": [parameter.grad for parameter in replica.parameters()],
-        }
-        torch.save(saved, directory / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run_rank(rank: int, world_size: int, directory: Path) -> dict[str, list[Any]]:
+    module = data_module(directory)
+    train, (val_loader,) = list(module.train_dataloader()), module.val_dataloader()
+    val = list(val_loader)
+    replica = DistributedDataParallel(model(module))
+    for batch in (train[0], val[0]):  # a loss of forces alone, and a rank without graphs: neither may hang
+        replica.zero_grad()
+        (world_size * loss_of_forces(replica(batch), batch)).backward()
+    return {
+        "train": [batch["frame_index"].tolist() for batch in train],
+        "val": [batch["frame_index"].tolist() for batch in val],
+        "gradients": [parameter.grad.clone() for parameter in replica.parameters() if parameter.grad is not None],
+    }
 
 
-def test_ranks_share_the_batches_and_gradients_of_one(tmp_path):
+def test_ranks_share_the_batches_and_gradients_of_one(tmp_path: Path) -> None:
     embedded_alloy_file(15, cache_dir=tmp_path)
-    mp.spawn(run_rank, args=(tmp_path,), nprocs=NUM_RANKS)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(NUM_RANKS)]
+    ranks = spawn(NUM_RANKS, run_rank, tmp_path)
 
     module = data_module(tmp_path)
     for step, batch in enumerate(module.train_dataloader()):
