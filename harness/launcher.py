@@ -34,7 +34,6 @@ from threading import Event, Thread
 from types import FrameType
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, env_override, setup_globals
 from hydra.errors import CompactHydraException, HydraException
@@ -203,7 +202,7 @@ def launch(
     on_cpus = OmegaConf.select(config, "trainer.accelerator") == "cpu"
     settings, slots = _slots(settings, [] if on_cpus else _visible_gpus(), _cores())
     if first == 0:
-        _take(sweep_dir)
+        _begin(sweep_dir)
     side_by_side = f", {len(slots)} side by side" if len(slots) > 1 else ""
     ranks = f"{settings.nproc_per_node} rank(s)" + (" on each node" if settings.node_range[1] > 1 else "")
     log.info(f"Launching {len(job_overrides)} point(s) of {ranks}{side_by_side}")
@@ -239,26 +238,11 @@ def launch(
     return [returns[number] for number in sorted(returns)]
 
 
-def _take(sweep_dir: Path) -> None:
-    """Take the directory for this process, clear what a sweep before has left there, and show that this one is alive.
-
-    Raises:
-        SettingsError: a sweep is going on there.
-    """
+def _begin(sweep_dir: Path) -> None:
+    """Clear what a sweep before has left in the directory, and show to other nodes that this one is alive."""
     folder = sweep_dir / _FILES
-    lock = FileLock(sweep_dir / ".lock")
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SettingsError(
-            f"{sweep_dir} belongs to a sweep that is still going on. Wait for it or end it, or give this one another "
-            f"hydra.sweep.dir."
-        ) from None
-    except OSError as error:  # a file system without locks: better none than no training
-        log.warning(f"{sweep_dir} cannot be locked ({error}): take care that no other sweep writes there.")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     ended = Event()
 
     def beat() -> None:
@@ -270,7 +254,6 @@ def _take(sweep_dir: Path) -> None:
         ended.set()
         with suppress(OSError):
             (folder / _END).touch()
-        lock.release()
 
     Thread(target=beat, name="sign of life of the sweep", daemon=True).start()
     atexit.register(end)

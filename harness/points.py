@@ -12,13 +12,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any, cast
 
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from harness.runs import Command
+from harness.runs import Command, JobFailed, claim
 
 __all__ = [
     "COMPOSED",
@@ -47,8 +48,8 @@ QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra
 """What :mod:`harness.train` adds to the arguments of ranks other than 0."""
 
 
-SWEEPS: list[Path] = []
-"""Directories of sweeps that this process has started."""
+SWEEPS: dict[Path, FileLock] = {}
+"""Directories of sweeps that this process has started, which are its own until it releases them."""
 COMPOSED = Event()
 """Set once Hydra has composed the configuration and calls the job, or starts its points."""
 FAILED: list[str] = []
@@ -56,11 +57,24 @@ FAILED: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Notes where a sweep is, for Hydra's ``hydra.callbacks``."""
+    """Takes the directory of a sweep, for Hydra's ``hydra.callbacks``."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called before the first point."""
-        SWEEPS.append(Path(str(config.hydra.sweep.dir)).absolute())
+        """Called before anything is written.
+
+        Raises:
+            JobFailed: a sweep is going on there.
+        """
+        folder = Path(str(config.hydra.sweep.dir)).absolute()
+        try:
+            SWEEPS[folder] = claim(folder)
+        except ValueError:
+            COMPOSED.set()
+            told = (
+                f"{folder} belongs to a sweep that is still going on. Wait for it or end it, or give this one another"
+            )
+            print(f"\nerror: {told} hydra.sweep.dir.", file=sys.stderr)
+            raise JobFailed(told) from None
 
 
 def typed() -> tuple[str, ...]:

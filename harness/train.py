@@ -680,12 +680,13 @@ def main() -> None:
 
 def _say_sweeps() -> None:
     """Where the sweeps of this command are, and how to read them; a sweep that was refused leaves nothing behind."""
-    for folder in SWEEPS:
+    for folder, lock in SWEEPS.items():
         if next(folder.rglob(".hydra"), None):
             typed_here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
             print(f"\nsweep       {folder}\nreport      harness-sweep {typed_here}", flush=True)
-        elif folder.is_dir() and {path.name for path in folder.iterdir()} == {"multirun.yaml"}:
+        elif {path.name for path in folder.glob("*")} <= {"multirun.yaml", ".lock"}:
             shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 def _main() -> None:

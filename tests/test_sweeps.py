@@ -430,8 +430,8 @@ def test_two_sweeps_in_one_directory_are_refused(tmp_path: Path) -> None:
         done = train(*TORCHRUN, *POINT, "loss.coeffs.forces=1,10", folder=tmp_path)
     assert done.code == 1
     assert "belongs to a sweep that is still going on" in done.err
-    assert (tmp_path / "sweep" / ".launch" / "0.yaml").exists()
-    assert not (tmp_path / "sweep" / "0").exists()
+    assert [path.name for path in (tmp_path / "sweep" / ".launch").iterdir()] == ["0.yaml"]
+    assert {path.name for path in (tmp_path / "sweep").iterdir()} == {".launch", ".lock"}
 
 
 def test_a_node_leaves_a_sweep_that_gives_no_sign_of_life(
