@@ -71,9 +71,10 @@ class SweepCallback(Callback):
         except ValueError:
             COMPOSED.set()
             told = (
-                f"{folder} belongs to a sweep that is still going on. Wait for it or end it, or give this one another"
+                f"{folder} belongs to a sweep that is still going on. Wait for it or end it, or give this one another "
+                f"hydra.sweep.dir."
             )
-            print(f"\nerror: {told} hydra.sweep.dir.", file=sys.stderr)
+            print(f"\nerror: {told}", file=sys.stderr)
             raise JobFailed(told) from None
 
 
