@@ -420,7 +420,7 @@ def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> su
     environment = {key: value for key, value in os.environ.items() if key not in _STALE}
     # kills ranks that are stopped; see launch/env/gloo.sh
     environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
-    environment |= point.slot
+    environment |= {**point.slot, **{str(key): str(value) for key, value in hydra.job.env_set.items()}}
     environment[_PARENT] = str(os.getpid())
     point.before = read(point.folder)
     point.started = time.monotonic()
@@ -568,7 +568,9 @@ def _run_agent(file: Path, joined: bool = False, **changes: Any) -> int:
         local_addr=settings.local_addr,
         logs_specs=DefaultLogsSpecs(),
     )
-    os.environ.update({str(key): str(value) for key, value in point.environment.items()})
+    if joined:  # on node 0 it is that of the sweep
+        given = _config_of(point, environment=point.environment).environment
+        os.environ.update({str(key): str(value) for key, value in given.items()})
     os.environ[_PARENT] = str(os.getpid())
     try:
         launch_agent(config, sys.executable, ["-m", "harness.launcher", "--rank", str(file)])
@@ -594,6 +596,13 @@ def _run_agent(file: Path, joined: bool = False, **changes: Any) -> int:
 
 def _command_of(point: Any) -> Command:
     return Command(as_typed(point.typed), as_typed(point.overrides), point.number)
+
+
+def _config_of(point: Any, **beside: Any) -> DictConfig:
+    """The configuration by itself: what is still to be resolved in it speaks of it as the whole."""
+    parts = {"config": point.config, **beside}
+    plain: dict[str, Any] = {name: OmegaConf.to_container(part) for name, part in parts.items()}
+    return OmegaConf.create({**plain.pop("config"), **plain})
 
 
 def _end_with_parent(number: signal.Signals) -> None:
@@ -644,7 +653,7 @@ def _run_rank(file: Path) -> None:
     if os.environ["RANK"] == "0" and point.job_logging is not None:
         configure_log(point.job_logging)
     try:
-        train.run_job(point.config, _command_of(point))
+        train.run_job(_config_of(point), _command_of(point))
     except PointFailedError:  # it has been told
         sys.exit(1)
 

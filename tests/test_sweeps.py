@@ -80,7 +80,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "loss.coeffs.forces=1,10",
         "loss.coeffs.total_energy=1,10",
         "train_metrics=${metrics}",
-        "+note=${oc.env:MY_SECRET_TOKEN}",
+        "+note=${name}-${oc.env:MY_SECRET_TOKEN}",
         folder=tmp_path_factory.mktemp("sweep"),
         timeout=400,
         MY_SECRET_TOKEN=SECRET,
@@ -191,6 +191,7 @@ def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path
 
 def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: Path) -> None:
     point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
+    point += ["+hydra.job.env_set.MY_TOKEN=${name}-${oc.env:HOME}", "+note=${oc.env:MY_TOKEN}"]
     places = "hydra.sweep.subdir=point_${hydra.job.num}"
     done = train(*TORCHRUN, *point, places, "loss.coeffs.forces=-1,10", folder=tmp_path)
     assert done.code == 1
