@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,8 @@ __all__ = ["ParityPlot"]
 
 Points = np.ndarray
 """``[num_points, 4]``: random key, reference, prediction, atom type (or -1)."""
-MOST_TYPES = 4
+MOST_TYPES = 10
 """Number of atom types up to which each has a panel of its own."""
-LONGEST_LEGEND = 10
-"""Number of atom types up to which one panel tells them apart by colour."""
 FEWEST_IN_HEXAGON = 4
 """Number of points in the fullest hexagon below which a density says nothing."""
 _ALL = -2  # in the place of a type: all of them together
@@ -35,7 +34,7 @@ class ParityPlot(Callback):
     """Draws predicted against reference values at the end of a test, and of validations if asked to.
 
     One panel each for the energy per atom, the force components on each atom type and the stress components, where
-    labelled; more than four types of atoms share one panel. The colour is the number of points in a hexagon, the inset
+    labelled; more than ten types of atoms share one panel. The colour is the number of points in a hexagon, the inset
     the distribution of the errors. MAE and RMSE in the titles are those of all values of all ranks, while the points
     are a bounded random sample of them.
 
@@ -267,8 +266,8 @@ def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> No
     from matplotlib.figure import Figure  # without pyplot: no global state and no display
     from PIL import Image  # which matplotlib needs, too
 
-    columns = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
-    rows = -(-len(panels) // columns)
+    rows = 1 if len(panels) <= 3 else 2 if len(panels) <= 8 else 3
+    columns = math.ceil(len(panels) / rows)
     # margins in inches: to let matplotlib find them takes as long as to draw
     side, left, right, bottom, top = 3.3, 0.85, 0.55, 0.55, 0.8
     width, height = columns * (left + side + right), rows * (bottom + side + top)
@@ -308,11 +307,7 @@ def _draw_panel(axis: Any, panel: _Panel, type_names: Sequence[str]) -> None:
     margin = 0.04 * (high - low) or 0.04 * abs(high) or 1.0
     low, high = low - margin, high + margin
     axis.plot([low, high], [low, high], "-", color=_GREY, linewidth=0.8, zorder=1)
-    kinds = np.unique(panel.points[:, 3]).astype(int)
-    if 1 < len(kinds) <= LONGEST_LEGEND:
-        _draw_types(axis, panel.points, kinds, type_names)
-    else:
-        _draw_density(axis, reference, prediction, (low, high, low, high))
+    _draw_density(axis, reference, prediction, (low, high, low, high))
     axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axis.locator_params(nbins=6)  # the same ticks on both axes
     axis.spines[["top", "right"]].set_visible(False)
@@ -336,19 +331,6 @@ def _draw_density(axis: Any, reference: np.ndarray, prediction: np.ndarray, exte
     bar.ax.tick_params(labelsize=7, length=2, pad=2)
     bar.ax.set_title("points", fontsize=7, color=_GREY, loc="left")
     bar.outline.set_visible(False)
-
-
-def _draw_types(axis: Any, points: Points, kinds: np.ndarray, type_names: Sequence[str]) -> None:
-    """Each type in a colour, in the random order of the keys, lest the last one cover the others."""
-    points = points[np.argsort(points[:, 0])]
-    place = np.searchsorted(kinds, points[:, 3])
-    size = float(np.clip(20_000 / len(points), 4, 14))
-    dots = axis.scatter(
-        points[:, 1], points[:, 2], size, place, cmap="tab10", vmin=-0.5, vmax=9.5, alpha=0.6, linewidths=0, zorder=2
-    )
-    names = [_type_name(kind, type_names) for kind in kinds]
-    handles, _ = dots.legend_elements(num=range(len(kinds)), alpha=1, markersize=5)
-    axis.legend(handles, names, loc="upper left", frameon=False, fontsize=8, handletextpad=0.1, ncols=2)
 
 
 def _draw_errors(axis: Any, errors: np.ndarray, label: str) -> None:
