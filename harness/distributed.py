@@ -47,6 +47,7 @@ __all__ = [
     "known_backends",
     "launched_rank",
     "launched_ranks",
+    "max_over_ranks",
     "merge_over_ranks",
     "named",
     "shard_parameters",
@@ -157,8 +158,7 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
         return merged.to(origin), maxima.to(origin)
 
     local = maxima.detach()
-    largest = local.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    largest = max_over_ranks(local, group)
     # How many ranks hold each maximum travels with the sums: it shares out the gradient, and since NaN survives a sum
     # but not every backend's maximum, it carries the NaN.
     holds = torch.where(local.isnan(), local, (local == largest).to(local.dtype))
@@ -184,6 +184,20 @@ def sum_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
     total = value.detach().to(_collective_device(value.device, group))
     dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
     return total.to(value.device)
+
+
+def max_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Element-wise maximum over the whole group, the same bits on every rank; one all-reduce, and no gradient.
+
+    Args:
+        value: of the same shape on every rank; no NaN, of which backends make different things.
+        group: the data-parallel group; the whole world if None.
+    """
+    if data_parallel_size(group) == 1:
+        return value.detach()
+    largest = value.detach().to(_collective_device(value.device, group), copy=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest.to(value.device)
 
 
 def _collective_device(device: torch.device, group: ProcessGroup | None) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +161,26 @@ def test_a_number_of_steps_that_is_none(number: Any) -> None:
         ThroughputMonitor(number)
 
 
+class Delayed:
+    """A loader whose batches take a while."""
+
+    def __init__(self, loader: Any, seconds: float) -> None:
+        self.loader, self.seconds = loader, seconds
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            time.sleep(self.seconds)
+            yield batch
+
+
 def fit_on_rank(rank: int, world_size: int, folder: Path) -> list[dict[str, int]]:
     """Collectives of a training without the monitor, and of one with it."""
     counts = []
     for callbacks in ([], [ThroughputMonitor()]):
-        data = EmbeddedAlloyDataModule(num_frames=12, split={"val": 2, "test": 2}, batch_size=4, cutoff=4.0)
+        data = EmbeddedAlloyDataModule(num_frames=16, split={"val": 2, "test": 2}, batch_size=4, cutoff=4.0)
         data.setup()
         running = trainer(
             folder,
@@ -172,21 +189,25 @@ def fit_on_rank(rank: int, world_size: int, folder: Path) -> list[dict[str, int]
             strategy=DDPStrategy(cluster_environment=Ranks(rank, world_size)),
             num_sanity_val_steps=0,
             inference_mode=False,
-            log_every_n_steps=1,
+            log_every_n_steps=2,
             **({} if rank == 0 and callbacks else {"logger": False}),
         )
         with counted_collectives() as counted:
-            running.fit(build(data), datamodule=data)
+            running.fit(build(data), Delayed(data.train_dataloader(), 0.3 * rank), data.val_dataloader())
         counts.append(dict(counted))
     return counts
 
 
-def test_all_ranks_count_and_no_collective_is_added(tmp_path: Path) -> None:
+def test_numbers_are_those_of_all_ranks_and_a_logged_step_has_one_collective(tmp_path: Path) -> None:
+    """Work of both ranks, and waits of the one that waits; rank 0 alone has a logger."""
     for without, with_monitor in spawn(2, fit_on_rank, tmp_path, timeout=120):
-        assert without == with_monitor
-        assert without["SUM"] > 4
+        added = Counter(with_monitor) - Counter(without)
+        assert added == {"all_gather_object": 1, "MAX": 3}  # whether anything is logged, and three logged steps
+        assert without["SUM"] >= 6
     rates = rates_of(tmp_path)
-    assert list(rates) == [1, 2, 3]  # 8 frames in batches of 4: 2 steps an epoch
-    for row in rates.values():
+    assert list(rates) == [1, 3, 5]  # 12 frames in batches of 4: 3 steps an epoch
+    for step, row in rates.items():
         assert row["structures_per_second"] * row["step_seconds"] == pytest.approx(4)  # of both ranks
         assert row["edges_per_second"] > row["atoms_per_second"] > row["structures_per_second"]
+        number = 1 if step == 1 else 2
+        assert 0.29 * number <= row["data_wait_share"] * row["step_seconds"] * number < row["step_seconds"] * number

@@ -11,7 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from harness.distributed import gather_objects, global_rank, max_over_ranks
+
 __all__ = ["CountsWork", "ThroughputMonitor"]
+
+_OF_ANY_RANK = ("data_wait_share", "gpu_memory_GiB")
+"""Values of which the largest of all ranks is told."""
 
 
 @runtime_checkable
@@ -26,17 +31,18 @@ class CountsWork(Protocol):
 
 
 class ThroughputMonitor(Callback):
-    """Logs rates of the training since the step that was logged before, without a collective.
+    """Logs rates of the training since the step that was logged before.
 
     - ``throughput/structures_per_second``, ``…/atoms_per_second``, ``…/edges_per_second``: over all ranks, of modules
       with :meth:`CountsWork.read_work`.
     - ``throughput/step_seconds``: mean time of an optimizer step.
-    - ``throughput/data_wait_share``: part of the time in which rank 0 waited for its data loader. More than a few
-      hundredths call for more ``num_workers``.
-    - ``throughput/gpu_memory_GiB``: most memory that rank 0 has had allocated on its GPU, if it has one.
+    - ``throughput/data_wait_share``: part of the time in which the data loader was waited for, of the rank that waited
+      most. More than a few hundredths call for more ``num_workers``.
+    - ``throughput/gpu_memory_GiB``: most memory that has been allocated on a GPU, of the rank with most.
 
     Validation does not count as time of the training; checkpoints do. The first step, in which kernels are compiled and
-    memory is found, is left out. Rank 0 waits for its device at the steps that are logged.
+    memory is found, is left out. At the steps that are logged, the host waits for the device, and ranks share two
+    numbers in one all-reduce; at the others nothing is sent. Every rank has the callback, loggers or none.
 
     Args:
         every_n_steps: optimizer steps between logged ones; the trainer's ``log_every_n_steps`` if not given.
@@ -51,6 +57,7 @@ class ThroughputMonitor(Callback):
         ):
             raise ValueError(f"every_n_steps is a whole number, at least 1, found {every_n_steps!r}.")
         self.every_n_steps = every_n_steps
+        self._logs = False  # on all ranks alike
         self._before: _Reading | None = None  # at the step that was logged last
         self._step = 0
         self._waiting = _Stopwatch()
@@ -61,7 +68,8 @@ class ThroughputMonitor(Callback):
         """Start anew, and measure how long the data loader takes."""
         self._before, self._step = None, trainer.global_step
         self._waiting, self._validating = _Stopwatch(), _Stopwatch()
-        if not self._logs(trainer):
+        self._logs = any(gather_objects(trainer.is_global_zero and bool(trainer.loggers)))
+        if not self._logs:
             return
         if not isinstance(pl_module, CountsWork):
             rank_zero_warn(
@@ -78,21 +86,28 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """Log, at the end of a step that is one to log."""
         step = trainer.global_step
-        if self._logs(trainer) and step != self._step:  # and not in the middle of an accumulated one
+        if self._logs and step != self._step:  # and not in the middle of an accumulated one
             self._step = step
             every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
             if self._before is None:
                 self._before = self._read(step, pl_module)
             elif every and step % every == 0:
                 now = self._read(step, pl_module)
-                values = now.since(self._before)
-                if pl_module.device.type == "cuda":
-                    values["gpu_memory_GiB"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
-                row = {f"throughput/{name}": value for name, value in values.items()}
-                for logger in trainer.loggers:
-                    logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=step - 1)  # as of the losses
+                self._log(trainer, now.since(self._before))
                 self._before = now
         self._batch_ended = time.perf_counter()
+
+    @staticmethod
+    def _log(trainer: Trainer, values: dict[str, float]) -> None:
+        """All ranks come here; rank 0 has loggers."""
+        of_any_rank = [name for name in _OF_ANY_RANK if name in values]
+        largest = max_over_ranks(torch.tensor([values[name] for name in of_any_rank], dtype=torch.float64))
+        values |= dict(zip(of_any_rank, largest.tolist(), strict=True))
+        row = {f"throughput/{name}": value for name, value in values.items()}
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                step = trainer.global_step - 1  # as of the losses
+                logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, as of the last batch: workers of the validation set have been started since."""
@@ -107,16 +122,14 @@ class ThroughputMonitor(Callback):
         for name in ("_on_before_fetch", "_on_after_fetch"):
             vars(trainer.fit_loop.epoch_loop).pop(name, None)
 
-    @staticmethod
-    def _logs(trainer: Trainer) -> bool:
-        return trainer.is_global_zero and bool(trainer.loggers)
-
     def _read(self, step: int, module: LightningModule) -> _Reading:
+        memory = None
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
-        work = module.read_work() if isinstance(module, CountsWork) else {}
+            memory = torch.cuda.max_memory_allocated(module.device) / 2**30
+        work = module.read_work() if isinstance(module, CountsWork) and global_rank() == 0 else {}
         now = time.perf_counter()
-        return _Reading(step, now - self._validating.total, self._waiting.total, work)
+        return _Reading(step, now - self._validating.total, self._waiting.total, work, memory)
 
 
 @dataclass(frozen=True)
@@ -128,12 +141,14 @@ class _Reading:
         seconds: of training.
         waited: seconds of them in which the data loader was waited for.
         work: structures, atoms and edges, if known.
+        memory: most memory of the GPU so far, GiB; None without one.
     """
 
     step: int
     seconds: float
     waited: float
     work: dict[str, float]
+    memory: float | None
 
     def since(self, before: _Reading) -> dict[str, float]:
         seconds = self.seconds - before.seconds
@@ -142,6 +157,7 @@ class _Reading:
             **rates,
             "step_seconds": seconds / (self.step - before.step),
             "data_wait_share": (self.waited - before.waited) / seconds,
+            **({} if self.memory is None else {"gpu_memory_GiB": self.memory}),
         }
 
 
