@@ -23,6 +23,12 @@ embedded alloy, of two data sets if they are in ``../shared/data`` beside the ch
 
 from __future__ import annotations
 
+import os
+import sys
+
+# this folder, where logging.py would be found in the place of Python's own
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+
 import argparse
 import platform
 import time

@@ -11,13 +11,13 @@ from the start of a step to the start of the next. Logged steps, all of them wit
 
 from __future__ import annotations
 
+import os
 import sys
 
-# the folder of this script, in which it would be found in the place of Python's own module of this name
-del sys.path[0]
+# this folder, where this file would be found in the place of Python's own
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path

@@ -10,20 +10,27 @@ Each training is a process of its own, ``python -m harness.train`` with the over
 
 from __future__ import annotations
 
+import os
+import sys
+
+# this folder, where logging.py would be found in the place of Python's own
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+
 import argparse
 import csv
 import math
-import os
 import statistics
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# coefficients of the loss are ENERGY : FORCES = 10 : 1 unless a schedule says otherwise
+_CONSTANT_1_TO = "schedule=constant loss.coeffs.total_energy=1 loss.coeffs.forces={}"
+# coefficients of the loss are ENERGY : FORCES = 10 : 1 unless the name or a schedule says otherwise
 WAYS: dict[str, list[str]] = {
     "constant": ["schedule=constant"],
+    **{f"constant-1-{forces}": _CONSTANT_1_TO.format(forces).split() for forces in (1, 10, 100, 1000)},
     "two-stage": ["schedule=two_stage"],
+    "two-stage-1-100": ["schedule=two_stage", "loss.coeffs.total_energy=1", "loss.coeffs.forces=100"],
     "linear": ["schedule=linear"],
     "cosine": ["schedule=cosine"],
     "deepmd": ["schedule=deepmd"],

@@ -16,9 +16,14 @@ medians over rounds in which all take turns, with ranks starting together.
 
 from __future__ import annotations
 
+import os
+import sys
+
+# this folder, where logging.py would be found in the place of Python's own
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+
 import argparse
 import datetime
-import os
 import statistics
 import tempfile
 import time

@@ -1,0 +1,47 @@
+"""Every benchmark runs as its documents say, here with little to do, and prints its table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "step.py": (["--types", "1", "2", "--rounds", "2", "--atoms", "8"], "minimum             1           0"),
+    "balance.py": (["--ranks", "2", "--drawn", "100"], "heavy tail            2  edges  budget"),
+    "logging.py": (["--types", "2", "--steps", "60", "--atoms", "8"], "| 2 | with everything |"),
+    "schedules.py": (["--epochs", "1", "--seeds", "0", "--only", "constant", "deepmd"], "| deepmd |"),
+}
+
+
+def run(script: str, arguments: list[str], folder: Path) -> str:
+    """What a script prints, run from another folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_every_benchmark_is_run_here() -> None:
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == set(SMALL)
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_script_does_not_find_this_folder(script: str, tmp_path: Path) -> None:
+    """Where logging.py would hide Python's own module."""
+    assert "--help" in run(script, ["--help"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("script", SMALL)
+def test_a_table_is_printed(script: str, tmp_path: Path) -> None:
+    arguments, line = SMALL[script]
+    assert line in run(script, arguments, tmp_path)
+    if script == "schedules.py":
+        assert (tmp_path / "outputs" / "schedules" / "schedules.png").is_file()
