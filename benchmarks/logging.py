@@ -82,7 +82,8 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
     from hydra import compose, initialize_config_dir
     from lightning.pytorch import Callback, Trainer
 
-    from harness import train
+    from harness import job
+    from harness.composition import config_folder
     from harness.module import ForceFieldModule
 
     file = folder / f"{num_types}.xyz"
@@ -120,11 +121,11 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
             return "without" if random.random() < 0.5 else "with everything"
 
     output = folder / str(num_types)
-    with initialize_config_dir(train._config_folder(), version_base="1.3"):
+    with initialize_config_dir(config_folder(), version_base="1.3"):
         config = compose("train", overrides(file, output, arguments))
-    job = train.prepare(config)
-    job.callbacks = [Switch(), *job.callbacks]
-    train.execute(job)
+    prepared = job.prepare(config)
+    prepared.callbacks = [Switch(), *prepared.callbacks]
+    job.execute(prepared)
     return seconds
 
 

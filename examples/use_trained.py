@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from harness.data import Frame, collate, frame_to_sample
-from harness.train import build_module
+from harness.job import build_module
 
 
 def main(run: str) -> None:

@@ -362,7 +362,7 @@ def _settled(config: DictConfig) -> DictConfig:
 
     The environment of another node may differ, and its secrets must not get into a file.
     """
-    from harness.train import register_resolvers
+    from harness.composition import register_resolvers
 
     asked: list[None] = []
     register_resolvers(lambda: asked.append(None))

@@ -29,10 +29,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from harness.composition import BAD_INPUT, HINT, config_folder, explain, message
+from harness.job import follow_schedule
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
 from harness.schedules import Schedule
-from harness.train import _BAD_INPUT, _HINT, _config_folder, _message, _of_hydra, follow_schedule
 
 __all__ = ["main"]
 
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1 if ended.code else 0)
     try:
         _show(_composed(options.overrides, options.config_dir), options.output, options.every)
-    except _BAD_INPUT as error:
+    except BAD_INPUT as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"\nerror: {_message(error)}\n{_HINT}", file=sys.stderr)
+        print(f"\nerror: {message(error)}\n{HINT}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -75,10 +76,10 @@ def _composed(overrides: Sequence[str], config_dir: Path | None = None) -> DictC
             raise FileNotFoundError(f"--config-dir {config_dir}: there is no such directory.")
         own = [f"hydra.searchpath=[file://{config_dir.absolute()}]"]
     try:
-        with initialize_config_dir(_config_folder(), version_base="1.3"):
+        with initialize_config_dir(config_folder(), version_base="1.3"):
             return compose("train", ["output_dir=.", *own, *overrides])  # there is no run, and no directory of its own
     except HydraException as error:
-        raise ValueError(_of_hydra("\n".join(filter(None, (str(error), str(error.__cause__ or "")))))) from error
+        raise ValueError(explain("\n".join(filter(None, (str(error), str(error.__cause__ or "")))))) from error
 
 
 def _show(config: DictConfig, output: Path, every: int | None) -> None:

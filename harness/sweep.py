@@ -653,7 +653,7 @@ def log_to_wandb(
     found: Report, folder: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path | None
 ) -> str | None:
     """Log table and picture as one run beside those of the points; returns where it is."""
-    import harness.train  # noqa: F401  it registers the resolvers of the configuration
+    import harness.composition  # noqa: F401  it registers the resolvers of the configuration
     from harness.loggers import WandbLogger
 
     sweep = found.sweep

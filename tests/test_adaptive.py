@@ -34,9 +34,9 @@ from harness.adaptive.softadapt import soft_factors
 from harness.callbacks import LossCoefficientScheduler, ResumeCheckpoint
 from harness.data import EmbeddedAlloyDataModule
 from harness.dry_step import check_first_batch
+from harness.job import execute, prepare
 from harness.module import ForceFieldModule
 from harness.schedules import Constant
-from harness.train import execute, prepare
 
 alloy = data  # the fixture
 

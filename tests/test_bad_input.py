@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from harness.train import _BAD_INPUT, _message, prepare
+from harness.composition import BAD_INPUT, message
+from harness.job import prepare
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +144,14 @@ NUMBERS = ["nan", "-nan", "inf", "-inf", "1e400", "text", '"', "", "0", "-1", "1
 
 def starts_or_is_refused(config: DictConfig) -> None:
     """`prepare` ends well, or with one of the errors that are told in one message; any other is a bug."""
-    message = "it starts"
-    with contextlib.suppress(*_BAD_INPUT):
+    said = "it starts"
+    with contextlib.suppress(*BAD_INPUT):
         try:
             prepare(config)
         except Exception as error:
-            message = _message(error)
+            said = message(error)
             raise
-    assert message.strip()
+    assert said.strip()
 
 
 def base_config(folder: Path, *overrides: str) -> DictConfig:

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
 import harness
+from harness.job import build_module
 from harness.preflight import check_trainer
-from harness.train import build_module
 
 CONF = ROOT / "conf"
 CHOICES = sorted(

@@ -131,6 +131,7 @@ def test_every_module_is_in_the_reference() -> None:
         "harness.drivers",
         "harness.agreement",
         "harness.faults",
+        "harness.composition",
         "harness.preflight",
         "harness.dry_step",
         "harness.runs",

@@ -17,9 +17,9 @@ from lightning.pytorch import LightningDataModule, Trainer
 import harness
 from harness.data import AtomsDataModule
 from harness.dry_step import check_batch, check_first_batch
+from harness.job import execute, prepare
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule
-from harness.train import execute, prepare
 
 
 @pytest.fixture(scope="module")

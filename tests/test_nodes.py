@@ -11,7 +11,7 @@ from commands import ROOT, TINY, Finished, read_csv, train
 from hosts import train_on, two_hosts, why_not
 from hydra import compose, initialize_config_dir
 
-import harness.train  # noqa: F401  it registers the resolvers of the configuration
+import harness.composition  # noqa: F401  it registers the resolvers of the configuration
 from harness.agreement import difference, facts
 from harness.data import AtomsDataModule, EmbeddedAlloyDataModule, embedded_alloy_file
 

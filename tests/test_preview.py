@@ -15,8 +15,8 @@ import pytest
 from bad_input import BASE, composed, write_files
 from commands import read_csv, run
 
+from harness.job import execute, prepare
 from harness.preview import main
-from harness.train import execute, prepare
 
 TYPES = "data.type_names=[H,O]"  # no data are read then
 

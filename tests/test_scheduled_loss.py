@@ -30,11 +30,11 @@ from harness.callbacks import (
     LossCoefficientScheduler,
 )
 from harness.data import EmbeddedAlloyDataModule, look_ahead
+from harness.job import follow_schedule
 from harness.manager import MetricsManager
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule
 from harness.schedules import Constant, Join, LearningRateCoupled, Linear, PiecewiseConstant, Together
-from harness.train import follow_schedule
 
 TYPES = ["H", "C", "O"]
 ENERGY, FORCES, STRESS = "per_atom_energy_mse", "forces_mse", "stress_mse"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from harness import schedules
+from harness.job import follow_schedule
 from harness.schedules import (
     Constant,
     Cosine,
@@ -33,7 +34,6 @@ from harness.schedules import (
     Together,
     as_schedule,
 )
-from harness.train import follow_schedule
 
 RAMPS = (Linear, Cosine, Exponential)
 CHOICES = sorted(path.stem for path in (ROOT / "conf" / "schedule").glob("*.yaml"))

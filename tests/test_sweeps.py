@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-import harness.train  # noqa: F401 - with the functions that configs call
+import harness.composition  # noqa: F401 - with the functions that configs call
 from harness import launcher
 from harness.launcher import Settings, SettingsError, _slots
 from harness.points import asks_for_sweep, objective
