@@ -24,19 +24,26 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_CONSTANT_1_TO = "schedule=constant loss.coeffs.total_energy=1 loss.coeffs.forces={}"
+
+def _one_to(forces: int) -> list[str]:
+    return ["loss.coeffs.total_energy=1", f"loss.coeffs.forces={forces}"]
+
+
 # coefficients of the loss are ENERGY : FORCES = 10 : 1 unless the name or a schedule says otherwise
 WAYS: dict[str, list[str]] = {
     "constant": ["schedule=constant"],
-    **{f"constant-1-{forces}": _CONSTANT_1_TO.format(forces).split() for forces in (1, 10, 100, 1000)},
+    **{f"constant-1-{forces}": ["schedule=constant", *_one_to(forces)] for forces in (1, 10, 100, 1000)},
     "two-stage": ["schedule=two_stage"],
-    "two-stage-1-100": ["schedule=two_stage", "loss.coeffs.total_energy=1", "loss.coeffs.forces=100"],
+    "two-stage-1-100": ["schedule=two_stage", *_one_to(100)],
     "linear": ["schedule=linear"],
     "cosine": ["schedule=cosine"],
     "deepmd": ["schedule=deepmd"],
     "softadapt": ["adaptive=softadapt"],
     "uncertainty": ["adaptive=uncertainty"],
     "gradient-balance": ["adaptive=gradient_balance"],
+    "softadapt-1-10": ["adaptive=softadapt", *_one_to(10)],
+    "uncertainty-1-10": ["adaptive=uncertainty", *_one_to(10)],
+    "gradient-balance-1-10": ["adaptive=gradient_balance", *_one_to(10)],
 }
 COLUMNS = {
     "per_atom_energy_rmse": ("energy RMSE", "meV/atom", 1000.0),
