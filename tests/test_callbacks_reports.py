@@ -145,7 +145,8 @@ def test_the_terminal_has_a_table_of_each_validation(finished: Finished) -> None
     best: dict[str, tuple[float, int]] = {}
     for epoch, (at, row, loss) in enumerate(zip(headings, rows, training, strict=True)):
         parts = [
-            f"{loss[f'loss_coeff/{name}']:.4g} {name}" for name in ("per_atom_energy_mse", "forces_mse", "stress_mse")
+            f"{loss[f'loss_coeff/{name}']:.3g} * {loss[f'train_loss_epoch/{name}']:.3g} ({name})"
+            for name in ("per_atom_energy_mse", "forces_mse", "stress_mse")
         ]
         assert lines[at] == (
             f"epoch {epoch}, step {row['step']:.0f}: training weighted_sum {loss['train_loss_epoch/weighted_sum']:.5g} "
@@ -328,3 +329,5 @@ def test_wrong_settings_are_refused() -> None:
     for callback in (ValidationTable, PerTypeReport):
         with pytest.raises(ValueError, match="every_n_epochs is a whole number, at least 1, found 0"):
             callback(every_n_epochs=0)
+    with pytest.raises(ValueError, match="max_types is a whole number, at least 0, found -1"):
+        ValidationTable(max_types=-1)

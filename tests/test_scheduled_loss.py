@@ -16,7 +16,7 @@ import torch
 from commands import BIN, ROOT, TINY, read_csv, run, same
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from spawning import spawn
@@ -419,6 +419,97 @@ def test_the_curve_is_drawn_and_kept_over_a_restart(data: EmbeddedAlloyDataModul
     shown = {epoch: row[FORCES][0] for epoch, row in again.state_dict()["history"].items()}
     assert shown == {epoch: pytest.approx(epoch / (1 + epoch)) for epoch in (0, 2, 3)}
     assert all(sum(share for _, share in row.values()) == pytest.approx(1) for row in again._history.values())
+
+
+class FailAt(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 6:
+            raise RuntimeError("as planned")
+
+
+def test_the_curve_of_steps_and_types_and_of_a_training_that_fails(
+    data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=2, interval="step")
+    curve = CoefficientCurve(tmp_path / "steps")
+    _, rows = fit(tmp_path / "a", build(data, ramp), data, callbacks=[curve], max_epochs=2, log_every_n_steps=2)
+    logged = [row[f"loss_coeff_step/{FORCES}"] for row in steps_of(rows)]
+    points = curve.state_dict()["points"]
+    assert [position for position, _ in points] == [0.25, 0.75, 1.25, 1.75]  # steps 1, 3, 5 and 7 of 4 an epoch
+    assert [coeffs[FORCES] for _, coeffs in points] == logged == [0.5 / 1.5, 0.6, 2.5 / 3.5, 3.5 / 4.5]
+
+    moving = Linear({"f": {"Cu": 1, "Pd": 1}}, {"f": {"Cu": 5, "Pd": 1}}, start_epoch=0, end_epoch=2)
+    loss = functools.partial(MetricsManager, [by_type()], schedule=moving)
+    curve = CoefficientCurve(tmp_path / "types")
+    fit(tmp_path / "b", build(data, loss=loss), data, callbacks=[curve], max_epochs=3)
+    assert curve._moving_types([0, 1, 2]) == [f"f_{name}" for name in data.type_names or []]
+    assert curve._types[1]["f_Cu"] == 3 / 6
+
+    curve = CoefficientCurve(tmp_path / "failed")
+    with pytest.raises(RuntimeError, match="as planned"):
+        fit(tmp_path / "c", build(data), data, callbacks=[curve, FailAt()])
+    for name in ("steps", "types", "failed"):
+        assert (tmp_path / name / "coefficients.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_schedule_that_the_training_ends_before_is_told(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    for schedule, told in (
+        (PiecewiseConstant({0: {FORCES: 1}, 1: {FORCES: 2}, 50: {FORCES: 3}, 75: {FORCES: 4}}), "epoch 50, 75"),
+        (Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=10), "epoch 10"),
+        (Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=2), ""),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path, build(data, schedule), data, max_epochs=2)
+        found = [
+            str(each.message) for each in caught if "The training ends at epoch 2 (max_epochs)" in str(each.message)
+        ]
+        assert len(found) == bool(told)
+        assert all(told in each for each in found)
+
+
+def test_tested_metrics_are_those_of_the_weights(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    """A schedule of metrics stands at the epoch that a checkpoint was made in, whoever tests it."""
+    schedule = Linear({"forces_rmse": 0}, {"forces_rmse": 8}, start_epoch=0, end_epoch=4)
+    metrics = functools.partial(harness.EnergyForceMetrics, schedule=schedule)
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module = build(data, val_metrics=metrics)
+    trainer, rows = fit(tmp_path, module, data, callbacks=[saving], enable_checkpointing=True)
+    assert [row["val0_coeff/forces_rmse"] for row in rows if "val0_coeff/forces_rmse" in row] == [0, 2 / 3, 4 / 5]
+    for row in (row for row in rows if "val0_coeff/forces_rmse" in row):
+        parts = [row[f"val0_coeff/{name}"] * row[f"val0_epoch/{name}"] for name in ("total_energy_rmse", "forces_rmse")]
+        assert row["val0_epoch/weighted_sum"] == pytest.approx(sum(parts), rel=1e-12)
+
+    def tested(module: ForceFieldModule, runner: Trainer, **options: Any) -> float:
+        (found,) = runner.test(module, data.test_dataloader(), verbose=False, **options)
+        return found["test0_coeff/forces_rmse"]
+
+    assert tested(module, trainer) == 4 / 5  # the weights that the training has ended with
+    for epoch, expected in ((0, 0.0), (1, 2 / 3), (2, 4 / 5)):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        alone = Trainer(accelerator="cpu", devices=1, logger=False, inference_mode=False, default_root_dir=tmp_path)
+        assert tested(build(data, val_metrics=metrics), alone, ckpt_path=path, weights_only=True) == expected
+        assert tested(module, trainer, ckpt_path=path, weights_only=True) == expected
+
+
+def test_epochs_and_learning_rates_that_are_none() -> None:
+    loss = harness.EnergyForceLoss(schedule=LearningRateCoupled({FORCES: 1000}, {FORCES: 1}))
+    with pytest.raises(ValueError, match=r"follows the learning rate: give it beside the epoch.*learning_rate="):
+        loss.move_to(50)
+    loss.move_to(50, 0.1)
+    assert loss.given_coeffs[FORCES] == pytest.approx(100.9)
+    for epoch in (-1, math.nan, math.inf, "1", None, True):
+        with pytest.raises(ValueError, match="An epoch is a number of at least 0, found"):
+            loss.move_to(epoch, 0.1)  # type: ignore[arg-type]
+
+
+def test_a_learning_rate_beyond_its_start_is_told(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    coupled = LearningRateCoupled({ENERGY: 0.02, FORCES: 1000}, {ENERGY: 1, FORCES: 1}, interval="step")
+    cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=4e-3, total_steps=9)
+    scheduler = {"scheduler": cycle, "interval": "step"}
+    with pytest.warns(UserWarning, match="times that which the schedule of the coefficients starts with") as told:
+        fit(tmp_path, build(data, coupled, lr_scheduler=scheduler), data, max_epochs=2)
+    assert len([each for each in told if "starts with" in str(each.message)]) == 1
 
 
 def test_a_picture_that_cannot_be_written_does_not_end_a_training(
