@@ -26,7 +26,7 @@ from lightning_ranks import Ranks
 from spawning import RankFailedError, spawn
 
 import harness
-import harness.composition  # noqa: F401 - with the functions that configs call
+import harness.composition  # with the functions that configs call
 from harness.adaptive import UncertaintyWeighting
 from harness.callbacks import (
     CoefficientCurve,
