@@ -108,7 +108,7 @@ def _console() -> Console:
 def _print(trainer: Trainer, console: Console, *what: Any) -> None:
     """Print above the progress bar, which draws itself anew below."""
     for each in what:
-        console.print(each, highlight=False)
+        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
     text = cast(io.StringIO, console.file).getvalue().rstrip()
     bar = trainer.progress_bar_callback
     (print if bar is None else bar.print)(f"\n{text}")
