@@ -149,7 +149,10 @@ def draw(tables: dict[str, list[Path]], path: Path) -> None:
     axes[2].set_ylabel("energy RMSE (meV/atom)")
     axes[2].set_title("test, each seed")
     axes[2].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(tables))
+    for axis in axes:
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}" if np.diff(np.log10(axis.get_ylim())) < 1.3 else "")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(tables), 5))
     figure.savefig(path, dpi=90)
 
 
