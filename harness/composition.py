@@ -181,7 +181,10 @@ def _public(module: str) -> list[str]:
     """Dotted paths of the public names of a module: those that it lists, or else the callables that it defines."""
     if not module:
         return []
-    found = importlib.import_module(module)
+    try:
+        found = importlib.import_module(module)
+    except ImportError:  # without an extra that it needs
+        return []
     defined = (name for name, each in vars(found).items() if getattr(each, "__module__", None) == module)
     names = getattr(found, "__all__", None) or [name for name in defined if not name.startswith("_")]
     return [f"{module}.{name}" for name in names]
