@@ -7,18 +7,27 @@ schedule says for that epoch: a component that a schedule does not name keeps it
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from harness.components import MetricEntry, check_coeff
 from harness.schedules import Schedule, as_schedule
 
-__all__ = ["Coefficients"]
+__all__ = ["Coefficients", "did_you_mean"]
 
 Given = Mapping[str, float | Mapping[str, float] | None]
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """``Did you mean forces_mse? `` for a name that is close to one of the valid ones, or part of it; else no text."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)  # stress_mse is no misspelt forces_mse
+    close = close or [each for each in names if len(name) > 2 and name in each]
+    return f"Did you mean {close[0]}? " if close else ""
 
 
 class Coefficients:
@@ -83,7 +92,7 @@ class Coefficients:
         if unknown:
             raise ValueError(
                 f"The schedule names {', '.join(map(repr, unknown))}, which this set of components does not have. "
-                f"{self._valid_names()}{self._hint_of_types(unknown)}"
+                f"{self._hint(unknown[0])}{self._valid_names()}"
             )
         before, self.schedule = self.schedule, chosen
         try:
@@ -147,10 +156,11 @@ class Coefficients:
     def _is_known(self, name: str) -> bool:
         return name in self._entries or name in self._type_keys
 
-    def _hint_of_types(self, unknown: Sequence[str]) -> str:
-        """What weights of types need, where the name of a component stands before one that is unknown."""
-        of_types = any(name.startswith(f"{component}_") for name in unknown for component in self._entries)
-        return " Weights of atom types need a component with `per_type: true` (per_type_forces_coeffs)." * of_types
+    def _hint(self, unknown: str) -> str:
+        """The name that may be meant, or what weights of types need where the name of a component stands before."""
+        if any(unknown.startswith(f"{component}_") for component in self._entries):
+            return "Weights of atom types need a component with `per_type: true` (per_type_forces_coeffs). "
+        return did_you_mean(unknown, (*self._entries, *self._type_keys))
 
     def _valid_names(self) -> str:
         text = f"Valid names: {', '.join(self._entries)}"
@@ -200,7 +210,7 @@ class Coefficients:
             numbers = {f"{name}_{key}": each for key, each in value.items()} if by_type else {name: value}  # type: ignore[union-attr]
             for key, number in numbers.items():
                 if not self._is_known(key):
-                    raise KeyError(f"Unknown component {key!r}. {self._valid_names()}")
+                    raise KeyError(f"Unknown component {key!r}. {self._hint(key)}{self._valid_names()}")
                 flat[key] = check_coeff(number, key)
                 if number is None and key in self._type_keys:
                     raise ValueError(f"The weight of the atom type {key!r} is a number, found null; 0 leaves it out.")

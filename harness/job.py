@@ -28,7 +28,7 @@ from harness.callbacks import (
 )
 from harness.callbacks.resume import COMPLETE
 from harness.checkpoints import AtomicCheckpointIO, read, step_of
-from harness.composition import register_resolvers  # noqa: F401  of what configs call, for whoever composes one
+from harness.composition import message
 from harness.distributed import (
     launched_rank,
 )
@@ -198,10 +198,7 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
     except hydra.errors.InstantiationException as error:
         if not isinstance(error.__cause__, Exception):
             raise
-        raise ValueError(
-            f"model._target_={config.model._target_} cannot be imported: {error.__cause__}. Is its folder on "
-            f"PYTHONPATH?"
-        ) from error
+        raise ValueError(f"model._target_={config.model._target_}: {message(error)}") from error
     wanted = inspect.signature(target).parameters
     model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
     module = ForceFieldModule(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from harness.coefficients import Coefficients
+from harness.coefficients import Coefficients, did_you_mean
 from harness.components import WEIGHTED_SUM, MetricEntry, check_type_names, parse_entries
 from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, global_rank
 from harness.fields import ATOM_TYPES, Batch, take
@@ -290,7 +290,9 @@ class MetricsManager(nn.Module):
         try:
             return self.entries[name]
         except KeyError:
-            raise KeyError(f"Unknown component {name!r}. Valid names: {', '.join(self.entries)}.") from None
+            raise KeyError(
+                f"Unknown component {name!r}. {did_you_mean(name, self.entries)}Valid names: {', '.join(self.entries)}."
+            ) from None
 
     # --- a step ---
 

@@ -24,7 +24,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +33,7 @@ from harness.composition import BAD_INPUT, HINT, config_folder, explain, message
 from harness.job import follow_schedule
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
+from harness.preflight import check_drivers
 from harness.schedules import Schedule, unreached
 
 __all__ = ["main"]
@@ -79,7 +80,8 @@ def _composed(overrides: Sequence[str], config_dir: Path | None = None) -> DictC
         with initialize_config_dir(config_folder(), version_base="1.3"):
             return compose("train", ["output_dir=.", *own, *overrides])  # there is no run, and no directory of its own
     except HydraException as error:
-        raise ValueError(explain("\n".join(filter(None, (str(error), str(error.__cause__ or "")))))) from error
+        told = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
+        raise ValueError(explain(told, overrides, None if config_dir is None else str(config_dir))) from error
 
 
 def _show(config: DictConfig, output: Path, every: int | None) -> None:
@@ -114,6 +116,8 @@ class _Preview:
         )
         if config.schedule:
             follow_schedule(self.loss, instantiate(config.schedule))
+        driving = _driving_callbacks(config)
+        self._refuse_several([config.callbacks[name] for name in driving])
         self.schedule: Schedule | None = self.loss.schedule
         self.boundaries = () if self.schedule is None else self.schedule.boundaries
         self.by_steps = self.schedule is not None and self.schedule.interval == "step"
@@ -131,8 +135,18 @@ class _Preview:
         self.relative_learning_rate = self._learning_rates() if self.needs_learning_rate else None
         if self.schedule is None:
             self.notes.append("There is no schedule: the coefficients of the loss hold all along.")
-        for name in (*_driving_callbacks(config), *(["adaptive"] if config.get("adaptive") else [])):
+        for name in (*(f"callbacks.{each}" for each in driving), *(["adaptive"] if config.get("adaptive") else [])):
             self.notes.append(f"{name} moves the coefficients during the training: that is not shown.")
+
+    def _refuse_several(self, configs: Sequence[DictConfig]) -> None:
+        """Refuse two things that move the coefficients, as a training does."""
+        callbacks: list[Callback] = [instantiate(each) for each in configs]
+        adaptive = instantiate(self.config.adaptive) if self.config.get("adaptive") else None
+        if isinstance(adaptive, Callback):
+            callbacks.append(adaptive)
+        elif adaptive is not None:
+            self.loss.weigh_by(adaptive)
+        check_drivers(self.module, callbacks)
 
     @property
     def loss(self) -> MetricsManager:
@@ -312,8 +326,8 @@ def _move(scheduler: Any) -> None:
 
 
 def _driving_callbacks(config: DictConfig) -> list[str]:
-    """Settings of the callbacks that move coefficients."""
-    targets = {f"callbacks.{name}": each._target_ for name, each in (config.callbacks or {}).items() if each}
+    """Keys of the callbacks that move coefficients."""
+    targets = {str(name): each._target_ for name, each in (config.callbacks or {}).items() if each}
     return [
         name
         for name, target in targets.items()

@@ -152,7 +152,9 @@ class Schedule(ABC):
 
 
 class Constant(Schedule):
-    """The same coefficients at all times; without any, those that the loss was given.
+    r"""The same coefficients at all times; without any, those that the loss was given.
+
+    .. math:: c_k(e) = \text{coeffs}_k
 
     Args:
         coeffs: coefficients by component, or by component and atom type.
@@ -514,6 +516,8 @@ class Scale(Schedule):
         >>> schedule = Scale(stages, by=warm_up)
         >>> schedule(5), schedule(20), schedule(50)
         ({'forces_mse': 5.0}, {'forces_mse': 10.0}, {'forces_mse': 4.0})
+
+    As ``optax.scale_by_schedule`` (https://optax.readthedocs.io), which multiplies updates by a schedule.
     """
 
     schedule: Schedule
@@ -550,7 +554,9 @@ class Scale(Schedule):
 
 
 class Together(Schedule):
-    """Several schedules at the same time, each of other names.
+    r"""Several schedules at the same time, each of other names.
+
+    .. math:: c_k(e) = s_{i,k}(e), \qquad s_i \text{ the one schedule that names } k
 
     Args:
         schedules: no two of them set the same name.
@@ -565,6 +571,9 @@ class Together(Schedule):
         >>> forces = Cosine({"forces_mse": 8}, {"forces_mse": 0}, start_epoch=0, end_epoch=10)
         >>> Together([energy, forces])(5)
         {'per_atom_energy_mse': 4.0, 'forces_mse': 4.0}
+
+    As ``optax.partition`` (https://optax.readthedocs.io), which gives each part of the parameters a transformation of
+    its own.
     """
 
     schedules: tuple[Schedule, ...]

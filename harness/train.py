@@ -301,6 +301,19 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    warnings.formatwarning = _formatted
+
+
+_FORMAT = warnings.formatwarning
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Warnings of this package without the line of code that they come from, which tells a user nothing."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
 
 
 def main() -> None:

@@ -177,6 +177,13 @@ def without(label: str, only: int | None = None) -> Callable[[Path], None]:
     return written(change)
 
 
+def own_experiment(path: Path) -> None:
+    """Writes a config directory with an experiment in it, beside a file."""
+    folder = path.parent / "own" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mol.yaml").write_text("# @package _global_\nname: mol\n")
+
+
 def own_file(*overrides: str, words: Sequence[str], write: Callable[[Path], None]) -> Case:
     """A case of a training file; NAME stands for its path."""
     return case("data.train=NAME", *overrides, words=words, write=write)
@@ -205,7 +212,22 @@ CASES: dict[str, Case] = {
     "unknown component in a chosen schedule": case(
         "schedule=linear",
         "schedule.end={per_atom_energy_mse: 1, force_mse: 1}",
-        words=["schedule.end.force_mse", "Did you mean schedule.end.forces_mse"],
+        words=["schedule.end has no force_mse", "it has per_atom_energy_mse, forces_mse", "Did you mean forces_mse?"],
+        composing=True,
+    ),
+    "misspelt setting of a chosen schedule": case(
+        "schedule=linear", "schedule.intervall=step", words=["Did you mean schedule.interval?"], composing=True
+    ),
+    "milestones with a config directory": case(
+        "--config-dir=FOLDER/own",
+        "experiment=mol",
+        "schedule=piecewise",
+        "schedule.milestones={0: {forces_mse: 10}, -3: {stress_mse: 1000}}",
+        words=[
+            "schedule.milestones has no -3; it has 0, 50, 75",
+            "'~schedule.milestones' '+schedule.milestones={0: {forces_mse: 10}, -3: {stress_mse: 1000}}'",
+        ],
+        write=own_experiment,
         composing=True,
     ),
     "unknown key of the data": case("data.batchsize=4", words=["batchsize"], composing=True),
@@ -227,7 +249,8 @@ CASES: dict[str, Case] = {
         f"{EXTRA}[{{field: force, metric: {MSE}}}]", words=["'force'", "Known fields", "forces", "register_field"]
     ),
     "unknown metric": case(
-        f"{EXTRA}[{{field: forces, metric: {{_target_: harness.MeanSquareError}}}}]", words=["MeanSquareError"]
+        f"{EXTRA}[{{field: forces, metric: {{_target_: harness.MeanSquareError}}}}]",
+        words=["Did you mean harness.MeanSquaredError?"],
     ),
     "unknown key of a component": case(
         f"{EXTRA}[{{field: forces, metric: {MSE}, weight: 1}}]", words=["'weight'", "Valid keys", "coeff"]
@@ -267,7 +290,23 @@ CASES: dict[str, Case] = {
         words=["EarlyStopping", "val0_epoch/f_rms", "val0_epoch/forces_rmse"],
     ),
     "component of the progress bar": case("callbacks.progress.components=[forces]", words=["'forces'", "forces_mse"]),
-    "unknown option of a callback": case("+callbacks.parity.colour=red", words=["colour", "ParityPlot"]),
+    "misspelt component of the progress bar": case(
+        "callbacks.progress.components=force_mse", words=["'force_mse'", "Did you mean forces_mse?"]
+    ),
+    "unknown option of a callback": case(
+        "+callbacks.progress.rate=3", words=["LossProgressBar takes no argument 'rate'", "Did you mean refresh_rate?"]
+    ),
+    "callback of another module": case(
+        "+callbacks.own._target_=harness.callbacks.SoftAdapt",
+        words=["harness.callbacks has no SoftAdapt. Did you mean harness.adaptive.SoftAdapt?"],
+    ),
+    "misspelt name of a callback": case(
+        "+callbacks.own._target_=harness.callbacks.LossCoefficientSchedular",
+        words=["Did you mean harness.callbacks.LossCoefficientScheduler?"],
+    ),
+    "schedule of another module of the user": case(
+        "schedule._target_=bad_parts.Chnged", words=["bad_parts has no Chnged. Did you mean bad_parts.Changed?"]
+    ),
     "schedule of an unknown component": case(
         "schedule=linear", "loss=energy", "metrics=energy", words=["'forces_mse'", "Valid names: per_atom_energy_mse"]
     ),
@@ -642,7 +681,8 @@ def run_case(name: str, folder: Path, output: Path) -> Said:
 
 def command_line(overrides: Sequence[str]) -> None:
     """``python -m harness.train``."""
-    before, sys.argv = sys.argv, ["harness-train", *overrides]
+    options = sorted(overrides, key=lambda each: not each.startswith("--"))  # Hydra wants them on one side
+    before, sys.argv = sys.argv, ["harness-train", *options]
     try:
         main()
     finally:

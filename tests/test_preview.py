@@ -143,10 +143,13 @@ def test_the_learning_rate_is_that_of_the_scheduler(show: Show) -> None:
         (["schedule=piecewise", "max_epochs=-1"], "max_epochs=-1 has no end: shown are the first 94 epochs"),
         ([], "There is no schedule"),
         (
-            ["+callbacks.own._target_=harness.callbacks.LossCoefficientScheduler", "+callbacks.own.schedule={3: {}}"],
+            [
+                "+callbacks.own._target_=harness.callbacks.LossCoefficientScheduler",
+                "+callbacks.own.schedule={3: {forces_mse: 1}}",
+            ],
             "callbacks.own moves the coefficients during the training",
         ),
-        (["+adaptive._target_=any.Thing"], "adaptive moves the coefficients during the training"),
+        (["adaptive=softadapt"], "adaptive moves the coefficients during the training"),
     ],
 )
 def test_what_cannot_be_foreseen_is_said(overrides: list[str], note: str, show: Show) -> None:
@@ -162,9 +165,62 @@ def test_a_loss_may_have_a_schedule_of_its_own(show: Show) -> None:
 
 
 MISTAKES = [
-    (["schedule=linear", "+schedule.start.force_mse=1", "+schedule.end.force_mse=1"], ["'force_mse'", "forces_mse"]),
+    (
+        ["schedule=linear", "+schedule.start.force_mse=1", "+schedule.end.force_mse=1"],
+        ["'force_mse'", "Did you mean forces_mse? Valid names: per_atom"],
+    ),
+    (
+        ["schedule=linear", "+schedule.start.forces_mse_H=1", "+schedule.end.forces_mse_H=1"],
+        ["'forces_mse_H'", "Weights of atom types need a component with `per_type: true`"],
+    ),
     (["schedule=linear", "schedule.start_epoch=-4"], ["`start_epoch`", "at least 0", "-4"]),
-    (["+schedule.start=3"], ["unexpected keyword argument 'start'"]),
+    (["+schedule.start=3"], ["Constant takes no argument 'start'", "It takes coeffs, interval."]),
+    (["+schedule.intervall=step"], ["Constant takes no argument 'intervall'. Did you mean interval?"]),
+    (["schedule=linear", "~schedule.end"], ["Linear is not given end. It takes start, end, start_epoch"]),
+    (["schedule=linear", "schedule.intervall=step"], ["Did you mean schedule.interval?"]),
+    (
+        ["schedule=linear", "schedule.start={forces_mse: 1, stress_mse: 5}"],
+        [
+            "schedule.start has no stress_mse; it has per_atom_energy_mse, forces_mse. A dictionary",
+            "\n  '+schedule.start={forces_mse: 1, stress_mse: 5}'  adds",
+            "\n  '~schedule.start' '+schedule.start={forces_mse: 1, stress_mse: 5}'  puts",
+        ],
+    ),
+    (["schedule.coeffs={forces_mse: 3}"], ["it is empty", "\n  '+schedule.coeffs={forces_mse: 3}'  adds"]),
+    (
+        ["schedule=linear", "schedule.end.force_mse=1"],
+        ["Did you mean forces_mse?", "\n  +schedule.end.force_mse=1  adds", "'+schedule.end={...}'"],
+    ),
+    (["loss.per_type_forces_coeffs.H=1"], ["is null", "\n  'loss.per_type_forces_coeffs={H: 1}'\n"]),
+    (
+        ["schedule=piecewise", "schedule.milestones.0.stress_mse=4"],
+        ["0 is a number", "\n  '+schedule.milestones={0: {stress_mse: 4}}'\n"],
+    ),
+    (
+        ["schedule={_target_: harness.schedules.Join, schedules: []}"],
+        [
+            "schedule is a harness.schedules.Constant",
+            "\n  '~schedule' '+schedule={_target_: harness.schedules.Join",
+        ],
+    ),
+    (
+        ["schedule=nested", "schedule.schedules.1._target_=harness.schedules.Linera"],
+        ["harness.schedules has no Linera. Did you mean harness.schedules.Linear?"],
+    ),
+    (["schedule._target_=harness.schedule.Linear"], ["harness has no schedule. Did you mean harness.schedules.Linear"]),
+    (["schedule._target_=harnes.schedules.Linear"], ["no module harnes. Did you mean harness.schedules.Linear?"]),
+    (["schedule._target_=nowhere.Thing"], ["no module nowhere.", "PYTHONPATH"]),
+    (["schedule._target_=harness.schedules.Linear.foo"], ["harness.schedules.Linear has no foo."]),
+    (["schedule=linear", "adaptive=softadapt"], ["SoftAdapt and by the schedule Linear", "only one of them"]),
+    (["schedule=cosine", "adaptive=uncertainty"], ["the schedule Cosine and by Uncertainty", "only one of them"]),
+    (
+        [
+            "schedule=linear",
+            "+callbacks.own._target_=harness.callbacks.LossCoefficientScheduler",
+            "+callbacks.own.schedule={3: {forces_mse: 1}}",
+        ],
+        ["LossCoefficientScheduler and by the schedule Linear", "only one of them"],
+    ),
     (["schedule=linea"], ["schedule/linea", "linear"]),
     (["schedule.coef={}"], ["no setting schedule.coef", "Did you mean schedule.coeffs"]),
     (["foo=("], ["foo=("]),
@@ -242,6 +298,9 @@ def test_a_config_directory_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     options = ["--config-dir", str(tmp_path / "own"), "--output", str(tmp_path / "x.png"), "data.type_names=[Cu]"]
     main(["schedule=mine", "max_epochs=4", *options])
     assert "20 → 0.6667" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["schedule=mine", "schedule.start_epohc=4", *options])
+    assert "Did you mean schedule.start_epoch?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["schedule=mine", "--config-dir", str(tmp_path / "nowhere")])
     assert "no such directory" in capsys.readouterr().err

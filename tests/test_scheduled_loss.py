@@ -174,7 +174,11 @@ def test_weights_of_atom_types_end_with_their_schedule() -> None:
 @pytest.mark.parametrize(
     ("schedule", "error", "words"),
     [
-        (Constant({"force_mse": 1}), ValueError, r"'force_mse'.*Valid names: per_atom_energy_mse, forces_mse"),
+        (
+            Constant({"force_mse": 1}),
+            ValueError,
+            r"'force_mse'.*Did you mean forces_mse\? Valid names: per_atom",
+        ),
         (Constant({FORCES: {"H": 1}}), ValueError, r"'forces_mse_H', which"),
         (Constant({FORCES: 0, ENERGY: 0}), ValueError, r"sum to 0.* at epoch 0"),
         (PiecewiseConstant({7: {FORCES: 0, ENERGY: 0}}), ValueError, r"at epoch 7"),

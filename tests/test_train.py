@@ -187,11 +187,15 @@ def test_averaged_weights_are_those_that_are_tested(tmp_path: Path) -> None:
 
 
 def test_logger_none_writes_no_logs(tmp_path: Path) -> None:
-    done = train(*TINY, "logger=none", "max_epochs=1", folder=tmp_path)
+    ramp = "{_target_: harness.schedules.Linear, start: {forces_rmse: 1}, end: {forces_rmse: 2}, end_epoch: 1}"
+    moving = [f"+metrics.schedule={ramp}", "+metrics.schedule.start_epoch=0"]
+    done = train(*TINY, "logger=none", "max_epochs=1", *moving, folder=tmp_path)
     assert done.code == 0, done.err[-4000:]
     assert not list(tmp_path.rglob("*.wandb"))
     assert not list(tmp_path.rglob("metrics.csv"))
     assert "forces_rmse" in done.out
+    assert "\nwarning: val0_epoch/weighted_sum is monitored, and the schedule" in done.err
+    assert "rank_zero_warn(" not in done.err  # no line of code
 
 
 @pytest.mark.parametrize(

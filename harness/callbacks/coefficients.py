@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from harness.coefficients import did_you_mean
 from harness.drivers import loss_of, refuse_other_drivers
 from harness.manager import MetricsManager, Values
 from harness.module import ForceFieldModule, Step
@@ -237,7 +238,9 @@ def _check_names(loss: Any, names: tuple[str, ...], whole: bool = True) -> None:
         valid += [key for entry in loss.entries.values() for key in entry.type_keys(loss.type_names)]
     unknown = [name for name in names if name not in valid]
     if unknown:
-        raise ValueError(f"The loss has no component {', '.join(map(repr, unknown))}. Valid names: {', '.join(valid)}.")
+        meant = did_you_mean(unknown[0], valid)
+        listed = ", ".join(map(repr, unknown))
+        raise ValueError(f"The loss has no component {listed}. {meant}Valid names: {', '.join(valid)}.")
     if whole and not isinstance(loss, MetricsManager):
         dropped = [name for name, entry in loss.entries.items() if entry.coeff is not None and name not in names]
         if dropped:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from harness.coefficients import did_you_mean
 from harness.manager import MetricsManager
 
 __all__ = ["LossProgressBar"]
@@ -19,16 +20,22 @@ class LossProgressBar(TQDMProgressBar):
     The values are those of the last logged step, since reading others would make the host wait for the device.
 
     Args:
-        components: names of components or per-type values to show; unknown names are errors when training starts.
+        components: names of components or per-type values to show, or one name; unknown names are errors when training
+            starts.
         monitor: key of an epoch value to show beside them, such as ``val0_epoch/weighted_sum``.
         refresh_rate: steps between redraws.
+
+    Raises:
+        TypeError: ``components`` is no list of names.
     """
 
     def __init__(
-        self, components: Sequence[str] = ("weighted_sum",), monitor: str | None = None, refresh_rate: int = 1
+        self, components: Sequence[str] | str = ("weighted_sum",), monitor: str | None = None, refresh_rate: int = 1
     ) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self.components = tuple(components)
+        if not isinstance(components, Sequence):
+            raise TypeError(f"components is a list of names, such as [weighted_sum], found {components!r}.")
+        self.components = (components,) if isinstance(components, str) else tuple(components)
         self.monitor = monitor
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,7 +52,10 @@ class LossProgressBar(TQDMProgressBar):
         valid = loss.value_names
         for name in self.components:
             if name not in valid:
-                raise ValueError(f"The progress bar cannot show {name!r}. Values of the loss: {', '.join(valid)}.")
+                raise ValueError(
+                    f"The progress bar cannot show {name!r}. {did_you_mean(str(name), valid)}Values of the loss: "
+                    f"{', '.join(valid)}."
+                )
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
