@@ -22,7 +22,7 @@ class CoefficientCurve(Callback):
     weighted sum of the training epoch: coefficient × value / weighted_sum. Both sum to 1.
 
     Args:
-        output_dir: folder of the picture; an image goes to W&B as ``loss_coefficients``, too.
+        output_dir: folder of the picture; an image goes to W&B as ``train_report/coefficients``, too.
     """
 
     def __init__(self, output_dir: str | Path = ".") -> None:
@@ -45,8 +45,8 @@ class CoefficientCurve(Callback):
             self.file = path
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    epoch = trainer.current_epoch - 1
-                    logger.log_image("loss_coefficients", [str(self.file)], step=trainer.global_step, epoch=epoch)
+                    when = {"step": trainer.global_step, "epoch": trainer.current_epoch - 1}
+                    logger.log_image("train_report/coefficients", [str(self.file)], **when)
 
     def _take_note(self, epoch: int, pl_module: LightningModule) -> None:
         report = pl_module.reports.get("train_loss") if isinstance(pl_module, ForceFieldModule) else None
