@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from harness.components import MetricEntry, check_coeff
@@ -101,7 +102,14 @@ class Coefficients:
             epoch: number of the epoch, with a fraction within it.
             learning_rate: the learning rate divided by that of the start, for schedules that follow it.
         """
+        if isinstance(epoch, bool) or not isinstance(epoch, Real) or not 0 <= float(epoch) < math.inf:
+            raise ValueError(f"An epoch is a number of at least 0, found {epoch!r}.")
         if self.schedule is not None and self.schedule.needs_learning_rate and learning_rate is None:
+            if epoch > 0:
+                raise ValueError(
+                    f"The schedule follows the learning rate: give it beside the epoch, as a part of that which the "
+                    f"optimizer was given, such as move_to({epoch}, learning_rate=scheduler.get_last_lr()[0] / 1e-3)."
+                )
             learning_rate = 1.0  # before a training has begun
         self.position = (float(epoch), learning_rate)
         wanted = self._at(self._given, self.position)

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from harness.distributed import sum_over_ranks
@@ -62,6 +65,16 @@ class Gradients:
         """Part of each component in the sum of the weighted norms: float64 ``[num_components]``; NaN if all are 0."""
         return self.weighted_norms / self.weighted_norms.sum()
 
+    def to_log(self) -> dict[str, float]:
+        """Shares, norms with coefficients, and cosines of pairs, by the names that they are logged under."""
+        logged: dict[str, float] = {}
+        for what, numbers in (("share", self.shares), ("norm", self.weighted_norms)):
+            logged |= {f"gradient_{what}/{name}": each for name, each in zip(self.names, numbers.tolist(), strict=True)}
+        for first, second in combinations(range(len(self.names)), 2):
+            pair = f"{self.names[first]}:{self.names[second]}"
+            logged[f"gradient_cosine/{pair}"] = float(self.cosines[first, second])
+        return logged
+
 
 class GradientMeter:
     """Measures the components' gradients on every n-th step, for a callback that is shown the steps.
@@ -88,12 +101,21 @@ class GradientMeter:
         self.prefixes = None if names is None else tuple(names)
         self._parts: Tensor | None = None  # of the micro-batches so far
 
+    def begin(self, trainer: Trainer) -> None:
+        """Warn of a training that ends before the first measurement."""
+        if self.every_n_steps > trainer.estimated_stepping_batches:
+            rank_zero_warn(
+                f"Gradients are measured on every {self.every_n_steps}th step, and the training has "
+                f"{trainer.estimated_stepping_batches:.0f}: it ends before the first measurement. Lower every_n_steps."
+            )
+
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a training whose gradients cannot be measured, before it begins.
 
         Raises:
             TypeError: the module does not show its steps.
-            ValueError: the strategy splits parameters over the ranks, or there are no parameters of that name.
+            ValueError: the strategy splits parameters over the ranks, there are no parameters of that name, or a part
+                of the model is compiled so that it can be differentiated only once.
         """
         if not isinstance(pl_module, ForceFieldModule):
             raise TypeError(
@@ -107,6 +129,13 @@ class GradientMeter:
                 f"strategy=ddp or deepspeed_zero2, or leave out what measures gradients."
             )
         chosen_parameters(pl_module.model, self.prefixes)
+        compiled = [name or "the model" for name, each in pl_module.model.named_modules() if _is_compiled(each)]
+        if compiled and getattr(functorch_config, "donated_buffer", False):
+            raise ValueError(
+                f"torch.compile lets the backward pass of {compiled[0]} use up its buffers, so that gradients of "
+                f"single components cannot be had before it. Set torch._functorch.config.donated_buffer = False where "
+                f"the model is made, or leave out what measures gradients."
+            )
 
     def measure(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> Gradients | None:
         """The components' gradients if the step is an n-th one and whole, else None; all ranks must call it."""
@@ -155,6 +184,11 @@ def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -
             "that trains some."
         )
     return chosen
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is one by ``torch.compile(module)`` or ``module.compile()``."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _is_part(name: str, prefix: str) -> bool:

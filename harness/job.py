@@ -28,6 +28,7 @@ from harness.callbacks import (
 )
 from harness.callbacks.resume import COMPLETE
 from harness.checkpoints import AtomicCheckpointIO, read, step_of
+from harness.composition import register_resolvers  # noqa: F401  of what configs call, for whoever composes one
 from harness.distributed import (
     launched_rank,
 )

@@ -263,6 +263,9 @@ class MetricsManager(nn.Module):
         Args:
             epoch: number of the epoch, with a fraction within it.
             learning_rate: the learning rate divided by that of the start, for schedules that follow it.
+
+        Raises:
+            ValueError: no epoch, or no learning rate for a schedule that follows it.
         """
         if self._coeffs.move_to(epoch, learning_rate):
             self._coefficients_changed()

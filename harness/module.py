@@ -39,6 +39,7 @@ from harness.manager import (
     merge_accumulated,
     step_together,
 )
+from harness.schedules import unreached
 from harness.statistics import on_device
 from harness.strategies import (
     ZeroStrategy,
@@ -55,6 +56,8 @@ ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, An
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
 
 _EXTRA_STATE = "_extra_state"
+_POSITION = "schedule_position"
+"""Key in a checkpoint of the epoch and the relative learning rate that its weights were made at."""
 _WEIGHTING = "loss.weighting."
 
 
@@ -167,6 +170,8 @@ class ForceFieldModule(LightningModule):
         self.wants_to_leave = False
         """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
         self._leaving = LateNumber()
+        self._warned_of_rate = False
+        self._position: tuple[float, float | None] = (0.0, None)  # epoch and learning rate that the weights are of
         self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
         self._observers: list[StepObserver] = []
         self._work: Tensor | None = None  # structures, atoms and edges of all ranks so far
@@ -228,7 +233,16 @@ class ForceFieldModule(LightningModule):
         return list(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def _check_schedules(self) -> None:
-        """Warn of a monitored value that changes its meaning."""
+        """Warn of a schedule that the training ends before, and of a monitored value that changes its meaning."""
+        number = self.trainer.max_epochs
+        for manager in self._train_managers:
+            if manager.schedule is not None and number is not None and number > 0:
+                late = unreached(manager.schedule, number)
+                if late:
+                    rank_zero_warn(
+                        f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "
+                        f"{', '.join(f'{each:g}' for each in late)}."
+                    )
         monitors = {getattr(each, "monitor", None) for each in self._callbacks}
         if isinstance(self._lr_scheduler, Mapping):
             monitors.add(self._lr_scheduler.get("monitor"))
@@ -385,7 +399,19 @@ class ForceFieldModule(LightningModule):
         optimizer = self.trainer.optimizers[0]
         group = optimizer.param_groups[0]
         start = group.get("initial_lr") or getattr(optimizer, "defaults", {}).get("lr")
-        return float(group["lr"]) / float(start) if start else 1.0
+        ratio = float(group["lr"]) / float(start) if start else 1.0
+        if (
+            ratio > 1 + 1e-6
+            and not self._warned_of_rate
+            and any(each.schedule is not None and each.schedule.needs_learning_rate for each in self._train_managers)
+        ):
+            self._warned_of_rate = True
+            rank_zero_warn(
+                f"The learning rate is {ratio:g} times that which the schedule of the coefficients starts with "
+                f"({start:g}): coefficients that follow it leave the range from `start` to `limit`, and are cut off at "
+                f"0. Use a learning rate that does not rise above its beginning, or a schedule of epochs."
+            )
+        return ratio
 
     def read_work(self) -> dict[str, float]:
         """Numbers of structures, atoms and edges that all ranks have trained on so far; makes the host wait."""
@@ -533,8 +559,9 @@ class ForceFieldModule(LightningModule):
     def _follow_epoch(self, managers: nn.ModuleList) -> None:
         for manager in managers:
             if isinstance(manager, MetricsManager) and manager.schedule is not None:
-                rate = self._relative_learning_rate() if self.trainer.optimizers else None
-                manager.move_to(self.trainer.current_epoch, rate)
+                if self.trainer.state.fn == TrainerFn.FITTING:
+                    self._position = float(self.trainer.current_epoch), self._relative_learning_rate()
+                manager.move_to(*self._position)  # of the weights: a test may load those of any epoch
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Add a batch to the metrics of its validation set; nothing is sent."""
@@ -587,6 +614,9 @@ class ForceFieldModule(LightningModule):
         managers = self._managers_by_key
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names
+        if self.trainer.optimizers:
+            self._position = float(self.trainer.current_epoch), self._relative_learning_rate()
+        checkpoint[_POSITION] = list(self._position)
         states = checkpoint.get("state_dict", {})
         states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})
 
@@ -601,6 +631,9 @@ class ForceFieldModule(LightningModule):
                 f"The checkpoint was trained with the atom types {trained}, these are {self.type_names}: an index "
                 f"would mean another element. Give the data the checkpoint's type_names."
             )
+        if _POSITION in checkpoint:
+            epoch, rate = checkpoint[_POSITION]
+            self._position = epoch, rate
         managers = self._managers_by_key
         rooms = ("loss.", "train_metrics.", "val_metrics.", "test_metrics.")
         states = checkpoint.get("state_dict", {})

@@ -6,21 +6,35 @@ Everything here looks at numbers, for which the host waits: it is for when somet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from harness.distributed import named
 from harness.fields import ATOM_TYPES, Batch, as_modifier, registered_fields
 from harness.manager import MetricsManager, Values
 from harness.metrics import ErrorMetric
 
-__all__ = ["Culprit", "Evidence", "explain", "find_culprits", "largest_force", "nonfinite_components", "weights_of"]
+__all__ = [
+    "Culprit",
+    "Evidence",
+    "explain",
+    "find_culprits",
+    "find_gradient_culprits",
+    "gradients_of",
+    "largest_force",
+    "nonfinite_components",
+    "probe",
+    "weights_of",
+]
 
 _SHOWN = 8
 """Frames, types and parameters that are named; of more, the number is told."""
+_MOST_FRAMES = 256
+"""Frames of a batch up to which each one's part of a gradient is looked at."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,9 @@ class Culprit:
     """Numbers that are not finite: of one field, on one side, in one batch.
 
     Attributes:
-        field: the field, or what a modifier of it is called.
-        side: labels, predictions or errors; the last where both others are finite and the metric overflows.
+        field: the field, or what a modifier of it is called; of a gradient, the component.
+        side: labels, predictions or errors, the last where both others are finite and the metric overflows; or
+            gradient.
         kind: NaN, infinite, or NaN and infinite.
         number: how many they are.
         total: how many numbers the field has.
@@ -66,12 +81,14 @@ class Evidence:
     Attributes:
         culprits: numbers that are not finite.
         weights: names of parameters that are not.
+        gradients: names of parameters whose gradient is not, which is the same on all ranks.
         force: the largest \\|force\\| among the labels, eV/Å, and its frame; None where there are no such labels.
         trouble: why nothing could be found out.
     """
 
     culprits: list[Culprit] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
+    gradients: list[str] = field(default_factory=list)
     force: tuple[float, str] | None = None
     trouble: str = ""
 
@@ -127,11 +144,67 @@ def find_culprits(
                 masked = (torch.where(counts, each, 0.0) for each in (prediction, target))
                 sides["errors"] = entry.metric.measure(*masked)
             for side, numbers in sides.items():
-                wrong = ~numbers.isfinite() & counts
-                if bool(wrong.any()):
+                wrong = ~numbers.isfinite()
+                if bool((wrong & counts).any()):
+                    # a prediction without a label does not count in the loss, and shows what is wrong just as well
+                    wrong = wrong if side == "predictions" else wrong & counts
                     found.setdefault((label, side), frames.culprit(label, side, level, numbers, wrong))
                     break  # errors of what is NaN are NaN
     return list(found.values())
+
+
+def find_gradient_culprits(
+    manager: MetricsManager,
+    model: Callable[[Batch], Batch],
+    batch: Batch,
+    parameters: Sequence[Tensor],
+    place: Callable[[int], str | None] = lambda index: None,
+) -> list[Culprit]:
+    """Components of a loss that is finite whose gradient is not, and the frames that make it so, each asked by itself.
+
+    Args:
+        manager: of the components.
+        model: makes predictions of a batch.
+        batch: labels, as of :func:`find_culprits`.
+        parameters: of the model.
+        place: as of :func:`find_culprits`.
+    """
+    frames = _Frames(batch, manager.type_names, place)
+    found: dict[str, tuple[Tensor, list[int]]] = {}
+    for position, alone in enumerate(_single_frames(batch)):
+        values = manager.evaluate(manager.measure(model(alone), alone))
+        for name, component in ((values.names[at], values.reported[at]) for at in values.weighted):
+            if not component.requires_grad:
+                continue
+            pieces = torch.autograd.grad(component, parameters, retain_graph=True, allow_unused=True)
+            numbers = torch.cat([piece.reshape(-1) for piece in pieces if piece is not None])
+            if not bool(numbers.isfinite().all()):
+                found.setdefault(name, (numbers, []))[1].append(position)
+    return [frames.of_gradient(name, numbers, positions) for name, (numbers, positions) in found.items()]
+
+
+def _single_frames(batch: Batch) -> Iterator[Batch]:
+    """Each frame of a batch as a batch of its own; none if they are too many, or cannot be told apart."""
+    if "num_atoms" not in batch or "batch" not in batch or len(batch["num_atoms"]) > _MOST_FRAMES:
+        return
+    known = registered_fields()
+    graph_of = {"node": batch["batch"], "graph": torch.arange(len(batch["num_atoms"]), device=batch["batch"].device)}
+    if "edge_index" in batch:
+        graph_of["edge"] = batch["batch"][batch["edge_index"][0]]
+    levels = {len(graphs): level for level, graphs in reversed(graph_of.items())}  # of fields that nobody registered
+    first = 0
+    for position, number in enumerate(batch["num_atoms"].reshape(-1).tolist()):
+        alone: dict[str, Tensor] = {}
+        for name, value in batch.items():
+            if not isinstance(value, Tensor) or not value.dim() or name == "edge_index":
+                continue
+            level = known[name].level if name in known else levels.get(len(value))
+            alone[name] = value[graph_of[level] == position] if level in graph_of else value
+        alone["batch"] = torch.zeros_like(batch["batch"][:number])
+        if "edge_index" in batch:
+            alone["edge_index"] = batch["edge_index"][:, graph_of["edge"] == position] - first
+        first += number
+        yield alone
 
 
 def _pairs(modifier: object, preds: Batch, batch: Batch) -> Iterator[tuple[str, str, Tensor, Tensor]]:
@@ -155,19 +228,26 @@ class _Frames:
 
     def culprit(self, label: str, side: str, level: str, numbers: Tensor, wrong: Tensor) -> Culprit:
         rows = wrong.flatten(1).any(1).nonzero()[:, 0] if wrong.dim() > 1 else wrong.nonzero()[:, 0]
-        kinds = [kind for kind, test in (("NaN", torch.isnan), ("infinite", torch.isinf)) if test(numbers[wrong]).any()]
         graphs = self._graphs(level, rows)
         num_graphs = len(self._batch["num_atoms"]) if "num_atoms" in self._batch else None
         frames = ["frames that the batch does not tell"] if graphs is None else self.names(graphs)
         return Culprit(
             label,
             side,
-            " and ".join(kinds),
+            _kind(numbers[wrong]),
             int(wrong.sum()),
             wrong.numel(),
             self._types(level, rows),
             frames,
             graphs is not None and len(frames) == num_graphs,
+        )
+
+    def of_gradient(self, component: str, numbers: Tensor, positions: list[int]) -> Culprit:
+        """What is told of a component's gradient with respect to the parameters, and of the frames that spoil it."""
+        wrong = ~numbers.isfinite()
+        names, everywhere = self.names(torch.tensor(positions)), len(positions) == len(self._batch["num_atoms"])
+        return Culprit(
+            component, "gradient", _kind(numbers[wrong]), int(wrong.sum()), wrong.numel(), [], names, everywhere
         )
 
     def _graphs(self, level: str, rows: Tensor) -> Tensor | None:
@@ -214,11 +294,36 @@ def weights_of(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if not bool(_local(parameter).isfinite().all())]
 
 
+def gradients_of(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient, as it is now, is not finite."""
+    named_gradients = ((name, parameter.grad) for name, parameter in module.named_parameters())
+    return [name for name, grad in named_gradients if grad is not None and not bool(grad.isfinite().all())]
+
+
+@torch.no_grad()
+def probe(tensors: Iterable[Tensor]) -> Tensor | None:
+    """A number that is finite if all elements of all tensors are, float64 ``[1]`` on their device; None without any.
+
+    The host does not wait for it. On a CPU it is their sum, the cheapest there is, so that elements whose sum
+    overflows, from 1e30 or so, count as infinite.
+    """
+    parts = [part for part in map(_local, tensors) if part.numel()]
+    if not parts:
+        return None
+    if parts[0].is_cuda:
+        return get_total_norm(parts, math.inf).to(torch.float64).reshape(1)  # a few kernels for all of them
+    return torch.stack([part.sum() for part in parts]).sum().to(torch.float64).reshape(1)
+
+
+def _kind(numbers: Tensor) -> str:
+    kinds = [kind for kind, test in (("NaN", torch.isnan), ("infinite", torch.isinf)) if bool(test(numbers).any())]
+    return " and ".join(kinds)
+
+
 def _local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter: of FSDP2's, of ZeRO's, or all of it."""
-    own = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
-    local: Tensor = own.detach()
-    return local
+    own: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
+    return own
 
 
 # --- words ---
@@ -244,8 +349,16 @@ def explain(
         settings: what may be changed, by name on the command line, with what it is now.
     """
     causes = [f"{name} = {own[name]:g}{_by_type(name, own)}" for name, own in components.items()]
-    loss = "of coefficients that are not finite" if not causes else f"of {'; '.join(causes)}"
-    lines = [f"The loss is {weighted_sum:g} in {where} because {loss}."]
+    is_finite = math.isfinite(weighted_sum)
+    gradients = list(dict.fromkeys(name for each in evidence for name in each.gradients))
+    if is_finite and trained:
+        lines = [f"The weights are NaN or infinite after {where}, whose loss is {weighted_sum:g}."]
+    elif is_finite:
+        whose = f", of the parameters {_some(gradients)}" if gradients else ""
+        lines = [f"The gradient of the loss is NaN or infinite in {where}{whose}. The loss is {weighted_sum:g}."]
+    else:
+        loss = "of coefficients that are not finite" if not causes else f"of {'; '.join(causes)}"
+        lines = [f"The loss is {weighted_sum:g} in {where} because {loss}."]
     wrong = {rank: each for rank, each in enumerate(evidence) if each.culprits or each.trouble}
     for rank, each in list(wrong.items())[:_SHOWN]:
         lines += [f"  rank {rank}: {culprit}" for culprit in each.culprits]
@@ -254,13 +367,16 @@ def explain(
         lines.append(f"  and {named(list(wrong)[_SHOWN:])}")
     if not wrong and causes:
         lines.append("  No label, prediction or error that it reads is NaN or infinite: it is the metric's own value.")
+    if not wrong and is_finite and not trained:
+        lines.append("  Asked again, no rank's part of it is NaN or infinite: it comes from their sum, or by chance.")
     weights = list(dict.fromkeys(name for each in evidence for name in each.weights))
     if weights:
         since = "are now, after the optimizer has stepped with it" if trained else "were so before this step"
         lines.append(f"  weights that are NaN or infinite {since}: {_some(weights, 'parameters')}")
     elif trained:
         lines.append("  The optimizer has stepped with it; the weights are finite.")
-    return "\n".join([*lines, f"Likely fix: {_fix(components, evidence, weights, trained, settings)}"])
+    of_gradient = is_finite or (bool(weights) and not trained)
+    return "\n".join([*lines, f"Likely fix: {_fix(components, evidence, of_gradient, settings)}"])
 
 
 def _by_type(name: str, own: Mapping[str, float]) -> str:
@@ -271,8 +387,7 @@ def _by_type(name: str, own: Mapping[str, float]) -> str:
 def _fix(
     components: Mapping[str, object],
     evidence: Sequence[Evidence],
-    weights: Sequence[str],
-    trained: bool,
+    of_gradient: bool,
     settings: Mapping[str, object],
 ) -> str:
     culprits = [culprit for each in evidence for culprit in each.culprits]
@@ -284,7 +399,7 @@ def _fix(
             f"({' '.join(f'loss.ignore_nan.{name}=true' for name in fields)}); labels that are broken belong out of "
             f"the data: see these frames."
         )
-    if not components:
+    if not components and not of_gradient:
         return "fixed coefficients, or a lower learning rate for those that are learnt."
     forces = [(*each.force, rank) for rank, each in enumerate(evidence) if each.force]
     outlier = ""
@@ -296,10 +411,10 @@ def _fix(
         f"a lower learning rate, clipped gradients (trainer.gradient_clip_val=1), a higher trainer.precision, data "
         f"without outliers; now {now}.{outlier}"
     )
-    if weights and not trained:
+    if of_gradient:
         return (
-            f"the loss of the step before was finite and its gradient was not. That is the root or norm of a zero in "
-            f"the model (mask it with where() before and after), or an overflow: {remedy}"
+            f"a gradient that is not finite where the loss is comes from the root or norm of a zero in the model (mask "
+            f"it with where() before and after), or from an overflow: {remedy}"
         )
     return remedy
 

@@ -33,7 +33,7 @@ from harness.composition import BAD_INPUT, HINT, config_folder, explain, message
 from harness.job import follow_schedule
 from harness.manager import MetricsManager
 from harness.module import ForceFieldModule
-from harness.schedules import Schedule
+from harness.schedules import Schedule, unreached
 
 __all__ = ["main"]
 
@@ -162,10 +162,7 @@ class _Preview:
         if number == -1:
             number = max(math.ceil(1.25 * max(self.boundaries, default=0)), 10)
             self.notes.append(f"max_epochs=-1 has no end: shown are the first {number} epochs.")
-        # within the last epoch nothing moves any more, unless it does by steps
-        by_epoch = self.loss.schedule is not None and self.loss.schedule.interval == "epoch"
-        last = number - 1 if by_epoch else number
-        beyond = [f"{each:g}" for each in self.boundaries if each > last and each != number]
+        beyond = [f"{each:g}" for each in unreached(self.loss.schedule, number)] if self.loss.schedule else []
         if beyond:
             self.notes.append(
                 f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "

@@ -41,6 +41,7 @@ __all__ = [
     "Schedule",
     "Together",
     "as_schedule",
+    "unreached",
 ]
 
 Coefficients = Mapping[str, float]
@@ -677,6 +678,13 @@ def as_schedule(value: object, what: str = "`schedule`") -> Schedule:
     raise TypeError(
         f"{what} is a schedule, one of {valid} of harness.schedules; found {value!r} ({type(value).__name__}).{hint}"
     )
+
+
+def unreached(schedule: Schedule, num_epochs: int) -> list[float]:
+    """Epochs at which a schedule does something that a training of ``num_epochs`` epochs does not come to."""
+    # within the last epoch nothing moves any more, unless it does by steps
+    last = num_epochs - 1 if schedule.interval == "epoch" else num_epochs
+    return [each for each in schedule.boundaries if each > last and each != num_epochs]
 
 
 def _schedules(values: object, what: str) -> tuple[Schedule, ...]:

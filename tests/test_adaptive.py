@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import oracle
 import pytest
 import torch
 from commands import BIN, TINY, read_csv, train
+from fault_callbacks import Spoil
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from spawning import spawn
 from test_accumulation import TYPES
 from test_accumulation_training import Linear, Ranks, batches, look_ahead, plain
@@ -31,7 +34,7 @@ from harness.adaptive import GradientBalance, SoftAdapt, UncertaintyWeighting
 from harness.adaptive.gradient_balance import balanced_factors
 from harness.adaptive.set_point import SetPoint
 from harness.adaptive.softadapt import soft_factors
-from harness.callbacks import LossCoefficientScheduler, ResumeCheckpoint
+from harness.callbacks import LossCoefficientScheduler, NonFiniteGuard, ResumeCheckpoint
 from harness.data import EmbeddedAlloyDataModule
 from harness.dry_step import check_first_batch
 from harness.job import execute, prepare
@@ -233,6 +236,40 @@ def test_softadapt_by_batches(frequency: int, k: int, tmp_path: Path) -> None:
         np.testing.assert_allclose(steps.coeffs[step], [*expected[step], 0], rtol=1e-12)
     assert steps.coeffs[number - 1] != steps.coeffs[0]
     assert module.loss.coeffs["forces_mae_by_type"] is None
+
+
+class Coefficients(Callback):
+    """Coefficients of each step."""
+
+    def __init__(self) -> None:
+        self.coeffs: dict[int, dict[str, float]] = {}
+
+    def on_train_values(self, trainer: Trainer, pl_module: Any, step: Any) -> None:
+        self.coeffs[trainer.global_step] = step.values.to_report().coeffs
+
+
+def test_a_step_that_is_not_trained_on_teaches_softadapt_nothing(
+    alloy: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    """The labels of one component are NaN in a step that is skipped; the values of the others do not count there."""
+    module, seen = build(alloy).double(), Coefficients()
+    callbacks = [SoftAdapt(0.9, "batch", 1), NonFiniteGuard("skip", output_dir=tmp_path), Spoil([2]), seen]
+    with pytest.warns(UserWarning, match="The step is skipped"):
+        trainer(tmp_path, callbacks=callbacks, max_epochs=2).fit(module, datamodule=alloy)
+    assert seen.coeffs[2] != seen.coeffs[1]
+    assert seen.coeffs[3] == seen.coeffs[2]
+    assert seen.coeffs[4] != seen.coeffs[3]
+
+
+def test_a_training_that_ends_before_softadapt_begins_is_warned_of(
+    alloy: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    for frequency, max_epochs, never in ((1, 2, True), (1, 3, False), (2, 2, True), (2, 3, False)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            _, steps = fit(tmp_path, alloy, SoftAdapt(0.9, "epoch", frequency), max_epochs=max_epochs)
+        assert any("they stay as they are" in str(each.message) for each in told) == never
+        assert (steps.coeffs[max(steps.coeffs)] == steps.coeffs[0]) == never
 
 
 def test_softadapt_by_epochs(alloy: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
@@ -480,12 +517,17 @@ def test_balance_is_its_formula(alloy: EmbeddedAlloyDataModule, tmp_path: Path) 
     gradients = Gradients()
     target = {"per_atom_energy_mse": 1, "forces_mse": 2, "stress_mse": 1}
     driver = GradientBalance(every_n_steps=3, target=target, rate=0.5)
-    module, steps = fit(tmp_path, alloy, driver, [gradients])
+    logger = CSVLogger(tmp_path, name="", version="csv")
+    module, steps = fit(tmp_path, alloy, driver, [gradients], logger=logger)
     coeffs = GIVEN
+    logged = [row for row in read_csv(tmp_path) if "gradient_share/forces_mse" in row]
+    assert len(logged) == 4
     for step in range(12):
         np.testing.assert_allclose(steps.coeffs[step], coeffs, rtol=1e-9)
         if (step + 1) % 3 == 0:
+            (row,) = [row for row in logged if row["step"] == step]
             shares = coeffs * gradients.norms[step] / (coeffs * gradients.norms[step]).sum()
+            assert [row[f"gradient_share/{name}"] for name in WEIGHTED] == pytest.approx(list(shares))
             coeffs = coeffs * (np.array([0.25, 0.5, 0.25]) / shares) ** 0.5
             coeffs = coeffs / coeffs.sum()
     assert module.loss.given_coeffs["by_type"] is None

@@ -25,6 +25,7 @@ import harness
 from harness.callbacks import NonFiniteError, NonFiniteGuard, ResumeCheckpoint
 from harness.data import EmbeddedAlloyDataModule
 from harness.module import ForceFieldModule, Step
+from harness.nonfinite import find_culprits
 
 
 def guarded(
@@ -131,7 +132,7 @@ def test_a_late_number_is_that_of_the_right_step(
     step: int,
 ) -> None:
     guard = NonFiniteGuard(output_dir=tmp_path)
-    guard.loss.late = True  # as on a GPU
+    guard.loss.late = guard.gradient.late = True  # as on a GPU
     weights, resume = Weights(), ResumeCheckpoint(tmp_path / "checkpoints", every_n_steps=1)
     options = {"guard": guard, "enable_checkpointing": True, "max_epochs": 3}
     message = message_of(data, tmp_path, Spoil([step]), weights, resume, **options)
@@ -167,12 +168,26 @@ def test_predictions_and_outliers(data: EmbeddedAlloyDataModule, tmp_path: Path)
     assert "largest |force| label there is 1.73e+200 eV/Å (training frame " in message
 
 
+def test_predictions_without_a_label_are_told_too() -> None:
+    """They do not count in the loss, but a frame of theirs is no better than the others."""
+    loss = harness.EnergyForceLoss(ignore_nan={"forces": True}, type_names=["H", "O"])
+    batch = {
+        "num_atoms": torch.tensor([2, 2]),
+        "batch": torch.tensor([0, 0, 1, 1]),
+        "atom_types": torch.tensor([0, 0, 1, 1]),
+        "forces": torch.tensor([[torch.nan] * 3, [torch.nan] * 3, [1.0] * 3, [1.0] * 3]),
+        "total_energy": torch.zeros(2, 1),
+    }
+    (culprit,) = find_culprits(loss, ["forces_mse"], {"forces": torch.full((4, 3), torch.nan)}, batch)
+    assert (culprit.number, culprit.total, culprit.types, culprit.everywhere) == (12, 12, ["H", "O"], True)
+
+
 def test_weights_that_are_not_finite(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
     message = message_of(data, tmp_path / "a", Spoil([2], "weights"))
     module = build(data)
     name = f"model.{next(name for name, _ in module.model.named_parameters())}"
     assert f"weights that are NaN or infinite were so before this step: {name}\n" in message
-    assert "the loss of the step before was finite and its gradient was not" in message
+    assert "a gradient that is not finite where the loss is comes from the root or norm of a zero" in message
     assert "in all 4 frames" in message
 
     guard = NonFiniteGuard("skip", output_dir=tmp_path / "b")
@@ -255,6 +270,107 @@ def test_every_strategy_stops_and_those_that_can_skip(tmp_path: Path) -> None:
             assert all(value.isfinite().all() for value in weights if value.is_floating_point())
 
 
+# --- gradients ---
+
+
+class ZeroRoot(torch.nn.Module):
+    """A model with finite predictions, whose energy of one training frame has a gradient of 0/0."""
+
+    def __init__(self, model: torch.nn.Module, frame: int) -> None:
+        super().__init__()
+        self.model, self.frame = model, frame
+        self.slope = torch.nn.Parameter(torch.tensor(1e-3))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        predictions = self.model(batch)
+        distance = (batch["frame_index"].reshape(-1, 1) - self.frame).to(self.slope.dtype)
+        return {**predictions, "total_energy": predictions["total_energy"] + ((self.slope * distance) ** 2).sqrt()}
+
+
+def zero_root(data: EmbeddedAlloyDataModule, frame: int) -> ForceFieldModule:  # noqa: F811
+    module = build(data)
+    module.model = ZeroRoot(module.model, frame)
+    return module
+
+
+def frames_of_epoch(data: EmbeddedAlloyDataModule, folder: Path) -> list[list[int]]:  # noqa: F811
+    """Training frames of each batch of an epoch."""
+    seen = Weights()
+    guarded(data, folder, NonFiniteGuard(), seen, max_epochs=1)
+    return [batch["frame_index"].reshape(-1).tolist() for _, _, batch in seen.steps]
+
+
+def test_a_gradient_that_is_not_finite_is_not_trained_on(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
+    frame = frames_of_epoch(data, tmp_path)[2][1]
+    weights = Weights()
+    message = message_of(data, tmp_path, weights, module=zero_root(data, frame))
+    assert message.startswith(
+        "The gradient of the loss is NaN or infinite in step 2 of epoch 0 (batch 2 of it; all counted from 0), of the "
+        "parameters model.slope. The loss is 0."
+    )
+    assert (
+        f"\n  rank 0: gradient of per_atom_energy_mse: 1 of {len_of(data)} numbers NaN, in training frame {frame} ("
+        in message
+    )
+    assert "comes from the root or norm of a zero in the model" in message
+    checkpoint = torch.load(tmp_path / "nonfinite" / "epoch0_step2.ckpt", weights_only=True)
+    before, _ = weights.before[2]
+    assert all(equal(value, checkpoint["state_dict"][f"model.{name}"]) for name, value in before.items())
+    assert torch.load(tmp_path / "nonfinite" / "epoch0_step2_rank0.pt", weights_only=True)["found"]
+
+
+def len_of(data: EmbeddedAlloyDataModule) -> int:  # noqa: F811
+    """Number of the numbers in a gradient."""
+    return sum(each.numel() for each in zero_root(data, 0).model.parameters())
+
+
+def test_a_step_with_such_a_gradient_is_skipped(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
+    frame = frames_of_epoch(data, tmp_path)[2][1]
+    weights, guard = Weights(), NonFiniteGuard("skip", output_dir=tmp_path)
+    with pytest.warns(UserWarning, match="gradient of per_atom_energy_mse"):
+        guarded(data, tmp_path, guard, weights, module=zero_root(data, frame), max_epochs=1)
+    assert guard.num_skipped == 1
+    assert equal(weights.before[2], weights.after[2])
+    assert not equal(weights.before[3][0], weights.after[3][0])
+    assert all(value.isfinite().all() for value in weights.after[3][0].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("late", [False, True])  # late as on a GPU
+def test_weights_that_are_not_finite_are_never_saved(
+    data: EmbeddedAlloyDataModule,  # noqa: F811
+    tmp_path: Path,
+    late: bool,
+) -> None:
+    """The last gradient of a training is not finite; and an optimizer that makes weights infinite by itself."""
+    frame = frames_of_epoch(data, tmp_path)[3][1]
+    guard = NonFiniteGuard(output_dir=tmp_path)
+    guard.loss.late = guard.gradient.late = late
+    resume = ResumeCheckpoint(tmp_path / "checkpoints", every_n_steps=1)
+    options = {"guard": guard, "enable_checkpointing": True, "max_epochs": 1}
+    message = message_of(data, tmp_path, resume, module=zero_root(data, frame), **options)
+    expected = "The weights are NaN or infinite after" if late else "The gradient of the loss is NaN or infinite in"
+    assert message.startswith(f"{expected} step 3 of epoch 0")
+    kept = torch.load(resume.newest(), weights_only=True)
+    assert kept["global_step"] == 3
+    assert all(value.isfinite().all() for name, value in kept["state_dict"].items() if name.startswith("model."))
+
+
+class Explode(Callback):
+    """An optimizer that is wrong in its last step."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4:
+            next(pl_module.model.parameters()).data.fill_(torch.inf)
+
+
+def test_weights_that_an_optimizer_has_spoilt_are_not_saved(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
+    resume = ResumeCheckpoint(tmp_path / "checkpoints", every_n_steps=1)
+    message = message_of(data, tmp_path, Explode(), resume, enable_checkpointing=True, max_epochs=1)
+    assert message.startswith("The weights are NaN or infinite after step 3 of epoch 0")
+    assert "weights that are NaN or infinite are now, after the optimizer has stepped with it: model." in message
+    assert torch.load(resume.newest(), weights_only=True)["global_step"] == 3
+
+
 # --- skip ---
 
 
@@ -321,10 +437,10 @@ def test_the_guard_waits_for_no_number(data: EmbeddedAlloyDataModule, tmp_path: 
         counts.append(operators)
     without, guarding = counts
     assert guarding.waits == without.waits
-    # the loss and the predictions without their graph: no kernel
-    more = guarding.names - without.names
-    assert set(more) <= {"aten::detach", "aten::view"}
-    assert more.total() <= 4 * 10
+    # the loss and the predictions without their graph: no kernel; the sum of each gradient
+    more, num_gradients = guarding.names - without.names, len(list(module.parameters()))
+    assert set(more) <= {"aten::detach", "aten::view", "aten::sum", "aten::stack", "aten::_to_copy", "aten::cat"}
+    assert more.total() <= 4 * (14 + num_gradients)
 
 
 def test_what_cannot_be_skipped_is_refused(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811

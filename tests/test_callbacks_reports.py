@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 from commands import BIN, ROOT, TINY, Finished, read_csv, read_wandb, run
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from test_module import build, data, trainer  # noqa: F401 - a fixture
 
 import harness
-from harness.callbacks import BestEpoch, PerTypeReport, ValidationTable
+from harness.callbacks import BestEpoch, LossProgressBar, PerTypeReport, ValidationTable
 from harness.callbacks.per_type import _Table
 from harness.data import EmbeddedAlloyDataModule
 from harness.manager import Report
@@ -145,7 +147,8 @@ def test_the_terminal_has_a_table_of_each_validation(finished: Finished) -> None
     best: dict[str, tuple[float, int]] = {}
     for epoch, (at, row, loss) in enumerate(zip(headings, rows, training, strict=True)):
         parts = [
-            f"{loss[f'loss_coeff/{name}']:.4g} {name}" for name in ("per_atom_energy_mse", "forces_mse", "stress_mse")
+            f"{loss[f'loss_coeff/{name}']:.3g} * {loss[f'train_loss_epoch/{name}']:.3g} ({name})"
+            for name in ("per_atom_energy_mse", "forces_mse", "stress_mse")
         ]
         assert lines[at] == (
             f"epoch {epoch}, step {row['step']:.0f}: training weighted_sum {loss['train_loss_epoch/weighted_sum']:.5g} "
@@ -322,9 +325,51 @@ def test_a_value_of_the_training_may_be_monitored(data: EmbeddedAlloyDataModule,
     assert best.best["best/val0_epoch/forces_rmse"] == module.reports["val0"].values["forces_rmse"]
 
 
+def test_the_progress_bar_shows_what_is_named(
+    data: EmbeddedAlloyDataModule,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What stands behind the bar after each step: values of the last step that was logged, in the order of names."""
+    monkeypatch.setenv("COLUMNS", "300")  # the bar is as wide as the terminal
+    names, monitor = ["by_type_Pd", "weighted_sum", "forces_mse"], "val0_epoch/weighted_sum"
+    bar = LossProgressBar(names, monitor=monitor)
+    logger = CSVLogger(tmp_path, name="", version="csv")
+    fit = trainer(tmp_path, callbacks=[bar], enable_progress_bar=True, logger=logger, log_every_n_steps=3)
+    module = build(data)
+    fit.fit(module, datamodule=data)
+    rows = read_csv(tmp_path)
+    logged = {int(row["step"]): row for row in rows if "train_loss_step/weighted_sum" in row}
+    monitored = {int(row["epoch"]): f"{row[monitor]:.4g}" for row in rows if monitor in row}
+    assert list(logged) == [2, 5]
+    assert list(monitored) == [0, 1]
+    shown = {}  # after a step, in an epoch: what was drawn last before the next one
+    pattern = re.compile(r"Epoch (\d+):.*?(\d+)/4 \[[^,\]]*, [^,\]]*(?:, )?(.*?)\]")
+    for drawn in re.split(r"[\r\n]", capsys.readouterr().out):
+        match = pattern.search(drawn)
+        if match and match[2] != "0":  # a bar that starts has what is behind the one before
+            shown[int(match[1]), int(match[2])] = dict(each.split("=") for each in match[3].split(", ") if each)
+    assert list(shown) == [(epoch, done) for epoch in (0, 1) for done in (1, 2, 3, 4)]
+    for (epoch, done), values in shown.items():
+        before = [step for step in logged if step < 4 * epoch + done]
+        row = logged[before[-1]] if before else None
+        expected = {} if row is None else {name: f"{row[f'train_loss_step/{name}']:.4g}" for name in names}
+        validated = epoch if done == 4 else epoch - 1  # the bar of an epoch stays until its validation has ended
+        expected |= {monitor: monitored[validated]} if validated in monitored else {}
+        assert list(values.items()) == list(expected.items()), (epoch, done)
+    last = logged[5]
+    assert bar.get_metrics(fit, module) == {
+        **{name: f"{last[f'train_loss_step/{name}']:.4g}" for name in names},
+        monitor: monitored[1],
+    }
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Unknown columns \['mean'\]. Valid ones: value, best, epoch, types, unit"):
         ValidationTable(columns=["value", "mean"])
     for callback in (ValidationTable, PerTypeReport):
         with pytest.raises(ValueError, match="every_n_epochs is a whole number, at least 1, found 0"):
             callback(every_n_epochs=0)
+    with pytest.raises(ValueError, match="max_types is a whole number, at least 0, found -1"):
+        ValidationTable(max_types=-1)

@@ -306,8 +306,10 @@ def test_a_few_parameters(alloy: EmbeddedAlloyDataModule, tmp_path: Path) -> Non
     module = build(alloy)
     prefix = next(iter(chosen_parameters(module.model))).rpartition(".")[0]
     logger = CSVLogger(tmp_path, name="", version="csv")
-    running = trainer(tmp_path, callbacks=[GradientShare(4, [prefix])], logger=logger, max_epochs=1)
-    running.fit(module, datamodule=alloy)
+    running = trainer(tmp_path, callbacks=[GradientShare(4, [prefix]), GradientShare(5)], logger=logger, max_epochs=1)
+    with pytest.warns(UserWarning, match="every 5th step, and the training has 4: it ends before the first") as told:
+        running.fit(module, datamodule=alloy)
+    assert len([each for each in told if "before the first measurement" in str(each.message)]) == 1
     header = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {f"gradient_share/{name}" for name in WEIGHTED} <= set(header)
 
@@ -325,6 +327,13 @@ def test_what_cannot_be_measured_is_refused(alloy: EmbeddedAlloyDataModule, tmp_
     running = trainer(tmp_path, callbacks=[GradientShare(1, ["readout"])])
     with pytest.raises(ValueError, match="begins with 'readout'"):
         running.fit(build(alloy), datamodule=alloy)
+
+    module = build(alloy)
+    next(module.model.children()).compile()  # nothing is compiled before it is called
+    with pytest.raises(ValueError, match=r"torch\._functorch\.config\.donated_buffer = False"):
+        GradientShare().setup(running, module, "fit")
+    with torch._functorch.config.patch(donated_buffer=False):
+        GradientShare().setup(running, module, "fit")
 
     class Other(ForceFieldModule.__bases__[0]):  # type: ignore[misc,name-defined]
         """A Lightning module of somebody else's."""

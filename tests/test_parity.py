@@ -324,6 +324,57 @@ def test_a_sample_does_not_grow() -> None:
     assert sum(sums[0] for sums in quantity.sums.values()) == 40_000
 
 
+def forces_of(first: int, num_atoms: int) -> Batch:
+    """One structure whose force components are the numbers from ``first`` on, and predicted as they are."""
+    forces = torch.arange(first, first + 3 * num_atoms, dtype=torch.float64).reshape(-1, 3)
+    types = torch.zeros(num_atoms, dtype=torch.int64)
+    return {"num_atoms": torch.tensor([num_atoms]), "atom_types": types, "forces": forces, "predicted_forces": forces}
+
+
+def test_every_point_is_as_likely_to_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many samples of 30 of a set of 312 points in very unequal batches, in all of the places in a batch alike."""
+    sizes, num_drawn, num_samples = [1, 40, 3, 25, 2, 9, 24], 30, 400
+    starts = np.cumsum([0, *(3 * size for size in sizes)])
+    number = int(starts[-1])
+    batches = [forces_of(int(start), size) for start, size in zip(starts, sizes, strict=False)]
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(parity, "_draw", lambda path, panels, type_names: seen.append(panels[0].points[:, 1]))
+    running, module = trainer(tmp_path), Predicted(NAMES)
+    for seed in range(num_samples):
+        plot = ParityPlot(tmp_path, max_points=num_drawn, seed=seed)
+        plot.on_test_start(running, module)
+        for position, batch in enumerate(batches):
+            plot.on_test_batch_end(running, module, module.test_step(batch, position), batch, position)
+        plot.on_test_end(running, module)
+    drawn = np.array(seen).astype(int)
+    assert drawn.shape == (num_samples, num_drawn)
+    assert all(len(set(points)) == num_drawn for points in drawn.tolist())  # none twice
+
+    def is_fair(values: np.ndarray, what: str) -> None:
+        """The mean over a sample, of something known of each point, is right within 4 standard errors."""
+        left_out = (number - num_drawn) / (number - 1)  # drawn without putting back
+        error = values.std() * np.sqrt(left_out / (num_drawn * num_samples))
+        assert abs(values[drawn].mean() - values.mean()) < 4 * error, what
+
+    points = np.arange(number)
+    batch_of_point = np.repeat(np.arange(len(sizes)), np.diff(starts))
+    place = points - starts[batch_of_point]
+    is_fair(points, "index")
+    is_fair(place / np.diff(starts)[batch_of_point], "place in its batch")
+    for batch in range(len(sizes)):
+        is_fair((batch_of_point == batch).astype(float), f"share of batch {batch}")
+    # points come independently of each other: the share of the largest batch differs from sample to sample as it should
+    share = float(np.mean(batch_of_point == 1))
+    variance = share * (1 - share) / num_drawn * (number - num_drawn) / (number - 1)
+    spread = (batch_of_point[drawn] == 1).mean(axis=1).var() / variance
+    assert abs(spread - 1) < 4 * np.sqrt(2 / num_samples)
+    times = np.bincount(drawn.ravel(), minlength=number)
+    chance = num_drawn / number
+    deviations = (times - num_samples * chance) / np.sqrt(num_samples * chance * (1 - chance))
+    assert np.abs(deviations).max() < 5
+    assert deviations.std() == pytest.approx(1, abs=4 / np.sqrt(2 * number))
+
+
 @pytest.mark.parametrize("option", [{"max_points": 0}, {"validation_every_n_epochs": 0}, {"max_points": 2.5}])
 def test_numbers_that_are_none(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is a whole number, at least 1, found"):

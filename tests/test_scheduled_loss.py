@@ -6,6 +6,7 @@ import csv
 import functools
 import math
 import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import BIN, ROOT, TINY, read_csv, read_wandb, run, same
+from commands import ROOT, TINY, read_csv, read_wandb, same, started, train
+from fault_callbacks import SignalAt
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from spawning import spawn
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_ranks import Ranks
+from spawning import RankFailedError, spawn
 
 import harness
 from harness.adaptive import UncertaintyWeighting
@@ -28,9 +32,11 @@ from harness.callbacks import (
     LinearLossCoefficientScheduler,
     LossCoefficientMonitor,
     LossCoefficientScheduler,
+    ResumeCheckpoint,
 )
 from harness.data import EmbeddedAlloyDataModule, look_ahead
 from harness.job import follow_schedule
+from harness.loggers import CSVLogger as CSVFile
 from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.models import schnet_force_field
@@ -85,22 +91,48 @@ def test_coefficients_beside_a_schedule_can_be_changed_and_driven_ones_cannot() 
     assert loss.given_coeffs == {ENERGY: 3, FORCES: 1}
 
 
-def test_a_ramp_from_zero_keeps_its_component_alive() -> None:
-    ramp = Linear({FORCES: 0}, {FORCES: 1}, start_epoch=0, end_epoch=2)
+def test_a_ramp_from_zero_and_to_zero_keeps_its_components_alive() -> None:
+    """Forces come from 0 while energies go to it: at 0 a component is in the sum, and reported, with nothing."""
+    ramp = Linear({ENERGY: 3, FORCES: 0}, {ENERGY: 0, FORCES: 1}, start_epoch=0, end_epoch=2)
     loss = harness.EnergyForceLoss({"total_energy": 1, "forces": None}, schedule=ramp)
     preds, target = frame()
     preds = {name: value.requires_grad_() for name, value in preds.items()}
-    shown = {}
-    for epoch in (0, 1, 2):
+    errors = {name: (preds[name] - target[name]).detach() for name in ("forces", "total_energy")}
+    expected = {
+        ENERGY: float((errors["total_energy"] / target["num_atoms"][:, None]).square().mean()),
+        FORCES: float(errors["forces"].square().mean()),
+    }
+    gradients = {}
+    for epoch, energy, forces in ((0, 3.0, 0.0), (1, 1.5, 0.5), (2, 0.0, 1.0)):
         loss.move_to(epoch)
-        values = loss(preds, target)
-        (gradient,) = torch.autograd.grad(values["weighted_sum"], preds["forces"], allow_unused=True)
-        shown[epoch] = (float(values[FORCES].detach()), float(gradient.abs().sum()))
-        assert list(values) == [ENERGY, FORCES, "weighted_sum"]
-    expected = float((preds["forces"] - target["forces"]).detach().square().mean())
-    assert [value for value, _ in shown.values()] == pytest.approx([expected] * 3)
-    assert shown[0][1] == 0
-    assert 0 < shown[1][1] < shown[2][1]
+        assert loss.given_coeffs == {ENERGY: energy, FORCES: forces}  # 0, and not None
+        coeffs = {ENERGY: energy / (energy + forces), FORCES: forces / (energy + forces)}
+        assert loss.coeffs == loss.effective_coeffs() == coeffs
+        assert loss.ever_weighted == {ENERGY, FORCES}
+        (values,) = harness.step_together(loss, preds=preds, target=target)
+        report = values.to_report()
+        assert list(report.values) == [ENERGY, FORCES, "weighted_sum"]
+        assert {name: report.values[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+        assert report.coeffs == coeffs
+        contributions = {name: coeffs[name] * expected[name] for name in coeffs}
+        assert report.contributions == pytest.approx(contributions, rel=1e-12, abs=0)
+        assert report.values["weighted_sum"] == pytest.approx(sum(contributions.values()), rel=1e-12)
+        inputs = (preds["total_energy"], preds["forces"])
+        gradients[epoch] = [float(each.abs().sum()) for each in torch.autograd.grad(values.weighted_sum, inputs)]
+    assert gradients[0][0] > gradients[1][0] > gradients[2][0] == 0
+    assert 0 == gradients[0][1] < gradients[1][1] < gradients[2][1]
+
+
+def test_a_coefficient_that_is_set_to_zero_is_not_left_out() -> None:
+    loss = harness.EnergyForceLoss({"total_energy": 0, "forces": 1})
+    assert loss.given_coeffs == loss.coeffs == {ENERGY: 0.0, FORCES: 1.0}
+    loss.set_coeffs({ENERGY: 2, FORCES: 0})
+    assert loss.given_coeffs == {ENERGY: 2.0, FORCES: 0.0}
+    assert loss.coeffs == loss.effective_coeffs() == {ENERGY: 1.0, FORCES: 0.0}
+    assert loss.ever_weighted == {ENERGY, FORCES}
+    loss.set_coeffs({FORCES: None})
+    assert loss.coeffs == {ENERGY: 1.0, FORCES: None}
+    assert loss.ever_weighted == {ENERGY}
 
 
 def test_weights_of_atom_types_follow_a_schedule() -> None:
@@ -232,13 +264,17 @@ def test_ranks_follow_alike_and_as_one() -> None:
 # --- trainings ---
 
 
-@pytest.fixture(scope="module")
-def data() -> EmbeddedAlloyDataModule:
+def alloy() -> EmbeddedAlloyDataModule:
     module = EmbeddedAlloyDataModule(
         num_frames=24, split={"val": 5, "test": 4}, cutoff=4.0, batch_size=4, dtype="float64", seed=1
     )
     module.setup()
     return module
+
+
+@pytest.fixture(scope="module")
+def data() -> EmbeddedAlloyDataModule:
+    return alloy()
 
 
 def build(data: EmbeddedAlloyDataModule, schedule: Any = None, **options: Any) -> ForceFieldModule:
@@ -326,6 +362,47 @@ def test_a_schedule_follows_the_learning_rate(data: EmbeddedAlloyDataModule, tmp
         energy, forces = 1 + (0.02 - 1) * ratio, 1 + (1000 - 1) * ratio
         assert row[f"loss_coeff_step/{ENERGY}"] == pytest.approx(energy / (energy + forces), rel=1e-12)
     assert module.loss.given_coeffs == {ENERGY: 1 + (0.02 - 1) / 4, FORCES: 1 + 999 / 4}
+
+
+def warm_up(step: int) -> float:
+    """The learning rate of torch's LinearLR as a part of the optimizer's."""
+    return 0.1 + 0.9 * min(step, 6) / 6
+
+
+def one_cycle(step: int) -> float:
+    """The learning rate of torch's OneCycleLR as a part of its first one, which is not the optimizer's."""
+    top, end, bottom, last = 0.3 * 12 - 1, 12 - 1, 1e-4, 8.0
+    if step <= top:
+        return 1 + (last - 1) * (1 - math.cos(math.pi * step / top)) / 2
+    return last + (bottom - last) * (1 - math.cos(math.pi * (step - top) / (end - top))) / 2
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize(
+    ("scheduler", "ratio"),
+    [
+        (functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=6), warm_up),
+        (
+            functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.02, total_steps=12, div_factor=8),
+            one_cycle,
+        ),
+    ],
+    ids=["warm_up", "one_cycle"],
+)
+def test_a_schedule_follows_a_learning_rate_from_its_own_start(
+    scheduler: Any, ratio: Any, interval: Any, data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    """Of lr and the group's initial_lr, which a warm-up begins below and a cycle chooses by itself."""
+    coupled = LearningRateCoupled({ENERGY: 2, FORCES: 10}, {ENERGY: 1, FORCES: 1}, interval=interval)
+    rate = {"scheduler": scheduler, "interval": "step"}
+    _, rows = fit(tmp_path, build(data, coupled, lr_scheduler=rate), data)
+    steps = steps_of(rows)
+    assert len(steps) == 12
+    for number, row in enumerate(steps):
+        at = ratio(number if interval == "step" else number // 4 * 4)
+        energy, forces = 1 + (2 - 1) * at, 1 + (10 - 1) * at
+        assert row[f"loss_coeff_step/{ENERGY}"] == pytest.approx(energy / (energy + forces), rel=1e-12)
+        assert row[f"loss_coeff_step/{FORCES}"] == pytest.approx(forces / (energy + forces), rel=1e-12)
 
 
 def test_coefficients_hold_for_all_micro_batches_of_a_step(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
@@ -435,6 +512,45 @@ def test_summaries_have_no_least_of_sums_that_do_not_compare(
             assert summary["summary"][key] == (values[-1] if is_moving else {"min": min(values), "last": values[-1]})
 
 
+@pytest.mark.parametrize(
+    ("what", "who"),
+    [
+        ("train_loss_epoch", "checkpoint"),
+        ("train_loss_epoch", "stopping"),
+        ("train_loss_epoch", "lr_scheduler"),
+        ("train_metric_epoch", "checkpoint"),
+    ],
+)
+def test_a_schedule_of_a_monitored_value_of_the_training_is_warned_of(
+    what: str, who: str, data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    of_loss = what == "train_loss_epoch"
+    name = FORCES if of_loss else "forces_rmse"
+    ramp = Linear({name: 0}, {name: 4}, start_epoch=0, end_epoch=2)
+    metrics = functools.partial(harness.EnergyForceMetrics, schedule=None if of_loss else ramp)
+
+    def warned(monitor: str) -> list[str]:
+        module: dict[str, Any] = {"train_metrics": metrics}
+        options: dict[str, Any] = {"max_epochs": 1}
+        if who == "checkpoint":
+            options |= {"callbacks": [ModelCheckpoint(tmp_path, monitor=monitor)], "enable_checkpointing": True}
+        elif who == "stopping":
+            options["callbacks"] = [EarlyStopping(monitor)]
+        else:
+            plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0)
+            module["lr_scheduler"] = {"scheduler": plateau, "monitor": monitor}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path / monitor, build(data, ramp if of_loss else None, **module), data, **options)
+        return [str(each.message) for each in caught if "changes its meaning" in str(each.message)]
+
+    (message,) = warned(f"{what}/weighted_sum")
+    assert message.startswith(f"{what}/weighted_sum is monitored, and the schedule of its components")
+    assert f"Monitor a component such as {what}/" in message
+    for monitor in (f"{what}/{name}", f"{'train_metric' if of_loss else 'train_loss'}_epoch/weighted_sum"):
+        assert warned(monitor) == []  # a component, and a sum that no schedule changes
+
+
 def test_the_curve_is_drawn_and_kept_over_a_restart(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
     ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=4)
     curve, saving = CoefficientCurve(tmp_path / "first"), ModelCheckpoint(tmp_path, filename="saved")
@@ -449,6 +565,97 @@ def test_the_curve_is_drawn_and_kept_over_a_restart(data: EmbeddedAlloyDataModul
     assert all(sum(share for _, share in row.values()) == pytest.approx(1) for row in again._history.values())
 
 
+class FailAt(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 6:
+            raise RuntimeError("as planned")
+
+
+def test_the_curve_of_steps_and_types_and_of_a_training_that_fails(
+    data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=2, interval="step")
+    curve = CoefficientCurve(tmp_path / "steps")
+    _, rows = fit(tmp_path / "a", build(data, ramp), data, callbacks=[curve], max_epochs=2, log_every_n_steps=2)
+    logged = [row[f"loss_coeff_step/{FORCES}"] for row in steps_of(rows)]
+    points = curve.state_dict()["points"]
+    assert [position for position, _ in points] == [0.25, 0.75, 1.25, 1.75]  # steps 1, 3, 5 and 7 of 4 an epoch
+    assert [coeffs[FORCES] for _, coeffs in points] == logged == [0.5 / 1.5, 0.6, 2.5 / 3.5, 3.5 / 4.5]
+
+    moving = Linear({"f": {"Cu": 1, "Pd": 1}}, {"f": {"Cu": 5, "Pd": 1}}, start_epoch=0, end_epoch=2)
+    loss = functools.partial(MetricsManager, [by_type()], schedule=moving)
+    curve = CoefficientCurve(tmp_path / "types")
+    fit(tmp_path / "b", build(data, loss=loss), data, callbacks=[curve], max_epochs=3)
+    assert curve._moving_types([0, 1, 2]) == [f"f_{name}" for name in data.type_names or []]
+    assert curve._types[1]["f_Cu"] == 3 / 6
+
+    curve = CoefficientCurve(tmp_path / "failed")
+    with pytest.raises(RuntimeError, match="as planned"):
+        fit(tmp_path / "c", build(data), data, callbacks=[curve, FailAt()])
+    for name in ("steps", "types", "failed"):
+        assert (tmp_path / name / "coefficients.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_schedule_that_the_training_ends_before_is_told(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    for schedule, told in (
+        (PiecewiseConstant({0: {FORCES: 1}, 1: {FORCES: 2}, 50: {FORCES: 3}, 75: {FORCES: 4}}), "epoch 50, 75"),
+        (Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=10), "epoch 10"),
+        (Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=2), ""),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path, build(data, schedule), data, max_epochs=2)
+        found = [
+            str(each.message) for each in caught if "The training ends at epoch 2 (max_epochs)" in str(each.message)
+        ]
+        assert len(found) == bool(told)
+        assert all(told in each for each in found)
+
+
+def test_tested_metrics_are_those_of_the_weights(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    """A schedule of metrics stands at the epoch that a checkpoint was made in, whoever tests it."""
+    schedule = Linear({"forces_rmse": 0}, {"forces_rmse": 8}, start_epoch=0, end_epoch=4)
+    metrics = functools.partial(harness.EnergyForceMetrics, schedule=schedule)
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module = build(data, val_metrics=metrics)
+    trainer, rows = fit(tmp_path, module, data, callbacks=[saving], enable_checkpointing=True)
+    assert [row["val0_coeff/forces_rmse"] for row in rows if "val0_coeff/forces_rmse" in row] == [0, 2 / 3, 4 / 5]
+    for row in (row for row in rows if "val0_coeff/forces_rmse" in row):
+        parts = [row[f"val0_coeff/{name}"] * row[f"val0_epoch/{name}"] for name in ("total_energy_rmse", "forces_rmse")]
+        assert row["val0_epoch/weighted_sum"] == pytest.approx(sum(parts), rel=1e-12)
+
+    def tested(module: ForceFieldModule, runner: Trainer, **options: Any) -> float:
+        (found,) = runner.test(module, data.test_dataloader(), verbose=False, **options)
+        return found["test0_coeff/forces_rmse"]
+
+    assert tested(module, trainer) == 4 / 5  # the weights that the training has ended with
+    for epoch, expected in ((0, 0.0), (1, 2 / 3), (2, 4 / 5)):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        alone = Trainer(accelerator="cpu", devices=1, logger=False, inference_mode=False, default_root_dir=tmp_path)
+        assert tested(build(data, val_metrics=metrics), alone, ckpt_path=path, weights_only=True) == expected
+        assert tested(module, trainer, ckpt_path=path, weights_only=True) == expected
+
+
+def test_epochs_and_learning_rates_that_are_none() -> None:
+    loss = harness.EnergyForceLoss(schedule=LearningRateCoupled({FORCES: 1000}, {FORCES: 1}))
+    with pytest.raises(ValueError, match=r"follows the learning rate: give it beside the epoch.*learning_rate="):
+        loss.move_to(50)
+    loss.move_to(50, 0.1)
+    assert loss.given_coeffs[FORCES] == pytest.approx(100.9)
+    for epoch in (-1, math.nan, math.inf, "1", None, True):
+        with pytest.raises(ValueError, match="An epoch is a number of at least 0, found"):
+            loss.move_to(epoch, 0.1)  # type: ignore[arg-type]
+
+
+def test_a_learning_rate_beyond_its_start_is_told(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    coupled = LearningRateCoupled({ENERGY: 0.02, FORCES: 1000}, {ENERGY: 1, FORCES: 1}, interval="step")
+    cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=4e-3, total_steps=9)
+    scheduler = {"scheduler": cycle, "interval": "step"}
+    with pytest.warns(UserWarning, match="times that which the schedule of the coefficients starts with") as told:
+        fit(tmp_path, build(data, coupled, lr_scheduler=scheduler), data, max_epochs=2)
+    assert len([each for each in told if "starts with" in str(each.message)]) == 1
+
+
 def test_a_picture_that_cannot_be_written_does_not_end_a_training(
     data: EmbeddedAlloyDataModule, tmp_path: Path
 ) -> None:
@@ -458,6 +665,62 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_training(
         trainer, _ = fit(tmp_path, build(data), data, callbacks=[curve], max_epochs=1)
     assert trainer.current_epoch == 1
     assert curve.file is None
+
+
+# --- a kill in the middle of a ramp ---
+
+EVERY, KILLED, SAVED = 5, 6, {"SIGKILL": 5, "SIGTERM": 7}
+"""Steps between checkpoints within an epoch of 4; steps done when the signal comes, and in the checkpoint it leaves."""
+
+
+def ramp_of_forces(step: int) -> float:
+    """Coefficient of the forces: 0 until the middle of the first epoch, 9 at the end of the third."""
+    return 9 * min(max(step / 4 - 0.5, 0) / 2.5, 1)
+
+
+def same_trainings(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """All rows, in order: the coefficients to the last bit, and values on another number of ranks to rounding."""
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for key, value in other.items():
+            exact = key in ("step", "epoch") or key.startswith(("loss_coeff/", "loss_coeff_step/"))
+            assert row[key] == value if exact else same(row[key], value, 1e-9), (key, row["step"])
+    assert [row["step"] for row in steps_of(found)] == list(range(12))
+    assert [row["epoch"] for row in found if "train_loss_epoch/weighted_sum" in row] == [0, 1, 2]
+
+
+def train_a_ramp(folder: Path, data: EmbeddedAlloyDataModule, **options: Any) -> list[dict[str, float]]:
+    ramp = Linear({FORCES: 0}, {FORCES: 9}, start_epoch=0.5, end_epoch=3)
+    coupled = LearningRateCoupled({ENERGY: 9}, {ENERGY: 1})
+    module = build(data, Together([ramp, coupled], interval="step"), val_metrics=harness.EnergyForceMetrics)
+    return fit(folder, module, data, **{"logger": CSVFile(folder, name="", version="csv"), **options})[1]
+
+
+def train_a_ramp_until_killed(rank: int, world_size: int, folder: Path, name: str) -> None:
+    callbacks = [ResumeCheckpoint(folder, every_n_steps=EVERY), SignalAt(KILLED, name, str(folder / "done"))]
+    strategy = DDPStrategy(cluster_environment=Ranks(rank, world_size))
+    train_a_ramp(folder, alloy(), callbacks=callbacks, strategy=strategy, devices=world_size, enable_checkpointing=True)
+
+
+@pytest.mark.parametrize("name", list(SAVED))
+def test_a_ramp_goes_on_after_a_kill_on_another_number_of_ranks(
+    name: str, data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    """Two ranks are killed, or leave, in the middle of the ramp and of an epoch; one goes on from their checkpoint."""
+    with pytest.raises(RankFailedError, match="the process died"):
+        spawn(2, train_a_ramp_until_killed, tmp_path, name)
+    assert list(tmp_path.glob("done.*"))
+    resume = ResumeCheckpoint(tmp_path)
+    saved = resume.newest()
+    assert torch.load(saved, weights_only=True)["global_step"] == SAVED[name]
+    logger = CSVFile(tmp_path, name="", version="csv")
+    logger.resume_from(SAVED[name])
+    options = {"callbacks": [resume], "enable_checkpointing": True, "ckpt_path": saved}
+    found = train_a_ramp(tmp_path, data, logger=logger, **options)
+    same_trainings(found, train_a_ramp(tmp_path / "whole", data))
+    for step, row in enumerate(steps_of(found)):
+        forces, energy = ramp_of_forces(step), 1 + (9 - 1) * 0.5 ** (step // 4)
+        assert row[f"loss_coeff_step/{FORCES}"] == pytest.approx(forces / (forces + energy), rel=1e-12)
 
 
 NESTED = (
@@ -470,33 +733,34 @@ NESTED = (
 )
 
 
-def test_a_ramp_goes_on_after_a_kill_on_another_number_of_ranks(tmp_path: Path) -> None:
-    """Uninterrupted on one rank; told to leave in the middle of the ramp on two ranks, continued on one."""
-    arguments = (*TINY, *NESTED, "max_epochs=3", "data.dtype=float64", "trainer.precision=64-true",
-                 "trainer.log_every_n_steps=1", "callbacks.parity=null", "trainer.enable_progress_bar=false",
-                 "logger=csv", "resume=auto", "test=false")  # fmt: skip
+@pytest.mark.slow
+def test_a_job_goes_on_in_its_ramp_after_a_kill_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """By the same command with resume=auto."""
+    command = (*TINY, *NESTED, "max_epochs=3", "data.dtype=float64", "trainer.precision=64-true",
+               "trainer.log_every_n_steps=1", f"callbacks.last.every_n_steps={EVERY}", "callbacks.parity=null",
+               "trainer.enable_progress_bar=false", "logger=csv", "resume=auto", "test=false")  # fmt: skip
     tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-
-    def under_torchrun(*overrides: str, folder: Path, ranks: int) -> Any:
-        launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
-        return run([*launcher, "-m", "harness.train", *arguments, *overrides], folder, **tests)
-
-    fault = f"+callbacks.fault={{_target_: fault_callbacks.SignalAt, step: 5, name: SIGTERM, marker: {tmp_path}/done}}"
-    stopped = under_torchrun(fault, folder=tmp_path / "stopped", ranks=2)
-    assert "exitcode  : 75" in stopped.err, stopped.err[-3000:]
-    again = under_torchrun(fault, folder=tmp_path / "stopped", ranks=1)
-    assert again.code == 0, again.err[-3000:]
-    assert "goes on from" in again.out
-    whole = under_torchrun(folder=tmp_path / "whole", ranks=1)
+    whole = train(*command, folder=tmp_path / "whole", **tests)
     assert whole.code == 0, whole.err[-3000:]
-    found, expected = read_csv(again.runs[0]), read_csv(whole.runs[0])
-    assert [row.keys() for row in found] == [row.keys() for row in expected]
-    for row, other in zip(found, expected, strict=True):
-        for key in other:
-            assert same(row[key], other[key], 1e-9), (key, row["step"])
-    forces = [row["loss_coeff_step/forces_mse"] for row in steps_of(found)]
-    assert len(set(forces)) > 8  # it moves with the steps, beyond the place of the interruption
-    assert forces[0] == 0
+    stopped = tmp_path / "stopped"
+    signals = f"step: {KILLED}, name: SIGKILL, marker: {stopped}/done"
+    command = (*command, f"+callbacks.fault={{_target_: fault_callbacks.SignalAt, {signals}}}")
+    with started(*command, folder=stopped, ranks=2, **tests) as processes:
+        codes = [process.wait(timeout=120) for process in processes]
+    assert codes == [-signal.SIGKILL] * 2, (stopped / "stderr.0").read_text()[-3000:]
+    (folder,) = stopped.glob("outputs/*/*")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == SAVED["SIGKILL"]
+    again = train(*command, folder=stopped, **tests)
+    assert again.code == 0, again.err[-3000:]
+    assert again.runs == [folder]
+    assert f"goes on from {last}" in again.out
+    found = read_csv(folder)
+    same_trainings(found, read_csv(whole.runs[0]))
+    for step, row in enumerate(steps_of(found)):
+        rate = (1 + math.cos(math.pi * (step // 4) / 3)) / 2  # a half cosine
+        forces, energy = ramp_of_forces(step), 1 + (9 - 1) * rate
+        assert row[f"loss_coeff_step/{FORCES}"] == pytest.approx(forces / (forces + energy), rel=1e-12)
 
 
 # --- NequIP's callbacks ---
@@ -559,6 +823,30 @@ def test_they_work_on_other_modules(origin: str, data: EmbeddedAlloyDataModule, 
     linear = LinearLossCoefficientScheduler({FORCES: 1, ENERGY: 3}, transition_epochs=2)
     fit(tmp_path / "linear", module, loader, callbacks=[linear], max_epochs=3)
     assert [seen[FORCES] for seen in module.seen][::4] == pytest.approx([0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 3])
+@pytest.mark.parametrize("interval", ["epoch", "batch"])
+def test_the_monitor_logs_every_so_many_epochs_or_batches(
+    interval: Any, frequency: int, data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    """Of a module that logs none by itself: which rows there are, and what is in them."""
+    weights = {0: 1.0, 1: 3.0, 2: 0.0, 3: 7.0}
+    scheduler = LossCoefficientScheduler({epoch: {FORCES: weight} for epoch, weight in weights.items()})
+    callbacks = [scheduler, LossCoefficientMonitor(interval, frequency)]
+    _, rows = fit(
+        tmp_path, OwnModule(harness.EnergyForceLoss()), data.train_dataloader(), callbacks=callbacks, max_epochs=4
+    )
+    if interval == "epoch":
+        steps = [4 * epoch + 3 for epoch in range(4) if epoch % frequency == 0]  # the last ones of epochs
+    else:
+        steps = [step for step in range(16) if (step + 1) % frequency == 0]
+    expected = []
+    for step in steps:
+        forces = weights[step // 4]
+        coeffs = {f"loss_coeff/{FORCES}": forces / (1 + forces), f"loss_coeff/{ENERGY}": 1 / (1 + forces)}
+        expected.append({"step": step, "epoch": step // 4, **coeffs})
+    assert [row for row in rows if any(key.startswith("loss_coeff") for key in row)] == expected
 
 
 def test_the_monitor_logs_what_a_step_was_trained_with(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:

@@ -105,14 +105,19 @@ class GradientBalance(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the coefficients."""
+        """Take up the coefficients; warn of a training that ends before the first measurement."""
         self._set_point.begin(loss_of(pl_module))
+        self._meter.begin(trainer)
 
     def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:
-        """Measure on an n-th step."""
+        """Measure on an n-th step, and log what was found."""
         measured = self._meter.measure(trainer, pl_module, step)
         if measured is None:
             return
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not any(getattr(each, "logs_gradients", False) for each in others):
+            for logger in trainer.loggers:
+                logger.log_metrics({**measured.to_log(), "epoch": trainer.current_epoch}, step=trainer.global_step)
         norms = dict(zip(measured.names, measured.norms.tolist(), strict=True))
         point = self._set_point
         moved = balanced_factors(point.coeffs, point.factors, norms, self.target, self.rate, self.limit)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from harness.adaptive.set_point import SetPoint
@@ -90,8 +91,14 @@ class SoftAdapt(Callback):
             refuse_other_drivers(self, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the coefficients."""
+        """Take up the coefficients; warn of a training that ends before they change."""
         self._set_point.begin(loss_of(pl_module))
+        number = trainer.max_epochs
+        if self.interval == "epoch" and number is not None and 0 < number <= max(self.frequency, 2):
+            rank_zero_warn(
+                f"SoftAdapt changes coefficients after every {self.frequency} epochs, and the training ends with epoch "
+                f"{number} (max_epochs): they stay as they are. Lower its frequency, or use interval=batch."
+            )
 
     # --- values ---
 
@@ -99,7 +106,9 @@ class SoftAdapt(Callback):
         """Keep the values of a step, without waiting for them."""
         if self.interval == "batch" and step.is_whole:
             self._names = step.values.names
-            self._on_device.append(step.values.reported.detach())
+            values, weighted_sum = step.values.reported.detach(), cast(Tensor, step.values.weighted_sum)
+            # a loss that is not finite is not trained on: the components that are tell nothing either
+            self._on_device.append(torch.where(weighted_sum.isfinite(), values, torch.nan))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -40,6 +39,9 @@ class GradientShare(Callback):
         ValueError, TypeError: no whole number above 0, or no list of names.
     """
 
+    logs_gradients = True
+    """Nobody else needs to log what is measured."""
+
     def __init__(self, every_n_steps: int = 100, parameters: Sequence[str] | None = None) -> None:
         self._meter = GradientMeter(every_n_steps, parameters)
 
@@ -56,15 +58,14 @@ class GradientShare(Callback):
         """
         self._meter.check(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a training that ends before the first measurement."""
+        self._meter.begin(trainer)
+
     def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:
         """Measure and log on an n-th step."""
         measured = self._meter.measure(trainer, pl_module, step)
         if measured is None or not trainer.is_global_zero:
             return
-        names, logged = measured.names, {"epoch": float(trainer.current_epoch)}
-        for what, numbers in (("share", measured.shares), ("norm", measured.weighted_norms)):
-            logged |= {f"gradient_{what}/{name}": each for name, each in zip(names, numbers.tolist(), strict=True)}
-        for first, second in combinations(range(len(names)), 2):
-            logged[f"gradient_cosine/{names[first]}:{names[second]}"] = float(measured.cosines[first, second])
         for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.global_step)
+            logger.log_metrics({**measured.to_log(), "epoch": trainer.current_epoch}, step=trainer.global_step)

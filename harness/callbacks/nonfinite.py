@@ -1,8 +1,9 @@
-"""A loss that is NaN or infinite ends the training with an explanation, or its step is left out."""
+"""A loss or gradient that is NaN or infinite ends the training with an explanation, or its step is left out."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,19 @@ from harness.late import LateNumber
 from harness.loggers import WandbLogger
 from harness.manager import Values
 from harness.module import AxesLogger, ForceFieldModule, Step
-from harness.nonfinite import Culprit, Evidence, explain, find_culprits, largest_force, nonfinite_components, weights_of
+from harness.nonfinite import (
+    Culprit,
+    Evidence,
+    explain,
+    find_culprits,
+    find_gradient_culprits,
+    gradients_of,
+    largest_force,
+    nonfinite_components,
+    probe,
+    weights_of,
+)
+from harness.strategies import splits_parameters
 
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
 
@@ -29,7 +42,7 @@ SKIPPED = "nonfinite/skipped"
 
 
 class NonFiniteError(ValueError):
-    """The loss is NaN or infinite; raised on all ranks alike, with the same message."""
+    """The loss, its gradient or the weights are NaN or infinite; raised on all ranks alike, with the same message."""
 
     on_all_ranks = True
 
@@ -46,12 +59,16 @@ class _Seen:
 
 
 class NonFiniteGuard(Callback):
-    """Looks in every step whether the loss is finite; if it is not, says why and ends the training, or skips the step.
+    """Looks in every step whether loss and gradient are finite; if not, says why and ends the training, or skips it.
 
-    The loss that is looked at is merged over the ranks, the same bits on all of them, so that all decide alike without
-    a collective. On a CPU it is known before the optimizer steps. On a GPU it is read one step later, for which the
-    host need not wait: the optimizer has stepped with it by then, but no checkpoint has been made of that. Only once
-    something is wrong do ranks talk to each other.
+    The loss that is looked at is merged over the ranks, and the gradient averaged, the same bits on all of them, so
+    that all decide alike without a collective. On a CPU they are known before the optimizer steps. On a GPU they are
+    read one step later, for which the host need not wait: the optimizer has stepped with them by then, but no
+    checkpoint has been made of that. Only once something is wrong do ranks talk to each other.
+
+    A gradient can be NaN where the loss is finite, as that of the root or norm of a zero. It is not looked at where
+    ranks have only parts of it (FSDP, DeepSpeed), nor under ``16-mixed``, whose scaler skips such steps by itself.
+    In any case weights that are not finite are never saved: the training ends, and the checkpoints of before stay.
 
     What is said names the components, the atom types, the ranks and the frames, whether it is labels or predictions,
     and what helps; it is the message of a :class:`NonFiniteError`, an alert in W&B, and a file. In the folder
@@ -60,11 +77,12 @@ class NonFiniteGuard(Callback):
     training, ``epoch{e}_step{s}.ckpt``, all of its state: on a CPU that before the step, from which a training goes on
     with the next batch. Both load with ``weights_only=True``.
 
-    With ``action="skip"`` a step with such a loss changes nothing: no weight, nothing in the optimizer, nothing in the
-    averages of the epoch. The number of such steps is logged as ``nonfinite/skipped``; the first is explained in a
-    warning. Since weights cannot be taken back, the loss of this very step is waited for before the optimizer steps: a
-    GPU is busy with the backward pass meanwhile. Weights that are not finite themselves end the training at once. If a
-    step has several micro-batches, one that is not finite makes the whole step so.
+    With ``action="skip"`` such a step changes nothing: no weight, nothing in the optimizer, nothing in the averages of
+    the epoch. What counts steps goes on: learning-rate schedules, coefficients that move by step, and averages of the
+    weights, which come a step nearer to the weights of before. The number of such steps is logged as
+    ``nonfinite/skipped``; the first is explained in a warning. Since weights cannot be taken back, loss and gradient of
+    this very step are waited for before the optimizer steps. Weights that are not finite themselves end the training
+    at once. If a step has several micro-batches, one that is not finite makes the whole step so.
 
     The batch and the predictions of the last step, on a GPU of the last two, are kept in memory.
 
@@ -90,6 +108,8 @@ class NonFiniteGuard(Callback):
         """Steps that were left out so far."""
         self.loss = LateNumber()
         """The weighted sum of each step."""
+        self.gradient = LateNumber()
+        """A number for the gradient of each step, finite as it is; see :func:`~harness.nonfinite.probe`."""
         self._in_a_row = 0
         self._seen: list[_Seen] = []
         self._ending = False
@@ -109,7 +129,7 @@ class NonFiniteGuard(Callback):
                 f"out of the callbacks: callbacks.nonfinite=null."
             )
         self._seen, self._in_a_row, self._ending = [], 0, False
-        self.loss.forget()
+        self._forget()
 
     def check(self, strategy: Strategy | str, optimizers: list[Optimizer]) -> None:
         """Refuse to skip steps that cannot be skipped.
@@ -154,15 +174,35 @@ class NonFiniteGuard(Callback):
             self.loss.send(cast(Tensor, seen.values.weighted_sum).reshape(1))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Stop or skip if the loss is not finite."""
+        """Stop or skip if the loss or its gradient is not finite."""
         module = cast(ForceFieldModule, pl_module)
+        if self._has_whole_gradients(trainer):
+            number = probe(each.grad for each in module.parameters() if each.grad is not None)
+            if number is not None:
+                self.gradient.send(number)
         if self.action == "skip":
-            if math.isfinite(self.loss.wait()):
+            if self._is_finite():
                 self._in_a_row = 0
             else:
                 self._skip(trainer, module)
-        elif not math.isfinite(self.loss.read()):
+        elif not (math.isfinite(self.loss.read()) and math.isfinite(self.gradient.read())):
             self._stop(trainer, module, self._seen[0], trained=self.loss.is_late)
+
+    @staticmethod
+    def _has_whole_gradients(trainer: Trainer) -> bool:
+        """Whether they are those that the optimizer will see, the same on all ranks."""
+        strategy = trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) or splits_parameters(strategy):
+            return False
+        return getattr(trainer.precision_plugin, "scaler", None) is None
+
+    def _is_finite(self) -> bool:
+        """Whether the last step is; the host waits for it."""
+        return math.isfinite(self.loss.wait()) and math.isfinite(self.gradient.wait())
+
+    def _forget(self) -> None:
+        self.loss.forget()
+        self.gradient.forget()
 
     # On a GPU the loss of the last step has not been read yet.
 
@@ -177,16 +217,21 @@ class NonFiniteGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Do not let weights that are spoilt replace those of a checkpoint."""
         self._look_at_last(trainer, pl_module)
+        if self._ending or not self._seen or self._seen[-1].values is None:
+            return
+        number = probe(pl_module.parameters())
+        if any(gather_objects(number is not None and not math.isfinite(float(number)))):
+            self._stop(trainer, cast(ForceFieldModule, pl_module), self._seen[-1], trained=True)
 
     def _look_at_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ending or trainer.sanity_checking or math.isfinite(self.loss.wait()):
+        if self._ending or trainer.sanity_checking or self._is_finite():
             return
         self._stop(trainer, cast(ForceFieldModule, pl_module), self._seen[-1], trained=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the last batches go."""
         self._seen = []
-        self.loss.forget()
+        self._forget()
 
     # --- once something is wrong: all ranks are here, in the same step ---
 
@@ -199,7 +244,7 @@ class NonFiniteGuard(Callback):
             parameter.grad = None
         for manager in filter(None, (module.loss, module.train_metrics)):
             manager.undo_step()
-        self.loss.forget()
+        self._forget()
         self._in_a_row += 1
         self.num_skipped += 1
         if self.num_skipped == 1:
@@ -225,14 +270,14 @@ class NonFiniteGuard(Callback):
         message += f"\nThe state of the training is in {checkpoint}{goes_on}."
         if self._in_a_row:
             message += f"\n{self._in_a_row} steps in a row were skipped before it (max_skipped={self.max_skipped})."
-        self._publish(trainer, seen, "Loss is not finite", message)
+        self._publish(trainer, seen, "Loss or weights are not finite", message)
         raise NonFiniteError(message)
 
     def _explain(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, trained: bool) -> str:
         """What is wrong, the same text on all ranks; writes the batches of those at fault."""
         values = cast(Values, seen.values)
         components = nonfinite_components(module.loss, values)
-        evidence = gather_objects(self._gather(trainer, module, seen, list(components)))
+        evidence = gather_objects(self._gather(trainer, module, seen, list(components), trained))
         at_fault = [rank for rank, each in enumerate(evidence) if each.culprits] or list(range(len(evidence)))
         if global_rank() in at_fault:
             self._write_batch(seen, evidence[global_rank()])
@@ -252,8 +297,12 @@ class NonFiniteGuard(Callback):
         ranks = "*" if len(at_fault) > 1 else at_fault[0]
         return f"{message}\nIts batch is in {self._file(seen, f'_rank{ranks}.pt')}."
 
-    def _gather(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, components: list[str]) -> Evidence:
+    def _gather(
+        self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, components: list[str], trained: bool
+    ) -> Evidence:
         """What this rank finds in its part of the step."""
+        loss = float(cast(Tensor, cast(Values, seen.values).weighted_sum))
+        of_gradient = math.isfinite(loss) and not trained
         frames = getattr(getattr(getattr(trainer, "datamodule", None), "train_set", None), "frames", [])
 
         def place(index: int) -> str | None:
@@ -262,13 +311,23 @@ class NonFiniteGuard(Callback):
         try:
             culprits, forces = [], []
             for number, (batch, predictions) in enumerate(seen.batches):
-                for culprit in find_culprits(module.loss, components, predictions, batch, place):
-                    culprits.append(_in_micro_batch(culprit, number, len(seen.batches)))
+                found = find_culprits(module.loss, components, predictions, batch, place)
+                if of_gradient:
+                    found = self._find_in_gradient(module, batch, place)
+                culprits += [_in_micro_batch(culprit, number, len(seen.batches)) for culprit in found]
                 forces.append(largest_force(batch, place))
             largest = max(filter(None, forces), default=None)
-            return Evidence(culprits, weights_of(module), largest)
+            return Evidence(culprits, weights_of(module), gradients_of(module) if of_gradient else [], largest)
         except Exception as error:  # the other ranks wait for an answer, whatever it is
             return Evidence(trouble=f"its batch cannot be looked into: {type(error).__name__}: {error}")
+
+    @staticmethod
+    def _find_in_gradient(module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]) -> list[Culprit]:
+        """Frames whose gradient is not finite, from forward passes of each: the graph of the step is gone."""
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            parameters = [each for each in module.model.parameters() if each.requires_grad]
+            return find_gradient_culprits(module.loss, module, batch, parameters, place)
 
     def _write_batch(self, seen: _Seen, evidence: Evidence) -> None:
         at_fault = next((each.micro_batch or 0 for each in evidence.culprits), 0)

@@ -28,7 +28,7 @@ class ValidationTable(Callback):
     """Prints a table of each validation set on rank 0, above the progress bar.
 
     A line above it has the epoch, the step, and the weighted sum of the training in this epoch as the sum that it is,
-    of coefficients and components.
+    of coefficients times components.
 
     Args:
         every_n_epochs: epochs between tables.
@@ -37,12 +37,14 @@ class ValidationTable(Callback):
         max_types: the most atom types that have columns of their own; of more, their number is told.
 
     Raises:
-        ValueError: an unknown column.
+        ValueError: an unknown column, or a number that is none.
     """
 
     def __init__(self, every_n_epochs: int = 1, columns: Sequence[str] = COLUMNS, max_types: int = 8) -> None:
         if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
             raise ValueError(f"every_n_epochs is a whole number, at least 1, found {every_n_epochs!r}.")
+        if isinstance(max_types, bool) or not isinstance(max_types, int) or max_types < 0:
+            raise ValueError(f"max_types is a whole number, at least 0, found {max_types!r}.")
         if unknown := [name for name in columns if name not in COLUMNS]:
             raise ValueError(f"Unknown columns {unknown}. Valid ones: {', '.join(COLUMNS)}.")
         self.every_n_epochs = every_n_epochs
@@ -92,7 +94,8 @@ def _heading(trainer: Trainer, module: ForceFieldModule) -> str:
     if trainer.state.fn != "fit":
         return text
     report = module.training_so_far()["train_loss"]
-    terms = " + ".join(f"{coeff:.4g} {name}" for name, coeff in report.coeffs.items() if coeff)
+    weighted = {name: coeff for name, coeff in report.coeffs.items() if coeff}
+    terms = " + ".join(f"{coeff:.3g} * {report.values[name]:.3g} ({name})" for name, coeff in weighted.items())
     return f"{text}: training {WEIGHTED_SUM} {report.values.get(WEIGHTED_SUM, math.nan):.5g} = {terms}"
 
 
@@ -105,7 +108,7 @@ def _console() -> Console:
 def _print(trainer: Trainer, console: Console, *what: Any) -> None:
     """Print above the progress bar, which draws itself anew below."""
     for each in what:
-        console.print(each, highlight=False)
+        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
     text = cast(io.StringIO, console.file).getvalue().rstrip()
     bar = trainer.progress_bar_callback
     (print if bar is None else bar.print)(f"\n{text}")
