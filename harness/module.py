@@ -526,7 +526,14 @@ class ForceFieldModule(LightningModule):
             if entry.metric.higher_is_better
             for name in (entry.name, *entry.type_keys(each.type_names))
         }
-        minimised = sorted(set(errors) - rising)
+        callbacks = getattr(self.trainer, "callbacks", [])
+        driven = any(getattr(each, "drives_coefficients", False) for each in callbacks)
+        incomparable = {  # sums of coefficients that move: the least of them says nothing
+            f"{stage}{WEIGHTED_SUM}"
+            for stage, each in stages.items()
+            if each and (each.schedule is not None or each.weighting is not None or (driven and each is self.loss))
+        }
+        minimised = sorted(set(errors) - rising - incomparable)
         for logger in self.trainer.loggers:
             if isinstance(logger, AxesLogger):
                 logger.define_axes(epoch=sorted([*errors, *others]), step=sorted(steps), minimised=minimised)

@@ -7,7 +7,11 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+from harness.loggers import WandbLogger
 
 
 def service_of(process: int) -> int | None:
@@ -100,3 +104,29 @@ def _wait_until_written(trainer: Trainer) -> None:
     while not logger._tasks.empty():  # type: ignore[attr-defined]
         time.sleep(0.05)
     time.sleep(0.2)
+
+
+def log_steps(logger: WandbLogger, folder: Path, steps: range) -> None:
+    """Log what a training might: numbers at each step, and media at each other one."""
+    for step in steps:
+        logger.log_metrics({"loss": 0.1 * step, "nan": float("nan"), "tensor": torch.tensor(step / 8)}, step)  # type: ignore[dict-item]
+        if step % 2 == 0:
+            when = {"step": step, "epoch": step // 4}
+            logger.log_table("val0_report/table", ["type", "error"], [["H", 0.5 * step], ["C", float("nan")]], **when)
+            logger.log_bar_chart("val0_report/chart", ["H", "C"], [1.0, 0.5 * step], title="Errors", **when)
+            for name in (f"picture{step}.png", "same.png"):  # the second is written again and again
+                Image.new("L", (2, 2), step).save(folder / name)
+                os.utime(folder / name, ns=(step, step))
+                logger.log_image(f"val0_report/{name[:4]}", [folder / name], caption=[f"of {step}"], **when)
+
+
+def log_until_killed(folder: Path, steps: range, is_busy: bool) -> None:
+    """Log some steps and be killed before W&B has started, or while it is busy."""
+    logger = WandbLogger(folder, offline=True, project="test", settings={"quiet": True})
+    if steps.start:
+        logger.resume_from(steps.start)
+    if is_busy:
+        _ = logger.experiment.id  # waits until it has started
+        logger._submit(lambda: time.sleep(100))
+    log_steps(logger, folder, steps)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -68,7 +68,7 @@ def tables(finished: Finished, name: str) -> list[dict[str, Any]]:
     """Tables of that name in the W&B run, in their order."""
     (media,) = finished.runs[0].glob("wandb/offline-run-*/files/media/table")
     folder, _, stem = name.rpartition("/")
-    found = (media / folder).glob(f"{stem}_*_*.table.json")
+    found = (media / folder).glob(f"{stem}_[0-9]*_*.table.json")
     numbered = {int(path.name.removeprefix(f"{stem}_").split("_")[0]): path for path in found}
     return [json.loads(numbered[number].read_text()) for number in sorted(numbered)]
 
@@ -81,7 +81,7 @@ def numbers_of_atoms(sets: EmbeddedAlloyDataModule, name: str) -> list[int]:
 
 @pytest.mark.parametrize("stage", ["val0", "test0"])
 def test_tables_by_type_hold_the_logged_values(finished: Finished, sets: EmbeddedAlloyDataModule, stage: str) -> None:
-    rows, found = epochs(finished, f"{stage}_epoch"), tables(finished, f"{stage}_per_type")
+    rows, found = epochs(finished, f"{stage}_epoch"), tables(finished, f"{stage}_report/per_type")
     assert len(found) == len(rows) == (2 if stage == "val0" else 1)
     for table, row in zip(found, rows, strict=True):
         assert table["columns"] == ["type", *PER_TYPE, "atoms"]
@@ -91,14 +91,14 @@ def test_tables_by_type_hold_the_logged_values(finished: Finished, sets: Embedde
             for name, value in zip(PER_TYPE, line[1:3], strict=True):
                 assert value == pytest.approx(row[f"{stage}_epoch/{name}_{line[0]}"], rel=1e-6)
     for name in PER_TYPE:
-        charts = tables(finished, f"{stage}_per_type_chart/{name}_table")
+        charts = tables(finished, f"{stage}_report/per_type_{name}_table")
         assert [chart["columns"] for chart in charts] == [["type", name]] * len(rows)
         at = 1 + PER_TYPE.index(name)
         assert [chart["data"] for chart in charts] == [
             [[line[0], line[at]] for line in table["data"]] for table in found
         ]
     _, history = read_wandb(finished.runs[0])
-    logged = [entry["item"] for entry in history if f"{stage}_per_type._type" in entry["item"]]
+    logged = [entry["item"] for entry in history if f"{stage}_report/per_type._type" in entry["item"]]
     assert [item["epoch"] for item in logged] == [row["epoch"] for row in rows]
     assert [item["trainer/global_step"] for item in logged] == [row["step"] for row in rows]
 

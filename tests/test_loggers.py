@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -26,11 +28,13 @@ import pytest
 import torch
 from commands import BIN, TINY, Finished, train
 from disturbances import fill, service_of
+from disturbances import log_steps as log_steps_of_all
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from wandb.sdk.lib import telemetry
 
 from harness.loggers import CSVLogger, WandbLogger, without_secrets
+from harness.loggers.journal import Journal, Media, rows_in
 from harness.loggers.wandb_files import mend
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -204,6 +208,105 @@ def test_wandb_of_a_second_start_has_each_step_once(tmp_path: Path) -> None:
     assert [row["trainer/global_step"] for row in rows if "other" in row] == [8]
 
 
+def kill(folder: Path, steps: range, is_busy: bool) -> None:
+    """Log steps in a process that is killed before W&B has any of them."""
+    program = f"""if True:
+        import pathlib, disturbances
+        disturbances.log_until_killed(pathlib.Path({str(folder)!r}), {steps!r}, {is_busy})"""
+    assert subprocess.run([sys.executable, "-c", program], env=os.environ | TESTS).returncode == -signal.SIGKILL
+
+
+def test_wandb_has_everything_once_after_kills(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Rows that waited for W&B come from the journal, those that W&B has do not."""
+    kill(tmp_path, range(6), is_busy=False)
+    journal = tmp_path / "wandb/rows.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-3])  # the end of step 5, which is done again
+    kill(tmp_path, range(4, 10), is_busy=True)
+    assert not any("loss" in row for row in rows_of(tmp_path))
+    for steps in (range(8, 12), range(10, 14)):
+        logger = offline(tmp_path)
+        logger.resume_from(steps.start)
+        log_steps_of_all(logger, tmp_path, steps)
+        if steps.start == 8:
+            logger.log_metrics({"parameter": torch.nn.Parameter(torch.ones(()))}, 9)  # type: ignore[dict-item]
+            logger.finalize("failed")  # W&B has it all, and the journal stays
+        assert logger.finish()
+        assert journal.exists() == (steps.start == 8)
+        if steps.start == 8:
+            assert '[{"parameter": 1.0}, 9]' in journal.read_text().splitlines()
+    assert said(recwarn.list) == []
+
+    rows = rows_of(tmp_path)
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    steps_of = [row["trainer/global_step"] for row in rows if "parameter" not in row]
+    assert steps_of == sorted(steps_of)
+    numbers = [values_of(row) for row in rows if "loss" in row]
+    expected = [{"loss": 0.1 * i, "nan": math.nan, "tensor": i / 8, "trainer/global_step": i} for i in range(14)]
+    assert len(numbers) == len(expected)
+    for row, each in zip(numbers, expected, strict=True):
+        assert row == pytest.approx(each, nan_ok=True)
+    found = {
+        key: [row for row in rows if f"val0_report/{key}._type" in row] for key in ("table", "chart_table", "pict")
+    }
+    for key, each in found.items():
+        assert [(row["trainer/global_step"], row["epoch"]) for row in each] == [(i, i // 4) for i in range(0, 14, 2)]
+        for row in each if key != "pict" else ():
+            step = row["trainer/global_step"]
+            data = [["H", 0.5 * step], ["C", None]] if key == "table" else [["H", 1.0], ["C", 0.5 * step]]
+            assert media_of(tmp_path, row, f"val0_report/{key}")["data"] == data
+    for row in found["pict"]:
+        step = row["trainer/global_step"]
+        assert row["val0_report/pict.captions"] == [f"of {step}"]
+        (path,) = tmp_path.rglob(Path(row["val0_report/pict.filenames"][0]).name)
+        assert path.read_bytes() == (tmp_path / f"picture{step}.png").read_bytes()
+    # pictures of a file that has been written again are lost, and none is taken for another
+    assert [row["trainer/global_step"] for row in rows if "val0_report/same._type" in row] == [8, 10, 12]
+
+
+def test_journal_goes_on_after_lines_that_were_torn(small_disk: Path) -> None:
+    path = small_disk / "wandb/rows.jsonl"
+    journal = Journal(path, None)
+    assert not journal.goes_on
+    text = "x" * 3000
+    assert journal.write({"text": text}, 0)
+    fill(small_disk)
+    assert journal.write({"text": text}, 1)  # as much of it as there is room for
+    assert journal.write({"text": text}, 2)
+    assert journal.error is not None
+    assert journal.error.errno == errno.ENOSPC
+    assert 3000 < path.stat().st_size < 6000
+    (small_disk / "ballast").unlink()
+    assert journal.write({"text": "after"}, 3)
+    assert journal.write({"late": math.inf}, 7)
+    assert not journal.write({"tensor": torch.zeros(())}, 3)
+    assert not journal.write({"table": Media("table", {"data": [[torch.zeros(())]]})}, 3)
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b'[{"a": 1}, null]\n\xff\xfe, 2]\n[{"a": 1}, 2')
+    again = Journal(path, 7)
+    assert again.goes_on
+    assert list(rows_in(again.kept)) == [({"text": text}, 0), ({"text": "after"}, 3)]
+    second = Journal(path, 7)  # in use
+    assert not second.goes_on
+    assert second.write({"a": 1}, 4)
+    again.write({"a": 2}, 4)
+    second.remove()
+    assert [step for _, step in rows_in(path.read_bytes().splitlines())] == [0, 3, 4]
+    again.remove()
+    assert not path.exists()
+
+
+def test_wandb_without_a_journal_warns_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "wandb/rows.jsonl").mkdir(parents=True)
+    logger = offline(tmp_path)
+    for step in range(4):
+        logger.log_metrics({"loss": 1.0}, step)
+    assert logger.finish()
+    (warning,) = said(recwarn.list)
+    assert "rows.jsonl cannot be written (IsADirectoryError" in warning
+    assert len(rows_of(tmp_path)) == 4
+
+
 class HalfReceived(WandbLogger):
     """Stands for a run online, of which the server has the first six rows; it is kept on disk all the same."""
 
@@ -279,6 +382,8 @@ def test_wandb_that_stops_answering_costs_one_warning_and_no_time(
     assert logger.finish() is None
     logger.finalize("success")
     assert time.monotonic() - start < 30
+    steps = [json.loads(line)[1] for line in (tmp_path / "wandb/rows.jsonl").read_text().splitlines()]
+    assert steps == [0, *range(2000)]  # what was dropped, too
     assert len(said(recwarn.list)) == 1
     assert service_of(os.getpid()) is None
     # W&B looks at what is imported, and would raise there now that its process has gone

@@ -231,11 +231,15 @@ def test_pictures_are_in_the_run(two_ranks: tuple[Path, list[dict[str, Any]]]) -
     rows = [record["item"] for record in history]
     found = {
         key: [(row["epoch"], row["trainer/global_step"]) for row in rows if f"{key}._type" in row]
-        for key in ("val0_parity", "val1_parity", "test0_parity")
+        for key in ("val0_report/parity", "val1_report/parity", "test0_report/parity")
     }
-    assert found == {"val0_parity": [(1, 3), (3, 7)], "val1_parity": [(1, 3), (3, 7)], "test0_parity": [(4, 8)]}
-    (row,) = [row for row in rows if "test0_parity._type" in row]
-    (stored,) = folder.rglob(Path(row["test0_parity.filenames"][0]).name)
+    assert found == {
+        "val0_report/parity": [(1, 3), (3, 7)],
+        "val1_report/parity": [(1, 3), (3, 7)],
+        "test0_report/parity": [(4, 8)],
+    }
+    (row,) = [row for row in rows if "test0_report/parity._type" in row]
+    (stored,) = folder.rglob(Path(row["test0_report/parity.filenames"][0]).name)
     assert stored.read_bytes() == (folder / "parity_test0.png").read_bytes()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, TINY, read_csv, same, started, train
+from commands import ROOT, TINY, read_csv, read_wandb, same, started, train
 from fault_callbacks import SignalAt
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -37,6 +37,7 @@ from harness.callbacks import (
 from harness.data import EmbeddedAlloyDataModule, look_ahead
 from harness.job import follow_schedule
 from harness.loggers import CSVLogger as CSVFile
+from harness.loggers import WandbLogger
 from harness.manager import MetricsManager
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule
@@ -486,6 +487,33 @@ def test_a_schedule_of_monitored_metrics_is_warned_of(data: EmbeddedAlloyDataMod
         warnings.filterwarnings("error", message=".*changes its meaning")
         checkpoint = ModelCheckpoint(tmp_path, monitor="val0_epoch/forces_rmse")
         fit(tmp_path / "b", build(data, val_metrics=metrics), data, **{**options, "callbacks": [checkpoint]})
+
+
+@pytest.mark.parametrize("driver", ["nothing", "schedules", "callback", "weighting"])
+def test_summaries_have_no_least_of_sums_that_do_not_compare(
+    driver: str, data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {}
+    callbacks = [LossCoefficientScheduler({0: {ENERGY: 1, FORCES: 1}, 1: {FORCES: 9}})] if driver == "callback" else []
+    if driver == "schedules":
+        of_metrics = Linear({"forces_rmse": 0}, {"forces_rmse": 9}, start_epoch=0, end_epoch=2)
+        options["schedule"] = Linear({FORCES: 1}, {FORCES: 9}, start_epoch=0, end_epoch=2)
+        options["val_metrics"] = functools.partial(harness.EnergyForceMetrics, schedule=of_metrics)
+    elif driver == "weighting":
+        options["weighting"] = UncertaintyWeighting()
+    options.setdefault("val_metrics", harness.EnergyForceMetrics)
+    logger = WandbLogger(tmp_path, offline=True, project="test", settings={"quiet": True})
+    fit(tmp_path, build(data, **options), data, callbacks=callbacks, logger=logger, max_epochs=2)
+    assert logger.finish()
+    summary, history = read_wandb(tmp_path)
+    moving = {"schedules": {"train_loss", "val0"}, "callback": {"train_loss"}, "weighting": {"train_loss"}}
+    for stage in ("train_loss", "val0"):
+        for name in ("weighted_sum", "forces_mse" if stage == "train_loss" else "forces_rmse"):
+            key = f"{stage}_epoch/{name}"
+            values = [entry["item"][key] for entry in history if key in entry["item"]]
+            assert len(values) == 2
+            is_moving = name == "weighted_sum" and stage in moving.get(driver, ())
+            assert summary["summary"][key] == (values[-1] if is_moving else {"min": min(values), "last": values[-1]})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class CoefficientCurve(Callback):
     fails after its first epoch is drawn, too.
 
     Args:
-        output_dir: folder of the picture; an image goes to W&B as ``loss_coefficients``, too.
+        output_dir: folder of the picture; an image goes to W&B as ``train_report/coefficients``, too.
     """
 
     def __init__(self, output_dir: str | Path = ".") -> None:
@@ -79,8 +79,8 @@ class CoefficientCurve(Callback):
         self.file = path
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                epoch = max(self._history)
-                logger.log_image("loss_coefficients", [str(self.file)], step=trainer.global_step, epoch=epoch)
+                when = {"step": trainer.global_step, "epoch": max(self._history)}
+                logger.log_image("train_report/coefficients", [str(self.file)], **when)
 
     def _take_note(self, epoch: int, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, ForceFieldModule):

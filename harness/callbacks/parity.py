@@ -40,7 +40,7 @@ class ParityPlot(Callback):
 
     Args:
         output_dir: where ``parity_test{i}.png`` and ``parity_val{i}_epoch{e}.png`` are written; images go to W&B too,
-            as ``test{i}_parity`` and ``val{i}_parity``.
+            as ``test{i}_report/parity`` and ``val{i}_report/parity``.
         max_points: points drawn in each panel.
         seed: seed of the sample.
         validation_every_n_epochs: draw the validation of each n-th epoch as well; None for no validation.
@@ -87,7 +87,7 @@ class ParityPlot(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the samples of all ranks and draw."""
-        self._finish(trainer, pl_module, "parity_test{}.png", "test{}_parity", trainer.global_step)
+        self._finish(trainer, pl_module, "parity_test{}.png", "test{}_report/parity", trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with an empty sample, if this validation is one to draw."""
@@ -112,7 +112,7 @@ class ParityPlot(Callback):
         if self._draws_validation(trainer):
             step = max(trainer.global_step - 1, 0)  # as Lightning counts what it logs of a validation
             name = f"parity_val{{}}_epoch{trainer.current_epoch}.png"
-            self._finish(trainer, pl_module, name, "val{}_parity", step)
+            self._finish(trainer, pl_module, name, "val{}_report/parity", step)
 
     def _draws_validation(self, trainer: Trainer) -> bool:
         every = self.validation_every_n_epochs

@@ -29,10 +29,10 @@ _BARS_WITH_NUMBERS = 10
 class PerTypeReport(Callback):
     """Shows the components that are ``per_type``, type by type, with the number of atoms behind each value.
 
-    After a validation, W&B gets the table ``val{i}_per_type`` with a row for each atom type, and for each component
-    that is an RMSE or MAE (the first component if none is) the bar chart ``val{i}_per_type_chart/{component}``. After a
-    test, likewise with ``test{i}``, and ``test{i}_per_type.csv`` and ``per_type_test{i}.png`` are written. Without
-    per-type components nothing happens.
+    After a validation, W&B gets the table ``val{i}_report/per_type`` with a row for each atom type, and the bar chart
+    ``val{i}_report/per_type_{component}`` for each component that is an RMSE or MAE (the first component if none is).
+    After a test, likewise with ``test{i}``, and ``test{i}_per_type.csv`` and ``per_type_test{i}.png`` are written.
+    Without per-type components nothing happens.
 
     Args:
         every_n_epochs: epochs between reports of validations.
@@ -81,11 +81,11 @@ class PerTypeReport(Callback):
 
     @staticmethod
     def _send(logger: WandbLogger, stage: str, table: _Table, **when: int) -> None:
-        logger.log_table(f"{stage}_per_type", columns=table.columns, data=table.rows, **when)
+        logger.log_table(f"{stage}_report/per_type", columns=table.columns, data=table.rows, **when)
         for name in table.charted:
             unit = f" ({table.units[name]})" if table.units[name] else ""
             logger.log_bar_chart(
-                f"{stage}_per_type_chart/{name}",
+                f"{stage}_report/per_type_{name}",
                 table.type_names,
                 table.values[name],
                 label_name="type",

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STEP", "inspected", "mend", "read_journal", "row_key", "rows_of"]
+from harness.loggers.journal import Media
+
+__all__ = ["STEP", "inspected", "mend", "row_key", "rows_of"]
 
 STEP = "trainer/global_step"
 """Name of the optimizer step among W&B's values, chosen by Lightning."""
@@ -18,23 +20,18 @@ STEP = "trainer/global_step"
 
 def row_key(row: Mapping[str, Any], step: Any) -> tuple[int, frozenset[str]]:
     """What tells a row from others: its step and the names in it."""
-    from wandb.plot import CustomChart
-
     media = {name.removesuffix("._type") for name in row if name.endswith("._type")}  # stored as several values
     names = {name for name in row if name.rpartition(".")[0] not in media and not name.startswith("_")}
     names.discard(STEP)
-    charts = {name for name in names if isinstance(row.get(name), CustomChart)}  # stored as the table behind it
+    charts = {name for name in names if _is_chart(row.get(name))}  # stored as the table behind it
     names = names - charts | {f"{name}_table" for name in charts}
     return -1 if step is None else int(step), frozenset(names | media)
 
 
-def read_journal(path: Path, step: int) -> list[tuple[dict[str, Any], int | None]]:
-    """Rows that were handed to W&B before a step; the last line may have been torn."""
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("]\n")]
-    entries = [json.loads(line) for line in lines]
-    return [(row, at) for row, at in entries if at is None or at < step]
+def _is_chart(value: Any) -> bool:
+    from wandb.plot import CustomChart
+
+    return isinstance(value, CustomChart) or (isinstance(value, Media) and value.kind == "bar_chart")
 
 
 def mend(log: Path) -> None:

@@ -16,8 +16,9 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import lightning.pytorch.loggers as lightning_loggers
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,8 +26,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from harness.loggers.common import OneWarning, is_rank_zero, one_line
+from harness.loggers.journal import Journal, Media, rows_in
 from harness.loggers.secrets import arguments_have_secrets, without_secrets
-from harness.loggers.wandb_files import STEP, inspected, mend, read_journal, row_key, rows_of
+from harness.loggers.wandb_files import STEP, inspected, mend, row_key, rows_of
 
 __all__ = ["WandbLogger"]
 
@@ -45,7 +47,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     The training hands values to a queue and never waits for W&B. Where W&B cannot start, fails or does not answer, one
     warning says so, and the training goes on without it: up to ``max_waiting`` calls wait, later ones are dropped. A
-    run whose server cannot be reached is kept on disk. :meth:`finish` waits for the queue, up to a time limit.
+    run whose server cannot be reached is kept on disk. :meth:`finish` waits for the queue, up to a time limit. Until
+    then all rows are in ``<save_dir>/wandb/rows.jsonl`` as well, written before they are handed over.
 
     The id of the run is kept in ``<save_dir>/wandb_run_id``: a job that was interrupted and is started again in the
     same directory continues that run, and values that the run already has are not logged again. Offline, each start
@@ -100,7 +103,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._files = Path()
         self._resumed_step: int | None = None
         self._failed = False
-        self._journal: IO[str] | None = None
+        self._journal: Journal | None = None
         self._warn = OneWarning()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +136,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
         """Continue the run of before, from a checkpoint of ``step`` optimizer steps.
 
         What the run has of later steps stays in it, and is not logged again when that work is done again. What it lacks
-        of earlier ones, because W&B was killed before it wrote them, is logged now. Call it before anything is logged.
+        of earlier ones, because the job was killed before W&B had written them, is logged now. Not among it are values
+        on a device that were still to be converted, and media other than tables of numbers and texts, bar charts, and
+        images in files that are still the same. Call it before anything is logged.
         """
         if self._worker is None:
             self._resumed_step = step
@@ -142,8 +147,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hand values of a step to the queue."""
-        values = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in metrics.items()}
-        self._submit(lambda: self._log_row(values, step))
+        self._log({key: _taken(value) for key, value in metrics.items()}, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -200,13 +204,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         Numbers in the rows that are not finite are left empty.
         """
         rows = None if data is None else [[_cell(value) for value in row] for row in data]
-
-        def make() -> Any:
-            import wandb
-
-            return wandb.Table(columns=columns, data=rows, dataframe=dataframe)
-
-        self._log_made(key, make, step, epoch)
+        table = Media("table", {"columns": columns, "data": rows, "dataframe": dataframe})
+        self._log_media(key, table, step, epoch)
 
     @rank_zero_only
     def log_bar_chart(
@@ -238,14 +237,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if len(labels) != len(values):
             raise ValueError(f"A bar chart has a label for each value, found {len(labels)} and {len(values)}.")
         rows = [[str(label), _cell(float(value))] for label, value in zip(labels, values, strict=True)]
-
-        def make() -> Any:
-            import wandb
-
-            table = wandb.Table(columns=[label_name, value_name], data=rows)
-            return wandb.plot.bar(table, label_name, value_name, title)
-
-        self._log_made(key, make, step, epoch)
+        chart = Media("bar_chart", {"data": rows, "label": label_name, "value": value_name, "title": title})
+        self._log_media(key, chart, step, epoch)
 
     @rank_zero_only
     def log_image(
@@ -268,14 +261,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         for name, each in options.items():
             if len(each) != len(images):
                 raise ValueError(f"`{name}` has one for each of the {len(images)} images {key!r}, found {len(each)}.")
-
-        def make() -> Any:
-            import wandb
-
-            own = ({name: each[index] for name, each in options.items()} for index in range(len(copies)))
-            return [wandb.Image(image, **each) for image, each in zip(copies, own, strict=True)]
-
-        self._log_made(key, make, step, epoch)
+        self._log_media(key, Media.images(copies, options), step, epoch)
 
     @rank_zero_only
     def alert(self, title: str, text: str) -> None:
@@ -285,22 +271,38 @@ class WandbLogger(lightning_loggers.WandbLogger):
     @rank_zero_only
     def log_audio(self, key: str, audios: list[Any], step: int | None = None, **options: Any) -> None:
         """Log sounds: paths or arrays."""
-        self._log_media("log_audio", key, audios, step, options)
+        self._log_files("log_audio", key, audios, step, options)
 
     @rank_zero_only
     def log_video(self, key: str, videos: list[Any], step: int | None = None, **options: Any) -> None:
         """Log videos: paths or arrays."""
-        self._log_media("log_video", key, videos, step, options)
+        self._log_files("log_video", key, videos, step, options)
 
-    def _log_media(self, method: str, key: str, items: list[Any], step: int | None, options: dict[str, Any]) -> None:
+    def _log_files(self, method: str, key: str, items: list[Any], step: int | None, options: dict[str, Any]) -> None:
         copies = _copies(key, items, method)
         log = getattr(super(), method)
-        self._submit(lambda: log(key, copies, step, **options))
+        at = self._step_of(step)
+        self._submit(lambda: log(key, copies, at, **options))
 
-    def _log_made(self, key: str, make: Callable[[], Any], step: int | None, epoch: int | None) -> None:
-        """Log an object of W&B's, made on its thread."""
-        beside = {} if epoch is None else {"epoch": epoch}
-        self._submit(lambda: self._log_row({key: make(), **beside}, step))
+    def _log_media(self, key: str, media: Media, step: int | None, epoch: int | None) -> None:
+        self._log({key: media} if epoch is None else {key: media, "epoch": epoch}, step)
+
+    def _log(self, row: dict[str, Any], step: int | None) -> None:
+        """Write a row to the journal, and hand it to the queue."""
+        row = {self._prefixed(key): value for key, value in row.items()}
+        at = self._step_of(step)
+        self._begin()
+        written = self._write(row, at)
+        self._submit(lambda: self._log_row(row, at, written))
+
+    def _write(self, row: dict[str, Any], step: int | None) -> bool:
+        return self._journal is None or self._journal.write(row, step)
+
+    def _step_of(self, step: int | None) -> int | None:
+        """The step, or that of the row before, as W&B does by itself in one start."""
+        if step is not None:
+            self._last_step = int(step)
+        return self._last_step
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
@@ -339,6 +341,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
                     f"{self.save_dir} may miss the last values."
                 )
                 self._lost.set()
+            if self._journal is not None:
+                self._journal.close()
             _leave_service()
         return None if self._lost.is_set() else self._place
 
@@ -346,6 +350,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _begin(self) -> None:
         if self._worker is None:
+            self._journal = Journal(Path(str(self.save_dir)) / "wandb" / "rows.jsonl", self._resumed_step)
             self._worker = threading.Thread(target=self._work, name="harness-wandb", daemon=True)
             self._worker.start()
             atexit.register(self.finish)  # of a process that ends before W&B has started
@@ -373,25 +378,27 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._lost.set()
         finally:
             self._started.set()
+        self._log_missing()
         while (task := self._tasks.get()) is not None:
-            if self._lost.is_set():
-                continue
-            try:
-                task()
-                self._check_files()
-            except BaseException as error:
-                self._warn(f"W&B failed ({one_line(error)}); the training goes on, and the run may miss values.")
+            self._do(task)
         if not self._lost.is_set():
             try:
                 self._sum_up()
                 self._experiment.finish(exit_code=self._exit_code)  # type: ignore[union-attr]
                 self._check_files(ended=True)
                 if self._journal and not self._failed and self._warn.said is None:  # all is done and written
-                    self._journal.close()
-                    Path(self._journal.name).unlink()
+                    self._journal.remove()
             except BaseException as error:
                 self._warn(f"W&B failed to finish ({one_line(error)}); the run in {self.save_dir} may miss values.")
                 self._lost.set()
+
+    def _do(self, task: Callable[[], None]) -> None:
+        if not self._lost.is_set():
+            try:
+                task()
+                self._check_files()
+            except BaseException as error:
+                self._warn(f"W&B failed ({one_line(error)}); the training goes on, and the run may miss values.")
 
     def _start(self) -> None:
         import wandb
@@ -413,7 +420,6 @@ class WandbLogger(lightning_loggers.WandbLogger):
             number = run.starting_step
         self._logged = Counter(key for at, key in stored if at < number)
         self._first_row = number or None
-        self._log_missing(folder / "wandb" / "rows.jsonl")
 
     def _start_run(self) -> Any:
         """The run as it is asked for, or on disk if that cannot be had."""
@@ -453,6 +459,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
         disk = os.statvfs(self._files)
         if disk.f_bavail * disk.f_frsize < _SMALLEST_SPACE:
             self._warn(f"No space is left on the disk of {self._files}: W&B loses values. The training goes on.")
+        if self._journal and (error := self._journal.error):
+            self._warn(
+                f"{self._journal.path} cannot be written ({one_line(error)}): if the job is killed, the run misses the "
+                f"values that W&B has not written. The training goes on."
+            )
         if ended and self._warn.said is None and (log := next(self._files.glob("*.wandb"), None)):
             with suppress(OSError, ValueError, KeyError, subprocess.TimeoutExpired):  # not with W&B's older versions
                 until = time.monotonic() + _GRACE  # its end is written after W&B says that it has finished
@@ -467,7 +478,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         (folder / "wandb").mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
         file = folder / "wandb_run_id"
         # the journal of a job that has not come to its end; another job in its directory is another run
-        goes_on = self._resumed_step is not None or (folder / "wandb" / "rows.jsonl").is_file()
+        goes_on = self._resumed_step is not None or (self._journal is not None and self._journal.goes_on)
         kept = file.read_text().strip() if goes_on and file.is_file() else ""
         drawn = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # of an agent of W&B's
         self._id = self._given_id or drawn or kept or uuid.uuid4().hex[:8]
@@ -492,39 +503,31 @@ class WandbLogger(lightning_loggers.WandbLogger):
                 stored.append((number, row_key(row, row.get(STEP))))
         return stored
 
-    def _log_missing(self, path: Path) -> None:
-        """Log what was handed to W&B and not written; keep a journal for the next time.
-
-        W&B keeps what it is given in memory for a while, and loses it when the training is killed.
-        """
-        kept = [] if self._resumed_step is None else read_journal(path, self._resumed_step)
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
-        os.replace(part, path)
-        self._journal = path.open("a", buffering=1)  # a line at a time
+    def _log_missing(self) -> None:
+        """Log what W&B had been given before, and not written when the training was killed."""
+        if self._journal is None or self._lost.is_set():
+            return
+        lines, self._journal.kept = self._journal.kept, []
         known = self._logged.copy()
-        for row, step in kept:
+        for row, step in rows_in(lines):
             key = row_key(row, step)
             known[key] -= 1
-            if known[key] < 0:
-                self._send(row, step)
+            media = (value for value in row.values() if isinstance(value, Media))
+            if known[key] < 0 and all(each.is_there() for each in media):
+                self._do(partial(self._send, row, step))
 
-    def _log_row(self, metrics: dict[str, Any], step: int | None) -> None:
-        metrics = {self._prefixed(key): value for key, value in metrics.items()}
-        step = self._last_step = self._last_step if step is None else step  # as W&B does by itself, in one start
-        known = row_key(metrics, step)
-        if self._logged[known] > 0:
-            self._logged[known] -= 1
+    def _log_row(self, row: dict[str, Any], step: int | None, written: bool) -> None:
+        row = {key: _plain(value) for key, value in row.items()}
+        if not written:  # there were values on a device, for which the training does not wait
+            self._write(row, step)
+        key = row_key(row, step)
+        if self._logged[key] > 0:
+            self._logged[key] -= 1
             return
-        row = {key: _plain(value) for key, value in metrics.items()}
-        if self._journal and all(isinstance(value, int | float | str) for value in row.values()):
-            try:
-                self._journal.write(f"{json.dumps([row, step])}\n")
-            except OSError as error:
-                self._warn(f"{self._journal.name} cannot be written ({error}); the training goes on.")
         self._send(row, step)
 
     def _send(self, metrics: dict[str, Any], step: int | None) -> None:
+        metrics = {key: value.make() if isinstance(value, Media) else value for key, value in metrics.items()}
         self._note(metrics)
         at = {} if step is None or self._wandb_init.get("sync_tensorboard") else {STEP: step}
         # The rows of one run are numbered over all its folders; without a number the first would be row 0 again.
@@ -622,6 +625,13 @@ def _copied(item: Any) -> Any:
 def _cell(value: Any) -> Any:
     """What W&B's tables can hold, which are JSON: NaN and infinity are not."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _taken(value: Any) -> Any:
+    """A number as it is now; one on a device stays there, so that nobody waits for it."""
+    if type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1:
+        return value.item()
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _plain(value: Any) -> Any:
