@@ -17,13 +17,16 @@ from fault_callbacks import Spoil
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning_ranks import Ranks
+from spawning import spawn
 from test_module import LOSS, build, data, trainer  # noqa: F401 - a fixture
 from test_step_cost import Operators
 
 import harness
 from harness.callbacks import NonFiniteError, NonFiniteGuard, ResumeCheckpoint
 from harness.data import EmbeddedAlloyDataModule
+from harness.distributed import gather_objects
 from harness.module import ForceFieldModule, Step
 from harness.nonfinite import find_culprits
 
@@ -322,6 +325,26 @@ def test_a_gradient_that_is_not_finite_is_not_trained_on(data: EmbeddedAlloyData
 def len_of(data: EmbeddedAlloyDataModule) -> int:  # noqa: F811
     """Number of the numbers in a gradient."""
     return sum(each.numel() for each in zero_root(data, 0).model.parameters())
+
+
+def stop_on_rank(rank: int, world_size: int, folder: Path) -> tuple[str, int]:
+    own = EmbeddedAlloyDataModule(num_frames=24, split={"val": 5, "test": 4}, cutoff=4.0, batch_size=4, seed=1)
+    own.setup()
+    first, *_ = own.train_dataloader()
+    second_rank = gather_objects(int(first["frame_index"][-1]))[1]
+    options = {"devices": 2, "strategy": DDPStrategy(cluster_environment=Ranks(rank, world_size))}
+    return message_of(own, folder, module=zero_root(own, second_rank), **options), second_rank
+
+
+def test_all_ranks_stop_at_a_gradient_of_one_of_them(tmp_path: Path) -> None:
+    """The averaged gradient is NaN on all ranks; the frame is found by the rank that has it."""
+    (message, frame), (other, _) = spawn(2, stop_on_rank, tmp_path, timeout=120)
+    assert message == other
+    assert message.startswith("The gradient of the loss is NaN or infinite in step 0 of epoch 0 (batch 0 of it")
+    assert f"\n  rank 1: gradient of per_atom_energy_mse: 1 of 1194 numbers NaN, in training frame {frame} (" in message
+    assert "rank 0: gradient" not in message
+    found = {path.name for path in (tmp_path / "nonfinite").iterdir()}
+    assert found == {f"epoch0_step0{ending}" for ending in (".txt", ".ckpt", "_rank1.pt")}
 
 
 def test_a_step_with_such_a_gradient_is_skipped(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811

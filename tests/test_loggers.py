@@ -677,7 +677,7 @@ def test_no_secret_reaches_a_file(tmp_path: Path) -> None:
 
 def assert_trained(done: Finished, num_warnings: int) -> list[str]:
     assert done.code == 0, done.err[-4000:]
-    found = re.findall(r"RuntimeWarning: (.*)", done.err)
+    found = re.findall(r"^warning: (.*)", done.err, re.MULTILINE)
     assert len(found) == num_warnings, done.err[-4000:]
     assert "forces_rmse" in done.out
     assert "Traceback" not in done.err
