@@ -18,6 +18,7 @@ import sys
 sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -161,6 +162,7 @@ def main() -> None:
             os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
             try:
                 seconds = measure(num_types, arguments, Path(folder))
+                gc.collect()  # a progress bar says something as it goes
             finally:
                 os.dup2(stdout, 1), os.dup2(stderr, 2)
             report(num_types, seconds)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from harness.distributed import gather_objects, global_rank
@@ -112,6 +112,7 @@ class NonFiniteGuard(Callback):
         """A number for the gradient of each step, finite as it is; see :func:`~harness.nonfinite.probe`."""
         self._in_a_row = 0
         self._seen: list[_Seen] = []
+        self._trained: list[nn.Parameter] = []  # to look for them in every step takes longer than to look at them
         self._ending = False
 
     @property
@@ -160,6 +161,12 @@ class NonFiniteGuard(Callback):
                 if isinstance(logger, AxesLogger):
                     logger.define_axes(epoch=[], step=[SKIPPED], minimised=[])
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what is trained, if its gradients are those that the optimizer will see, the same on all ranks."""
+        strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
+        has_parts = isinstance(strategy, DeepSpeedStrategy) or splits_parameters(strategy)
+        self._trained = [] if has_parts or scaler is not None else list(pl_module.parameters())
+
     # --- in a step ---
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
@@ -176,10 +183,9 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop or skip if the loss or its gradient is not finite."""
         module = cast(ForceFieldModule, pl_module)
-        if self._has_whole_gradients(trainer):
-            number = probe(each.grad for each in module.parameters() if each.grad is not None)
-            if number is not None:
-                self.gradient.send(number)
+        number = probe([each.grad for each in self._trained if each.grad is not None])
+        if number is not None:
+            self.gradient.send(number)
         if self.action == "skip":
             if self._is_finite():
                 self._in_a_row = 0
@@ -187,14 +193,6 @@ class NonFiniteGuard(Callback):
                 self._skip(trainer, module)
         elif not (math.isfinite(self.loss.read()) and math.isfinite(self.gradient.read())):
             self._stop(trainer, module, self._seen[0], trained=self.loss.is_late)
-
-    @staticmethod
-    def _has_whole_gradients(trainer: Trainer) -> bool:
-        """Whether they are those that the optimizer will see, the same on all ranks."""
-        strategy = trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) or splits_parameters(strategy):
-            return False
-        return getattr(trainer.precision_plugin, "scaler", None) is None
 
     def _is_finite(self) -> bool:
         """Whether the last step is; the host waits for it."""
@@ -230,7 +228,7 @@ class NonFiniteGuard(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the last batches go."""
-        self._seen = []
+        self._seen, self._trained = [], []
         self._forget()
 
     # --- once something is wrong: all ranks are here, in the same step ---
