@@ -413,6 +413,9 @@ class ForceFieldModule(LightningModule):
             )
         return ratio
 
+    def _position_of_training(self) -> tuple[float, float]:
+        return float(self.trainer.current_epoch), self._relative_learning_rate()
+
     def read_work(self) -> dict[str, float]:
         """Numbers of structures, atoms and edges that all ranks have trained on so far; makes the host wait."""
         numbers = [0.0] * len(_WORK) if self._work is None else self._work.tolist()
@@ -478,6 +481,7 @@ class ForceFieldModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's loss, coefficients, contributions and train metrics."""
+        self._position = self._position_of_training()
         for manager, values, what in zip(
             self._train_managers, compute_together(self._train_managers), ("train_loss", "train_metric"), strict=False
         ):
@@ -560,7 +564,7 @@ class ForceFieldModule(LightningModule):
         for manager in managers:
             if isinstance(manager, MetricsManager) and manager.schedule is not None:
                 if self.trainer.state.fn == TrainerFn.FITTING:
-                    self._position = float(self.trainer.current_epoch), self._relative_learning_rate()
+                    self._position = self._position_of_training()
                 manager.move_to(*self._position)  # of the weights: a test may load those of any epoch
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -615,7 +619,7 @@ class ForceFieldModule(LightningModule):
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names
         if self.trainer.optimizers:
-            self._position = float(self.trainer.current_epoch), self._relative_learning_rate()
+            self._position = self._position_of_training()
         checkpoint[_POSITION] = list(self._position)
         states = checkpoint.get("state_dict", {})
         states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})

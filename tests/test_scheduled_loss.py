@@ -639,6 +639,10 @@ def test_tested_metrics_are_those_of_the_weights(data: EmbeddedAlloyDataModule, 
         assert tested(build(data, val_metrics=metrics), alone, ckpt_path=path, weights_only=True) == expected
         assert tested(module, trainer, ckpt_path=path, weights_only=True) == expected
 
+    alone = build(data, val_metrics=harness.EnergyForceMetrics, test_metrics=metrics)
+    trainer, _ = fit(tmp_path / "alone", alone, data)  # no checkpoint, and no schedule of the validation
+    assert tested(alone, trainer) == 4 / 5
+
 
 def test_epochs_and_learning_rates_that_are_none() -> None:
     loss = harness.EnergyForceLoss(schedule=LearningRateCoupled({FORCES: 1000}, {FORCES: 1}))
