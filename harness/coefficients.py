@@ -24,7 +24,7 @@ Given = Mapping[str, float | Mapping[str, float] | None]
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """``Did you mean forces_mse? `` for a name that is close to one of the valid ones, or part of it; else no text."""
-    names = list(valid)
+    name, names = str(name), list(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)  # stress_mse is no misspelt forces_mse
     close = close or [each for each in names if len(name) > 2 and name in each]
     return f"Did you mean {close[0]}? " if close else ""
@@ -102,7 +102,8 @@ class Coefficients:
         except ValueError:
             self.schedule = before
             raise
-        self.move_to(*self.position)
+        epoch, rate = self.position
+        self.move_to(epoch, 1.0 if rate is None and chosen and chosen.needs_learning_rate else rate)
 
     def move_to(self, epoch: float, learning_rate: float | None = None) -> bool:
         """Take up what the schedule says for an epoch; returns whether anything has changed.
@@ -158,7 +159,7 @@ class Coefficients:
 
     def _hint(self, unknown: str) -> str:
         """The name that may be meant, or what weights of types need where the name of a component stands before."""
-        if any(unknown.startswith(f"{component}_") for component in self._entries):
+        if any(str(unknown).startswith(f"{component}_") for component in self._entries):
             return "Weights of atom types need a component with `per_type: true` (per_type_forces_coeffs). "
         return did_you_mean(unknown, (*self._entries, *self._type_keys))
 

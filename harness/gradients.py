@@ -103,7 +103,7 @@ class GradientMeter:
 
     def begin(self, trainer: Trainer) -> None:
         """Warn of a training that ends before the first measurement."""
-        if self.every_n_steps > trainer.estimated_stepping_batches:
+        if 0 < trainer.estimated_stepping_batches < self.every_n_steps:  # it is -1 where nobody knows
             rank_zero_warn(
                 f"Gradients are measured on every {self.every_n_steps}th step, and the training has "
                 f"{trainer.estimated_stepping_batches:.0f}: it ends before the first measurement. Lower every_n_steps."

@@ -342,6 +342,7 @@ class ForceFieldModule(LightningModule):
         of the one batch that they make up; see :mod:`harness.window`. What is logged is that batch's, too.
         """
         if batch_idx == 0:
+            self._position = self._position_of_training()
             # The first batch, and not a hook, starts an epoch's statistics: after a restart Lightning leaves out hooks
             # of the epoch that a checkpoint has ended, but its batches are counted on.
             for manager in self._train_managers:
@@ -618,9 +619,7 @@ class ForceFieldModule(LightningModule):
         managers = self._managers_by_key
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names
-        if self.trainer.optimizers:
-            self._position = self._position_of_training()
-        checkpoint[_POSITION] = list(self._position)
+        checkpoint[_POSITION] = list(self._position)  # not that of now: the next epoch may have begun
         states = checkpoint.get("state_dict", {})
         states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})
 
@@ -635,9 +634,8 @@ class ForceFieldModule(LightningModule):
                 f"The checkpoint was trained with the atom types {trained}, these are {self.type_names}: an index "
                 f"would mean another element. Give the data the checkpoint's type_names."
             )
-        if _POSITION in checkpoint:
-            epoch, rate = checkpoint[_POSITION]
-            self._position = epoch, rate
+        epoch, rate = checkpoint.get(_POSITION, (0.0, None))
+        self._position = epoch, rate
         managers = self._managers_by_key
         rooms = ("loss.", "train_metrics.", "val_metrics.", "test_metrics.")
         states = checkpoint.get("state_dict", {})

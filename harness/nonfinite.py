@@ -168,7 +168,12 @@ def find_gradient_culprits(
         batch: labels, as of :func:`find_culprits`.
         parameters: of the model.
         place: as of :func:`find_culprits`.
+
+    Raises:
+        ValueError: the frames are too many, or cannot be told apart.
     """
+    if not {"num_atoms", "batch"} <= batch.keys() or len(batch["num_atoms"]) > _MOST_FRAMES:
+        raise ValueError(f"frames are asked one by one, and there are more than {_MOST_FRAMES}, or they are not told")
     frames = _Frames(batch, manager.type_names, place)
     found: dict[str, tuple[Tensor, list[int]]] = {}
     for position, alone in enumerate(_single_frames(batch)):
@@ -177,16 +182,15 @@ def find_gradient_culprits(
             if not component.requires_grad:
                 continue
             pieces = torch.autograd.grad(component, parameters, retain_graph=True, allow_unused=True)
-            numbers = torch.cat([piece.reshape(-1) for piece in pieces if piece is not None])
+            known = [piece.reshape(-1) for piece in pieces if piece is not None]
+            numbers = torch.cat(known) if known else component.new_zeros(0)
             if not bool(numbers.isfinite().all()):
                 found.setdefault(name, (numbers, []))[1].append(position)
     return [frames.of_gradient(name, numbers, positions) for name, (numbers, positions) in found.items()]
 
 
 def _single_frames(batch: Batch) -> Iterator[Batch]:
-    """Each frame of a batch as a batch of its own; none if they are too many, or cannot be told apart."""
-    if "num_atoms" not in batch or "batch" not in batch or len(batch["num_atoms"]) > _MOST_FRAMES:
-        return
+    """Each frame of a batch as a batch of its own."""
     known = registered_fields()
     graph_of = {"node": batch["batch"], "graph": torch.arange(len(batch["num_atoms"]), device=batch["batch"].device)}
     if "edge_index" in batch:
@@ -199,7 +203,8 @@ def _single_frames(batch: Batch) -> Iterator[Batch]:
             if not isinstance(value, Tensor) or not value.dim() or name == "edge_index":
                 continue
             level = known[name].level if name in known else levels.get(len(value))
-            alone[name] = value[graph_of[level] == position] if level in graph_of else value
+            own = value.detach()
+            alone[name] = own[graph_of[level] == position] if level in graph_of else own
         alone["batch"] = torch.zeros_like(batch["batch"][:number])
         if "edge_index" in batch:
             alone["edge_index"] = batch["edge_index"][:, graph_of["edge"] == position] - first
@@ -351,7 +356,8 @@ def explain(
     causes = [f"{name} = {own[name]:g}{_by_type(name, own)}" for name, own in components.items()]
     is_finite = math.isfinite(weighted_sum)
     gradients = list(dict.fromkeys(name for each in evidence for name in each.gradients))
-    if is_finite and trained:
+    weights = list(dict.fromkeys(name for each in evidence for name in each.weights))
+    if is_finite and trained and weights:
         lines = [f"The weights are NaN or infinite after {where}, whose loss is {weighted_sum:g}."]
     elif is_finite:
         whose = f", of the parameters {_some(gradients)}" if gradients else ""
@@ -369,7 +375,6 @@ def explain(
         lines.append("  No label, prediction or error that it reads is NaN or infinite: it is the metric's own value.")
     if not wrong and is_finite and not trained:
         lines.append("  Asked again, no rank's part of it is NaN or infinite: it comes from their sum, or by chance.")
-    weights = list(dict.fromkeys(name for each in evidence for name in each.weights))
     if weights:
         since = "are now, after the optimizer has stepped with it" if trained else "were so before this step"
         lines.append(f"  weights that are NaN or infinite {since}: {_some(weights, 'parameters')}")

@@ -642,6 +642,10 @@ def test_tested_metrics_are_those_of_the_weights(data: EmbeddedAlloyDataModule, 
     alone = build(data, val_metrics=harness.EnergyForceMetrics, test_metrics=metrics)
     trainer, _ = fit(tmp_path / "alone", alone, data)  # no checkpoint, and no schedule of the validation
     assert tested(alone, trainer) == 4 / 5
+    last, alone = ResumeCheckpoint(tmp_path / "last"), build(data, val_metrics=metrics)
+    trainer, _ = fit(tmp_path / "resume", alone, data, callbacks=[last], enable_checkpointing=True)
+    assert tested(alone, trainer) == 4 / 5  # though it saves when the last epoch has ended
+    assert tested(alone, trainer, ckpt_path=last.newest(), weights_only=True) == 4 / 5
 
 
 def test_epochs_and_learning_rates_that_are_none() -> None:
@@ -650,6 +654,10 @@ def test_epochs_and_learning_rates_that_are_none() -> None:
         loss.move_to(50)
     loss.move_to(50, 0.1)
     assert loss.given_coeffs[FORCES] == pytest.approx(100.9)
+    loss = harness.EnergyForceLoss()
+    loss.move_to(5)
+    loss.follow(LearningRateCoupled({FORCES: 1000}, {FORCES: 1}))  # at the rate of the start, until one is told
+    assert loss.given_coeffs[FORCES] == 1000
     for epoch in (-1, math.nan, math.inf, "1", None, True):
         with pytest.raises(ValueError, match="An epoch is a number of at least 0, found"):
             loss.move_to(epoch, 0.1)  # type: ignore[arg-type]

@@ -38,13 +38,19 @@ class CoefficientCurve(Callback):
         self._history: dict[int, dict[str, tuple[float, float]]] = {}  # coefficient and share by epoch
         self._types: dict[int, dict[str, float]] = {}  # weights of atom types by epoch
         self._points: list[tuple[float, dict[str, float]]] = []  # coefficients within epochs
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count on from where the training is."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take note of coefficients that move by step, where values are logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or not every or trainer.global_step % every:
+        is_step, self._step = trainer.global_step != self._step, trainer.global_step
+        if not is_step or not trainer.is_global_zero or not every or trainer.global_step % every:
             return
         if not isinstance(pl_module, ForceFieldModule):
             return
@@ -52,8 +58,7 @@ class CoefficientCurve(Callback):
         if schedule is None or schedule.interval != "step":
             return
         position = trainer.current_epoch + batch_idx / trainer.num_training_batches
-        if not self._points or position > self._points[-1][0]:  # and not in the middle of an accumulated step
-            self._points.append((position, pl_module.loss.effective_coeffs()))
+        self._points.append((position, pl_module.loss.effective_coeffs()))
         if len(self._points) > _MOST_POINTS:
             del self._points[1::2]
 

@@ -68,7 +68,8 @@ class NonFiniteGuard(Callback):
 
     A gradient can be NaN where the loss is finite, as that of the root or norm of a zero. It is not looked at where
     ranks have only parts of it (FSDP, DeepSpeed), nor under ``16-mixed``, whose scaler skips such steps by itself.
-    In any case weights that are not finite are never saved: the training ends, and the checkpoints of before stay.
+    In any case weights that are not finite are never saved: the training ends, and the checkpoints of before stay. Only
+    checkpoints of weights alone (``save_weights_only``) are not looked at, of which Lightning tells no callback.
 
     What is said names the components, the atom types, the ranks and the frames, whether it is labels or predictions,
     and what helps; it is the message of a :class:`NonFiniteError`, an alert in W&B, and a file. In the folder
@@ -172,13 +173,15 @@ class NonFiniteGuard(Callback):
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         """Keep what belongs to the step, and start to copy its loss to the host."""
         if step.window is None or step.window.num_done == 1 or not self._seen:
-            kept = self._seen[-1:] if self.loss.is_late else []
+            kept = self._seen[-1:] if self.loss.is_late or step.window is not None else []
             self._seen = [*kept, _Seen(trainer.current_epoch, trainer.global_step, step.batch_idx)]
         seen = self._seen[-1]
         seen.batches.append((step.batch, {name: value.detach() for name, value in step.predictions.items()}))
         if step.is_whole:  # then it is the loss of all micro-batches
             seen.values = step.values.detach()
             self.loss.send(cast(Tensor, seen.values.weighted_sum).reshape(1))
+            if not self.loss.is_late:
+                self._seen = [seen]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop or skip if the loss or its gradient is not finite."""
@@ -215,16 +218,23 @@ class NonFiniteGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Do not let weights that are spoilt replace those of a checkpoint."""
         self._look_at_last(trainer, pl_module)
-        if self._ending or not self._seen or self._seen[-1].values is None:
+        whole = self._last_whole
+        if self._ending or whole is None:
             return
         number = probe(pl_module.parameters())
         if any(gather_objects(number is not None and not math.isfinite(float(number)))):
-            self._stop(trainer, cast(ForceFieldModule, pl_module), self._seen[-1], trained=True)
+            self._stop(trainer, cast(ForceFieldModule, pl_module), whole, trained=True)
 
     def _look_at_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ending or trainer.sanity_checking or self._is_finite():
+        whole = self._last_whole
+        if self._ending or trainer.sanity_checking or whole is None or self._is_finite():
             return
-        self._stop(trainer, cast(ForceFieldModule, pl_module), self._seen[-1], trained=True)
+        self._stop(trainer, cast(ForceFieldModule, pl_module), whole, trained=True)
+
+    @property
+    def _last_whole(self) -> _Seen | None:
+        """The last step, which another one may have begun after: a validation can come between micro-batches."""
+        return next((seen for seen in reversed(self._seen) if seen.values is not None), None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the last batches go."""
@@ -306,26 +316,35 @@ class NonFiniteGuard(Callback):
         def place(index: int) -> str | None:
             return getattr(frames[index], "location", None) if 0 <= index < len(frames) else None
 
+        weights, gradients = weights_of(module), gradients_of(module) if of_gradient else []
         try:
             culprits, forces = [], []
             for number, (batch, predictions) in enumerate(seen.batches):
                 found = find_culprits(module.loss, components, predictions, batch, place)
                 if of_gradient:
-                    found = self._find_in_gradient(module, batch, place)
+                    found = self._find_in_gradient(trainer, module, batch, place)
                 culprits += [_in_micro_batch(culprit, number, len(seen.batches)) for culprit in found]
                 forces.append(largest_force(batch, place))
             largest = max(filter(None, forces), default=None)
-            return Evidence(culprits, weights_of(module), gradients_of(module) if of_gradient else [], largest)
+            return Evidence(culprits, weights, gradients, largest)
         except Exception as error:  # the other ranks wait for an answer, whatever it is
-            return Evidence(trouble=f"its batch cannot be looked into: {type(error).__name__}: {error}")
+            trouble = f"its batch cannot be looked into: {type(error).__name__}: {error}"
+            return Evidence(weights=weights, gradients=gradients, trouble=trouble)
 
     @staticmethod
-    def _find_in_gradient(module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]) -> list[Culprit]:
+    def _find_in_gradient(
+        trainer: Trainer, module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]
+    ) -> list[Culprit]:
         """Frames whose gradient is not finite, from forward passes of each: the graph of the step is gone."""
         devices = [module.device] if module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            parameters = [each for each in module.model.parameters() if each.requires_grad]
-            return find_gradient_culprits(module.loss, module, batch, parameters, place)
+        parameters = [each for each in module.model.parameters() if each.requires_grad]
+        buffers = [(each, each.clone()) for each in module.model.buffers()]
+        try:
+            with torch.random.fork_rng(devices), torch.enable_grad(), trainer.precision_plugin.forward_context():
+                return find_gradient_culprits(module.loss, module, batch, parameters, place)
+        finally:
+            for buffer, before in buffers:  # the step may be skipped, and changes nothing then
+                buffer.copy_(before)
 
     def _write_batch(self, seen: _Seen, evidence: Evidence) -> None:
         at_fault = next((each.micro_batch or 0 for each in evidence.culprits), 0)

@@ -378,7 +378,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._lost.set()
         finally:
             self._started.set()
-        self._log_missing()
+        self._do(self._log_missing)
         while (task := self._tasks.get()) is not None:
             self._do(task)
         if not self._lost.is_set():
