@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,9 @@ def test_ctrl_c_ends_a_sweep_in_one_process_which_goes_on_when_asked(tmp_path: P
     command += ["logger=none", "max_epochs=30", "test=false", "resume=auto"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "out").open("w") as out:
-        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+        # a suite that runs in the background may have been told to ignore it, and hand that on
+        hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out, preexec_fn=hears)
     try:
         wait_for(lambda: list(tmp_path.glob("multirun/train/*/0/checkpoints/last.ckpt")), 120, "a first checkpoint")
         sweep.send_signal(signal.SIGINT)
