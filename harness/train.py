@@ -278,7 +278,6 @@ def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback], asked_f
     if not goes_on(config) or not is_interrupted(Path(config.output_dir), asked_for):
         if not config.ckpt_path or Path(config.ckpt_path).resolve().parent != keeping.dirpath.resolve():
             keeping.put_aside()
-            (Path(config.output_dir) / "wandb" / "rows.jsonl").unlink(missing_ok=True)  # of the run that ends so
         return None
     newest = keeping.newest()
     return None if newest is None else str(newest)
