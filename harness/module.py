@@ -400,7 +400,7 @@ class ForceFieldModule(LightningModule):
         optimizer = self.trainer.optimizers[0]
         group = optimizer.param_groups[0]
         start = group.get("initial_lr") or getattr(optimizer, "defaults", {}).get("lr")
-        ratio = float(group["lr"]) / float(start) if start else 1.0
+        ratio = float(group["lr"]) / float(start) if start and "lr" in group else 1.0
         if (
             ratio > 1 + 1e-6
             and not self._warned_of_rate
