@@ -84,7 +84,7 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
     from lightning.pytorch import Callback, Trainer
 
     from harness import job
-    from harness.composition import config_folder
+    from harness.config.resolvers import config_folder
     from harness.module import ForceFieldModule
 
     file = folder / f"{num_types}.xyz"

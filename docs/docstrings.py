@@ -1,6 +1,6 @@
 """Griffe extension: the reStructuredText roles and formulas of the docstrings as Markdown.
 
-A role such as ``:class:`~harness.manager.Values``` becomes a link shown as ``Values``, ``:math:`x``` becomes ``$x$``
+A role such as ``:class:`~harness.metrics.Values``` becomes a link shown as ``Values``, ``:math:`x``` becomes ``$x$``
 and a ``.. math::`` block becomes one between ``$$``. Example sections become Examples, which know doctests.
 """
 

@@ -10,15 +10,20 @@ from harness.fields import (
     register_field,
     registered_fields,
 )
-from harness.manager import MetricsManager, Values, compute_together, merge_accumulated, step_together
 from harness.metrics import (
     ErrorMetric,
     HuberLoss,
     MaximumAbsoluteError,
     MeanAbsoluteError,
     MeanSquaredError,
+    MetricsManager,
     RootMeanSquaredError,
     StratifiedHuberForceLoss,
+    Values,
+    Window,
+    compute_together,
+    merge_accumulated,
+    step_together,
 )
 from harness.presets import (
     EnergyForceLoss,
@@ -28,7 +33,6 @@ from harness.presets import (
     EnergyOnlyLoss,
     EnergyOnlyMetrics,
 )
-from harness.window import Window
 
 if TYPE_CHECKING:
     from harness.module import ForceFieldModule

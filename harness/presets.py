@@ -1,6 +1,6 @@
 """Ready-made managers for the common trainings: energy, forces and stress, as loss and as metrics.
 
-Every function returns a plain :class:`~harness.manager.MetricsManager`; the names of the components are given in each
+Every function returns a plain :class:`~harness.metrics.MetricsManager`; the names of the components are given in each
 docstring, and are what schedules, sweeps and log keys refer to. Names and defaults follow NequIP's simplified wrappers.
 """
 
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.fields import FieldModifier, PerAtomModifier
-from harness.manager import MetricsManager
 from harness.metrics import (
     ErrorMetric,
     MaximumAbsoluteError,
     MeanAbsoluteError,
     MeanSquaredError,
+    MetricsManager,
     RootMeanSquaredError,
 )
 from harness.schedules import Schedule
@@ -63,7 +63,7 @@ def EnergyForceLoss(
         per_type_forces_coeffs: ``{type: weight}``; the force error becomes the weighted mean over the atom types.
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy`` or ``forces``.
-        extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
@@ -99,7 +99,7 @@ def EnergyForceStressLoss(
         per_type_forces_coeffs: ``{type: weight}``; the force error becomes the weighted mean over the atom types.
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy``, ``forces`` or ``stress``.
-        extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
@@ -132,7 +132,7 @@ def EnergyOnlyLoss(
         coeffs: weight of ``total_energy``; matters only beside extra metrics that have a coefficient.
         type_names: names of the atom types.
         ignore_nan: ``{total_energy: true}`` leaves out NaN labels.
-        extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
@@ -157,7 +157,7 @@ def EnergyForceMetrics(
             ``forces_rmse``; if given, components that are not named stay out of the sum.
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy`` or ``forces``.
-        extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
@@ -182,7 +182,7 @@ def EnergyForceStressMetrics(
             ``forces_rmse`` and ``stress_rmse``; if given, components that are not named stay out of the sum.
         type_names: names of the atom types.
         ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy``, ``forces`` or ``stress``.
-        extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:
@@ -205,7 +205,7 @@ def EnergyOnlyMetrics(
             given, components that are not named stay out of the sum.
         type_names: names of the atom types.
         ignore_nan: ``{total_energy: true}`` leaves out NaN labels.
-        extra_metrics: further components, as :class:`~harness.manager.MetricsManager` takes them.
+        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
 
     Raises:

@@ -29,11 +29,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from harness.composition import BAD_INPUT, HINT, config_folder, explain, message
+from harness.config.explain import BAD_INPUT, HINT, explain, message
+from harness.config.resolvers import config_folder
 from harness.job import follow_schedule
-from harness.manager import MetricsManager
+from harness.job.preflight import check_drivers
+from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
-from harness.preflight import check_drivers
 from harness.schedules import Schedule, unreached
 
 __all__ = ["main"]

@@ -31,9 +31,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from harness.agreement import facts
 from harness.callbacks import NonFiniteError, Preempted, ResumeCheckpoint
-from harness.composition import BAD_INPUT, HINT, RUN_STAMP, config_folder, explain, message, now
+from harness.config.explain import BAD_INPUT, HINT, explain, message
+from harness.config.resolvers import RUN_STAMP, config_folder, now
 from harness.distributed import (
     START_LIMIT,
     RankAbsentError,
@@ -43,36 +43,34 @@ from harness.distributed import (
     share,
     take_ranks_of_submitit,
 )
-from harness.faults import reported
 from harness.job import Job, execute, prepare
+from harness.job.consistency import facts, refusal
+from harness.job.failures import reported
 from harness.loggers import WandbLogger
-from harness.points import (
+from harness.runs import (
     COMPOSED,
     FAILED,
     QUIET_RANK,
     SWEEPS,
     TYPED,
-    asks_for_sweep,
-    command,
-    goes_on,
-    label,
-    objective,
-    point_name,
-    typed,
-)
-from harness.preflight import refusal
-from harness.runs import (
     Command,
     Interrupted,
     JobFailed,
     PointFailedError,
+    asks_for_sweep,
     claim,
+    command,
     finished_result,
+    goes_on,
     interrupted_run,
     is_interrupted,
+    label,
     latest_run,
     note_failure,
+    objective,
+    point_name,
     record,
+    typed,
     write_result,
 )
 

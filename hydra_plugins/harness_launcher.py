@@ -29,6 +29,7 @@ class TorchrunLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run points, and return what came out of each."""
-        from harness.launcher import Settings, launch  # here, since Hydra imports all plugins at every start
+        from harness.launcher import Settings  # here, since Hydra imports all plugins at every start
+        from harness.launcher.launch import launch  # here, since Hydra imports all plugins at every start
 
         return launch(self.context, self.config, Settings.of(self.settings), job_overrides, initial_job_idx)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import spawning
 import torch
 from hypothesis import settings
+from support import spawning
 
 # every run draws the same examples: a failure in CI is one that can be repeated
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)

@@ -123,20 +123,20 @@ def test_every_module_is_in_the_reference() -> None:
     }
     internal = {
         "harness.train",
-        "harness.report",
-        "harness.components",
-        "harness.foreign",
-        "harness.callbacks.writing",
-        "harness.coefficients",
-        "harness.drivers",
-        "harness.agreement",
-        "harness.faults",
-        "harness.composition",
-        "harness.preflight",
-        "harness.dry_step",
+        "harness.callbacks.tables",
+        "harness.metrics.components",
+        "harness.metrics.adapters",
+        "harness.support.files",
+        "harness.metrics.coefficients",
+        "harness.module.coefficient_control",
+        "harness.job.consistency",
+        "harness.job.failures",
+        "harness.config.explain",
+        "harness.job.preflight",
+        "harness.job.dry_step",
         "harness.runs",
-        "harness.points",
-        "harness.loggers.common",
+        "harness.runs.command",
+        "harness.support.warn",
         "harness.loggers.journal",
         "harness.loggers.wandb_files",
     }
@@ -161,7 +161,9 @@ def test_formulas_and_references_of_docstrings_become_markdown() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = "See :class:`~harness.manager.Values`, :math:`x\n  y`.\n\n.. math:: a = b\n    + c\n\nAnd :func:`f`.\n"
+    text = (
+        "See :class:`~harness.metrics.manager.Values`, :math:`x\n  y`.\n\n.. math:: a = b\n    + c\n\nAnd :func:`f`.\n"
+    )
     assert module.to_markdown(text) == (
-        "See [`Values`][harness.manager.Values], $x y$.\n\n$$\na = b\n+ c\n$$\n\nAnd `f`.\n"
+        "See [`Values`][harness.metrics.manager.Values], $x y$.\n\n$$\na = b\n+ c\n$$\n\nAnd `f`.\n"
     )

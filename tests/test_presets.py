@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from oracle import Component
+from support import oracle
+from support.oracle import Component
 
 import harness
 

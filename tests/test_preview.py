@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from bad_input import BASE, composed, write_files
-from commands import read_csv, run
+from support.bad_input import BASE, composed, write_files
+from support.commands import read_csv, run
 
 from harness.job import execute, prepare
 from harness.preview import main

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from support.commands import ROOT
 
 from harness import schedules
 from harness.job import follow_schedule

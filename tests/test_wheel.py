@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import ROOT, TINY, Finished, run
+from support.commands import ROOT, TINY, Finished, run
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.adaptive.set_point import SetPoint
-from harness.drivers import loss_of, refuse_other_drivers
-from harness.gradients import GradientMeter
 from harness.module import ForceFieldModule, Step
+from harness.module.coefficient_control import loss_of, refuse_other_drivers
+from harness.module.gradients import GradientMeter
 
 __all__ = ["GradientBalance", "balanced_factors"]
 
@@ -19,7 +19,8 @@ __all__ = ["GradientBalance", "balanced_factors"]
 class GradientBalance(Callback):
     r"""Moves coefficients until every component has its target share in the gradient.
 
-    On every n-th step the gradients :math:`g_k` of the components are measured (see :mod:`harness.gradients`), and
+    On every n-th step the gradients :math:`g_k` of the components are measured (see :mod:`harness.module.gradients`),
+    and
 
     .. math::
         \text{share}_k = \frac{c_k \lVert g_k \rVert}{\sum_j c_j \lVert g_j \rVert}, \qquad

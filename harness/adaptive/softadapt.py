@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from harness.adaptive.set_point import SetPoint
-from harness.drivers import loss_of, refuse_other_drivers
-from harness.manager import MetricsManager
+from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule, Step
+from harness.module.coefficient_control import loss_of, refuse_other_drivers
 
 __all__ = ["SoftAdapt", "soft_factors"]
 

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from harness.manager import Values
+from harness.metrics import Values
 
 __all__ = ["UncertaintyWeighting"]
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from harness.callbacks.best_epoch import BestEpoch
-from harness.callbacks.coefficients import (
-    LinearLossCoefficientScheduler,
-    LossCoefficientMonitor,
-    LossCoefficientScheduler,
-)
-from harness.callbacks.curve import CoefficientCurve
+from harness.callbacks.coefficient_curve import CoefficientCurve
 from harness.callbacks.gradient_share import GradientShare
+from harness.callbacks.nequip import LinearLossCoefficientScheduler, LossCoefficientMonitor, LossCoefficientScheduler
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
 from harness.callbacks.per_type import PerTypeReport
 from harness.callbacks.progress import LossProgressBar
-from harness.callbacks.resume import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
+from harness.callbacks.resume import ResumeCheckpoint
 from harness.callbacks.throughput import ThroughputMonitor
 from harness.callbacks.validation_table import ValidationTable
+from harness.runs import REQUEUE_EXIT_CODE, Preempted
 
 __all__ = [
     "REQUEUE_EXIT_CODE",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.gradients import GradientMeter
 from harness.module import ForceFieldModule, Step
+from harness.module.gradients import GradientMeter
 
 __all__ = ["GradientShare"]
 

@@ -15,13 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from harness.distributed import gather_objects, global_rank
-from harness.fields import Batch
-from harness.late import LateNumber
-from harness.loggers import WandbLogger
-from harness.manager import Values
-from harness.module import AxesLogger, ForceFieldModule, Step
-from harness.nonfinite import (
+from harness.callbacks.nonfinite_diagnosis import (
     Culprit,
     Evidence,
     explain,
@@ -33,7 +27,13 @@ from harness.nonfinite import (
     probe,
     weights_of,
 )
+from harness.distributed import gather_objects, global_rank
+from harness.fields import Batch
+from harness.loggers import WandbLogger
+from harness.metrics import Values
+from harness.module import AxesLogger, ForceFieldModule, Step
 from harness.strategies import splits_parameters
+from harness.support.device import LateNumber
 
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
 
@@ -110,7 +110,8 @@ class NonFiniteGuard(Callback):
         self.loss = LateNumber()
         """The weighted sum of each step."""
         self.gradient = LateNumber()
-        """A number for the gradient of each step, finite as it is; see :func:`~harness.nonfinite.probe`."""
+        """A number for the gradient of each step, finite as it is; see
+        :func:`~harness.callbacks.nonfinite_diagnosis.probe`."""
         self._in_a_row = 0
         self._seen: list[_Seen] = []
         self._trained: list[nn.Parameter] = []  # to look for them in every step takes longer than to look at them

@@ -15,9 +15,9 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from harness.callbacks.writing import is_written
 from harness.distributed import ProcessGroup, gather_objects, global_rank
 from harness.loggers import WandbLogger
+from harness.support.files import is_written
 
 __all__ = ["ParityPlot"]
 

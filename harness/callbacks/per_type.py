@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.callbacks.writing import is_written
+from harness.callbacks.tables import atoms_behind, component_unit
 from harness.loggers import WandbLogger
-from harness.manager import MetricsManager
-from harness.metrics import MeanAbsoluteError, RootMeanSquaredError
+from harness.metrics import MeanAbsoluteError, MetricsManager, RootMeanSquaredError
 from harness.module import ForceFieldModule, logged_step
-from harness.report import atoms_behind, component_unit
+from harness.support.files import is_written
 
 __all__ = ["PerTypeReport"]
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from harness.coefficients import did_you_mean
-from harness.manager import MetricsManager
+from harness.metrics import MetricsManager
+from harness.support.text import did_you_mean
 
 __all__ = ["LossProgressBar"]
 

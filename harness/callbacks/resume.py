@@ -19,29 +19,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from harness.checkpoints import newest_valid
 from harness.distributed import gather_objects, global_rank
 from harness.module import ForceFieldModule
+from harness.runs.exits import Preempted
 
-__all__ = ["COMPLETE", "REQUEUE_EXIT_CODE", "Preempted", "ResumeCheckpoint"]
-
-REQUEUE_EXIT_CODE = 75
-"""Exit code of a rank that was told to leave and can go on later: EX_TEMPFAIL of sysexits.h, "try again"."""
+__all__ = ["COMPLETE", "ResumeCheckpoint"]
 
 COMPLETE = "complete"
 """Key of a checkpoint of a training that has come to its end: its last values by log key."""
 _RANDOM_STATES = "random_states"
-
-
-class Preempted(SystemExit):
-    """The training was told to leave and has saved where it is; the same command continues it.
-
-    The process exits with :data:`REQUEUE_EXIT_CODE` unless somebody catches it.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(REQUEUE_EXIT_CODE)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class ResumeCheckpoint(Checkpoint):

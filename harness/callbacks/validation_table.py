@@ -12,10 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.measure import Measurement
 
-from harness.components import WEIGHTED_SUM
-from harness.manager import MetricsManager
+from harness.callbacks.tables import COLUMNS, is_better, values_table
+from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.module import ForceFieldModule, logged_step
-from harness.report import COLUMNS, is_better, values_table
 
 __all__ = ["ValidationTable"]
 

@@ -18,8 +18,8 @@ from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from harness.loggers.common import OneWarning, is_rank_zero
 from harness.loggers.secrets import without_secrets
+from harness.support.warn import OneWarning, is_rank_zero
 
 __all__ = ["CSVLogger"]
 

@@ -25,10 +25,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from harness.loggers.common import OneWarning, is_rank_zero, one_line
 from harness.loggers.journal import Journal, Media, rows_in
 from harness.loggers.secrets import arguments_have_secrets, without_secrets
 from harness.loggers.wandb_files import STEP, inspected, mend, row_key, rows_of
+from harness.support.text import one_line
+from harness.support.warn import OneWarning, is_rank_zero
 
 __all__ = ["WandbLogger"]
 

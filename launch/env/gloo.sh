@@ -27,5 +27,5 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
 fi
 
 # The launcher kills a rank that is stopped (SIGSTOP, a hung driver) some 15 s after the ranks that wait for it have
-# given up: it cannot leave by itself, and would keep its node. See harness.distributed.keep_alive.
+# given up: it cannot leave by itself, and would keep its node. See harness.distributed.failures.keep_alive.
 export TORCHELASTIC_ENABLE_FILE_TIMER=${TORCHELASTIC_ENABLE_FILE_TIMER:-1}

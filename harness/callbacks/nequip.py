@@ -1,0 +1,250 @@
+"""Callbacks that change or log the coefficients of a loss, with the arguments that NequIP's callbacks take.
+
+They work on any module whose ``loss`` is a manager with ``set_coeffs`` and ``entries``: :class:`ForceFieldModule
+<harness.module.lightning.ForceFieldModule>`, ``NequIPLightningModule``, or your own. Where the manager is this
+package's, ``schedule=`` on the loss does the same and more, see :mod:`harness.schedules`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from harness.metrics import MetricsManager, Values
+from harness.module import ForceFieldModule, Step
+from harness.module.coefficient_control import loss_of, refuse_other_drivers
+from harness.schedules import PiecewiseConstant
+from harness.support.text import did_you_mean
+
+__all__ = ["LinearLossCoefficientScheduler", "LossCoefficientMonitor", "LossCoefficientScheduler"]
+
+
+class _EpochScheduler(Callback, ABC):
+    """Sets coefficients with the first batch of an epoch that this process sees.
+
+    Not with the hook for the start of an epoch, which Lightning leaves out when it goes on in the middle of one.
+    """
+
+    drives_coefficients = True
+
+    def __init__(self) -> None:
+        self._epoch: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the names, and that nothing else moves the coefficients."""
+        if stage == "fit":
+            self._epoch = None
+            refuse_other_drivers(self, trainer, pl_module)
+            self.check(loss_of(pl_module))
+
+    @abstractmethod
+    def check(self, loss: Any) -> None:
+        """Refuse names that the loss does not have, or, where it would drop them, that are left out."""
+
+    @abstractmethod
+    def coeffs_at(self, epoch: int) -> dict[str, float]:
+        """Coefficients that hold in an epoch; none where they stay as they are."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the coefficients of the epoch, once."""
+        if trainer.current_epoch != self._epoch:
+            self._epoch = trainer.current_epoch
+            coeffs = self.coeffs_at(self._epoch)
+            if coeffs:
+                loss_of(pl_module).set_coeffs(coeffs)
+
+
+class LossCoefficientScheduler(_EpochScheduler):
+    """Changes coefficients of the loss at the epochs that are given: a step function of the epoch.
+
+    A component that is not named keeps its coefficient; the manager of NequIP would drop it from the loss, and there
+    all of them have to be named. All are normalised to sum to 1. What holds depends on the epoch alone, so that a
+    restart at any epoch is right.
+
+    Args:
+        schedule: ``{epoch: {component: coefficient}}``.
+
+    Raises:
+        ValueError: an epoch or coefficient below 0; when training starts, an unknown component, with the valid ones.
+
+    After NequIP's callback of the same name (https://nequip.readthedocs.io).
+    """
+
+    def __init__(self, schedule: Mapping[int, Mapping[str, float]]) -> None:
+        super().__init__()
+        self.schedule = PiecewiseConstant(cast(Any, schedule))
+
+    def check(self, loss: Any) -> None:
+        """Refuse names that the loss does not have."""
+        _check_names(loss, self.schedule.names)
+
+    def coeffs_at(self, epoch: int) -> dict[str, float]:
+        """Coefficients that the milestones so far have set."""
+        return self.schedule(epoch)
+
+
+class LinearLossCoefficientScheduler(_EpochScheduler):
+    r"""Moves coefficients linearly from what they are at one epoch to others, over a number of epochs.
+
+    With the normalised coefficients :math:`c_k` that hold at ``start_epoch`` :math:`s`, the normalised final ones
+    :math:`f_k`, and the number :math:`n` of transition epochs
+
+    .. math:: c_k(e) = c_k + \min\Big(1, \frac{e - s}{n}\Big)\,(f_k - c_k), \qquad e \ge s
+
+    Several of them make several stages, each of which begins with what the one before has led to. What holds depends on
+    the epoch alone: there is no state.
+
+    Args:
+        final_coeffs: ``{component: coefficient}``, in the end.
+        transition_epochs: number of epochs from the old to the new ones, at least 1.
+        start_epoch: last epoch with the old coefficients.
+
+    Raises:
+        ValueError: a number out of range; when training starts, an unknown component, or stages that overlap.
+
+    After NequIP's callback of the same name (https://nequip.readthedocs.io).
+    """
+
+    several_are_one = True
+
+    def __init__(self, final_coeffs: Mapping[str, float], transition_epochs: int, start_epoch: int = 0) -> None:
+        super().__init__()
+        for name, value, least in (("transition_epochs", transition_epochs, 1), ("start_epoch", start_epoch, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` is a whole number, at least {least}, found {value!r}.")
+        checked = PiecewiseConstant({start_epoch: final_coeffs})(start_epoch)
+        total = sum(checked.values())
+        if not total > 0:
+            raise ValueError(f"`final_coeffs` are all 0, found {checked}; at least one must be above 0.")
+        self.final_coeffs = {name: coeff / total for name, coeff in checked.items()}
+        self.transition_epochs = transition_epochs
+        self.start_epoch = start_epoch
+        self._initial: dict[str, float] | None = None
+        self._stages: list[LinearLossCoefficientScheduler] = []
+
+    @property
+    def state_key(self) -> str:
+        """One for each stage."""
+        return f"{type(self).__qualname__}_{self.start_epoch}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the other stages."""
+        if stage == "fit":
+            found = [each for each in _callbacks(trainer) if isinstance(each, LinearLossCoefficientScheduler)]
+            self._stages = sorted(found, key=lambda each: each.start_epoch)
+            for before, after in zip(self._stages, self._stages[1:], strict=False):
+                if after.start_epoch < before.start_epoch + before.transition_epochs:
+                    raise ValueError(
+                        f"Two stages of LinearLossCoefficientScheduler overlap: one goes from epoch "
+                        f"{before.start_epoch} to {before.start_epoch + before.transition_epochs}, and one starts at "
+                        f"{after.start_epoch}. Start it later, or shorten the first."
+                    )
+        super().setup(trainer, pl_module, stage)
+
+    def check(self, loss: Any) -> None:
+        """Refuse names that the loss does not have; remember what it starts with."""
+        names = dict.fromkeys(name for each in self._stages for name in each.final_coeffs)
+        _check_names(loss, tuple(names), whole=False)
+        if self._initial is None:
+            configured = {name: entry.coeff for name, entry in loss.entries.items()}
+            self._initial = {name: coeff for name, coeff in configured.items() if coeff is not None}
+            self._initial |= {name: 0.0 for name in names if name not in self._initial}
+
+    def coeffs_at(self, epoch: int) -> dict[str, float]:
+        """Coefficients that the stages so far have led to; the first of the callbacks sets them for all."""
+        if self._stages[0] is not self or epoch <= self.start_epoch:
+            return {}
+        current = dict(self._initial or {})
+        for stage in self._stages:
+            done = min(max(epoch - stage.start_epoch, 0) / stage.transition_epochs, 1.0)
+            for name, final in stage.final_coeffs.items():
+                current[name] += done * (final - current[name])
+        return current
+
+
+class LossCoefficientMonitor(Callback):
+    """Logs the normalised coefficients of the loss as ``loss_coeff/{component}``, every so many epochs or batches.
+
+    :class:`~harness.module.ForceFieldModule` logs them by itself: at all epochs under this key, and on the steps that
+    the trainer logs as ``loss_coeff_step/{component}``. There the callback adds further batches, under the latter.
+
+    Args:
+        interval: ``epoch`` or ``batch``.
+        frequency: number of intervals from one to the next, at least 1.
+
+    Raises:
+        ValueError: another interval, or a frequency below 1.
+
+    After NequIP's callback of the same name (https://nequip.readthedocs.io).
+    """
+
+    def __init__(self, interval: Literal["epoch", "batch"], frequency: int) -> None:
+        if interval not in ("epoch", "batch"):
+            raise ValueError(f"`interval` is epoch or batch, found {interval!r}.")
+        if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
+            raise ValueError(f"`frequency` is a whole number, at least 1, found {frequency!r}.")
+        self.interval = interval
+        self.frequency = frequency
+        self._step = 0
+        self._used: Values | None = None
+
+    def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
+        """Keep the coefficients that the step uses: learnt ones are others after it."""
+        self._used = step.values.detach()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the coefficients that the batch was trained with."""
+        is_step, self._step = trainer.global_step != self._step, trainer.global_step
+        if self.interval == "batch" and is_step and trainer.global_step % self.frequency == 0:
+            every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            logged_already = isinstance(pl_module, ForceFieldModule) and every and trainer.global_step % every == 0
+            if not logged_already:
+                # the module has logged before the optimizer's step, of which the counter is one ahead by now
+                self._log(trainer, pl_module, trainer.global_step - 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the coefficients that the epoch ends with."""
+        due = self.interval == "epoch" and trainer.current_epoch % self.frequency == 0
+        if due and not isinstance(pl_module, ForceFieldModule):
+            self._log(trainer, pl_module, trainer.global_step - 1)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        loss = loss_of(pl_module)
+        if isinstance(loss, MetricsManager):
+            own = loss.effective_coeffs() if self._used is None else self._used.to_report().coeffs
+            coeffs: dict[str, float] = own | loss.type_weights
+        else:
+            coeffs = {name: entry.coeff for name, entry in loss.entries.items() if entry.coeff is not None}
+        key = "loss_coeff_step" if isinstance(pl_module, ForceFieldModule) else "loss_coeff"
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                row = {f"{key}/{name}": coeff for name, coeff in coeffs.items()}
+                logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=step)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def _check_names(loss: Any, names: tuple[str, ...], whole: bool = True) -> None:
+    """Refuse names that the loss does not have; with ``whole``, all of a loss that would drop the others."""
+    valid = list(loss.entries)
+    if isinstance(loss, MetricsManager):
+        valid += [key for entry in loss.entries.values() for key in entry.type_keys(loss.type_names)]
+    unknown = [name for name in names if name not in valid]
+    if unknown:
+        meant = did_you_mean(unknown[0], valid)
+        listed = ", ".join(map(repr, unknown))
+        raise ValueError(f"The loss has no component {listed}. {meant}Valid names: {', '.join(valid)}.")
+    if whole and not isinstance(loss, MetricsManager):
+        dropped = [name for name, entry in loss.entries.items() if entry.coeff is not None and name not in names]
+        if dropped:
+            raise ValueError(
+                f"The schedule does not name {', '.join(dropped)}, and {type(loss).__module__}.{type(loss).__name__} "
+                f"drops components that are not named from the loss. Name all of them at every epoch."
+            )

@@ -1,0 +1,1 @@
+"""Configuration: functions that configs call, and explanations of a wrong one."""

@@ -1,0 +1,60 @@
+"""Ranks: collectives of a step, sharded parameters, the rendezvous, and notes after a failure."""
+
+from harness.distributed.collectives import (
+    ProcessGroup,
+    data_parallel_size,
+    gather_objects,
+    global_rank,
+    gradient_scale,
+    is_distributed,
+    known_backends,
+    max_over_ranks,
+    merge_over_ranks,
+    sum_over_ranks,
+)
+from harness.distributed.failures import Board, is_lost_connection, keep_alive
+from harness.distributed.rendezvous import (
+    START_LIMIT,
+    RankAbsentError,
+    agree,
+    decide,
+    is_launched_by_torchrun,
+    join,
+    launched_rank,
+    launched_ranks,
+    named,
+    share,
+    take_ranks_of_submitit,
+)
+from harness.distributed.sharding import join_shards, shard_parameters, sharded_parts, split_like
+
+__all__ = [
+    "START_LIMIT",
+    "Board",
+    "ProcessGroup",
+    "RankAbsentError",
+    "agree",
+    "data_parallel_size",
+    "decide",
+    "gather_objects",
+    "global_rank",
+    "gradient_scale",
+    "is_distributed",
+    "is_launched_by_torchrun",
+    "is_lost_connection",
+    "join",
+    "join_shards",
+    "keep_alive",
+    "known_backends",
+    "launched_rank",
+    "launched_ranks",
+    "max_over_ranks",
+    "merge_over_ranks",
+    "named",
+    "shard_parameters",
+    "sharded_parts",
+    "share",
+    "split_like",
+    "sum_over_ranks",
+    "take_ranks_of_submitit",
+]

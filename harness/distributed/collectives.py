@@ -1,0 +1,164 @@
+"""Collectives of a step and an epoch: merge rows, sum, take maxima, gather small objects.
+
+Every function works without a process group too, where it does what one rank would do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+__all__ = [
+    "ProcessGroup",
+    "data_parallel_size",
+    "gather_objects",
+    "global_rank",
+    "gradient_scale",
+    "is_distributed",
+    "known_backends",
+    "max_over_ranks",
+    "merge_over_ranks",
+    "sum_over_ranks",
+]
+
+ProcessGroup = dist.ProcessGroup
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def data_parallel_size(group: ProcessGroup | None = None) -> int:
+    """Number of ranks that share a batch: the size of ``group``, or of the world, or 1 without a process group."""
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def global_rank(group: ProcessGroup | None = None) -> int:
+    """Rank of this process in ``group``, or in the world, or 0 without a process group."""
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def gradient_scale(group: ProcessGroup | None = None, num_micro_batches: int = 1) -> int:
+    r"""Factor on the loss that cancels averages of gradients: over the data-parallel ranks, and over micro-batches.
+
+    DDP, FSDP and DeepSpeed hand the optimizer :math:`\frac{1}{W}\sum_r \nabla L_r`. The merged loss :math:`L` is the
+    same on all W ranks and its backward pass stops at each rank's own row, so that :math:`\sum_r \nabla L_r` is the
+    gradient of one process on the whole batch. Backward of :math:`W \cdot L` is therefore exact.
+
+    A step of several micro-batches is the *sum* of their gradients, see :class:`harness.metrics.Window`. A trainer that
+    divides each loss by a number :math:`k`, as Lightning does by ``accumulate_grad_batches`` (also where the last step
+    of an epoch has fewer micro-batches), needs the factor :math:`W k`.
+
+    Args:
+        group: the data-parallel group, if a strategy splits the world; the whole world otherwise.
+        num_micro_batches: :math:`k`, what the trainer divides the loss by.
+    """
+    return data_parallel_size(group) * num_micro_batches
+
+
+class _MergeSums(torch.autograd.Function):
+    """All-reduce SUM whose backward passes the gradient to the local addend unchanged."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, local: Tensor, group: ProcessGroup | None) -> Tensor:
+        merged = local.clone()
+        dist.all_reduce(merged, op=dist.ReduceOp.SUM, group=group)
+        return merged
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Any) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def _merge_sums(local: Tensor, group: ProcessGroup | None) -> Tensor:
+    return cast(Tensor, _MergeSums.apply(local, group))  # type: ignore[no-untyped-call]
+
+
+def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Row of the whole group: sums of ``additive``, element-wise maxima of ``maxima``; the same bits on every rank.
+
+    One SUM all-reduce, and one MAX all-reduce before it if there are maxima. Gradients pass to this rank's own row
+    unchanged; that of a maximum goes to the rank that holds it, in equal shares where several do (a subgradient).
+    A NaN maximum on any rank gives NaN on all ranks, whatever the backend makes of NaN.
+
+    Args:
+        additive: float64 ``[num_additive]``, on every rank of the same length.
+        maxima: float64 ``[num_maxima]``; ``-inf`` is neutral. May be empty.
+        group: the data-parallel group; the whole world if None.
+    """
+    if data_parallel_size(group) == 1:
+        return additive, maxima
+    origin = additive.device
+    device = _collective_device(origin, group)
+    additive, maxima = additive.to(device), maxima.to(device)
+    if maxima.numel() == 0:
+        merged = _merge_sums(additive, group)
+        return merged.to(origin), maxima.to(origin)
+
+    local = maxima.detach()
+    largest = max_over_ranks(local, group)
+    # How many ranks hold each maximum travels with the sums: it shares out the gradient, and since NaN survives a sum
+    # but not every backend's maximum, it carries the NaN.
+    holds = torch.where(local.isnan(), local, (local == largest).to(local.dtype))
+    packed = _merge_sums(torch.cat((additive, holds)), group)
+    merged, holders = packed[: additive.numel()], packed[additive.numel() :].detach()
+    largest = torch.where(holders.isnan(), holders, largest)
+    if maxima.requires_grad:
+        share = torch.where(holds > 0, holds / holders, 0.0)
+        # adds exactly zero (where() keeps an infinite maximum from becoming NaN) and carries the gradient
+        largest = largest + share * (maxima - local).where(local.isfinite(), torch.zeros_like(local))
+    return merged.to(origin), largest.to(origin)
+
+
+def sum_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum of a tensor over the whole group, the same bits on every rank; one all-reduce, and no gradient.
+
+    Args:
+        value: of the same shape on every rank; it is overwritten where it can be, to save its memory.
+        group: the data-parallel group; the whole world if None.
+    """
+    if data_parallel_size(group) == 1:
+        return value.detach()
+    total = value.detach().to(_collective_device(value.device, group))
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+    return total.to(value.device)
+
+
+def max_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Element-wise maximum over the whole group, the same bits on every rank; one all-reduce, and no gradient.
+
+    Args:
+        value: of the same shape on every rank; no NaN, of which backends make different things.
+        group: the data-parallel group; the whole world if None.
+    """
+    if data_parallel_size(group) == 1:
+        return value.detach()
+    largest = value.detach().to(_collective_device(value.device, group), copy=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest.to(value.device)
+
+
+def _collective_device(device: torch.device, group: ProcessGroup | None) -> torch.device:
+    """Where the group's backend can reduce: NCCL has no CPU tensors."""
+    if device.type == "cpu" and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every rank, in rank order, on every rank. For small objects, outside of steps."""
+    if data_parallel_size(group) == 1:
+        return [value]
+    gathered: list[Any] = [None] * data_parallel_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def known_backends() -> list[str]:
+    """Names of the backends of process groups that this torch has heard of, whether they can be used here or not."""
+    return list(dist.Backend.backend_list)

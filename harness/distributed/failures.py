@@ -1,0 +1,107 @@
+"""Notes between the ranks of a job when its process group has failed, and signs of life to the launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from threading import Thread
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed.elastic.timer.file_based_local_timer import FileTimerClient
+
+from harness.distributed.rendezvous import _attempt, _job_store, is_launched_by_torchrun
+
+__all__ = ["Board", "is_lost_connection", "keep_alive"]
+
+# what gloo, NCCL and their store say when another rank has gone or does not answer
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "connectFullMesh failed",
+    "No route to host",
+    "Network is unreachable",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+    "ncclSystemError",
+)
+
+
+class Board:
+    """Where the ranks of a job leave notes for each other, beside the process group and when that has failed.
+
+    Notes are kept at the launcher's store, apart for each start of the job. Every call comes back within ``limit``
+    seconds; once one did not, the store counts as lost and all further calls come back at once, with None.
+    """
+
+    def __init__(self, limit: float = 3.0) -> None:
+        self._store, self._prefix, self._limit = _job_store(), _attempt(), limit
+        self.is_lost = False
+
+    def put(self, key: str, value: str) -> None:
+        """Leave a note."""
+        self._within_limit(lambda store, name: store.set(name, value), key)
+
+    def put_first(self, key: str, value: str) -> str | None:
+        """Leave a note unless there is one, and read that which is there then."""
+        found = self._within_limit(lambda store, name: store.compare_set(name, "", value), key)
+        return None if found is None else cast(bytes, found).decode()
+
+    def append(self, key: str, value: str) -> None:
+        """Add to a note that many ranks write."""
+        self._within_limit(lambda store, name: store.append(name, value), key)
+
+    def read(self, key: str) -> str | None:
+        """The note, or None if there is none."""
+        found = self._within_limit(lambda store, name: store.get(name) if store.check([name]) else None, key)
+        return None if found is None else cast(bytes, found).decode()
+
+    def _within_limit(self, action: Callable[[Any, str], Any], key: str) -> Any:
+        """The result of an action on the store; None if it fails or hangs, as it may once a link is down."""
+        if self.is_lost:
+            return None
+        results: list[Any] = []
+
+        def act() -> None:
+            with contextlib.suppress(RuntimeError):  # all errors of a store are
+                results.append(action(self._store, f"{self._prefix}/{key}"))
+
+        # a thread that stays behind in the store holds nobody up
+        thread = Thread(target=act, daemon=True)
+        thread.start()
+        thread.join(self._limit)
+        if not results:
+            self.is_lost = True
+            return None
+        return results[0]
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank did not answer or has gone: not the fault of this rank."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _LOST)
+
+
+def keep_alive(seconds: float) -> None:
+    """Ask the launcher to kill this process unless it asks again within ``seconds``; 0 takes that back.
+
+    A stopped process cannot leave by itself. torchrun can do it if it was started with
+    ``TORCHELASTIC_ENABLE_FILE_TIMER=1``, as the scripts in ``launch/`` do; without that, nothing happens.
+    """
+    path = os.environ.get("TORCHELASTIC_TIMER_FILE")
+    # no file: the launcher is leaving itself, and torch would tell so by a traceback
+    if not path or not is_launched_by_torchrun() or not os.path.exists(path):
+        return
+    timer: Any = FileTimerClient(path)
+    with contextlib.suppress(OSError, RuntimeError):  # likewise
+        if seconds > 0:
+            timer.acquire("harness", time.time() + seconds)
+        else:
+            timer.release("harness")

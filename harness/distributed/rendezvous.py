@@ -1,0 +1,253 @@
+"""Ranks of a launcher before there is a process group: meet, agree on small texts, make the group."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
+
+from harness.distributed.collectives import is_distributed
+
+__all__ = [
+    "START_LIMIT",
+    "RankAbsentError",
+    "agree",
+    "decide",
+    "is_launched_by_torchrun",
+    "join",
+    "launched_rank",
+    "launched_ranks",
+    "named",
+    "share",
+    "take_ranks_of_submitit",
+]
+
+START_LIMIT = timedelta(minutes=5)
+"""How long ranks wait for each other before they know the configuration, and with it a limit of its own."""
+
+_MARGIN = timedelta(seconds=10)
+_ABSENT = "absent: "
+_SHOWN = 8
+
+
+class RankAbsentError(TimeoutError):
+    """Ranks of the job did not come to where this rank waited for them; the message names them."""
+
+
+def launched_ranks() -> int:
+    """Number of ranks that a launcher has started, before there is a process group; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number among :func:`launched_ranks`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def take_ranks_of_submitit() -> bool:
+    """Tell torch of the ranks that submitit has started, which has its own words for them.
+
+    Returns:
+        Whether this is a job of submitit's.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or is_launched_by_torchrun():
+        return False
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = JobEnvironment()
+    if job.num_tasks == 1:
+        return True
+    os.environ.pop("MASTER_PORT", None)  # of whatever has started it; submitit draws one for the job
+    # all GPUs of the node stay visible to each rank, which takes that of its number
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["GROUP_RANK"] = str(job.node)
+    if job.num_nodes == 1:  # the name of a host may not resolve on itself
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    return True
+
+
+def agree(key: str, proposal: str) -> str:
+    """The proposal of whichever rank came first, on every rank, before there is a process group.
+
+    Ranks meet at the rendezvous store of their launcher (torchrun, or any that sets ``RANK``, ``WORLD_SIZE``,
+    ``MASTER_ADDR`` and ``MASTER_PORT``), which outlives restarts of the ranks: a restarted job agrees on the same.
+    Without a launcher it is the proposal itself.
+    """
+    if launched_ranks() == 1:
+        return proposal
+    return cast(bytes, _job_store().compare_set(f"harness/{key}", "", proposal)).decode()
+
+
+def join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
+    """Make the process group of the job, unless there is one or no launcher has started several ranks.
+
+    The address book of the group is kept apart for each start of the job. torch's own, which the launcher's store keeps
+    over restarts, still has the addresses of the ranks of before, and restarted ranks may wait for those.
+
+    Args:
+        backend: ``gloo``, ``nccl`` …
+        timeout: how long a collective waits.
+        device: this rank's GPU.
+    """
+    if launched_ranks() == 1 or is_distributed():
+        return
+    # of groups that are made later without a limit of their own: meshes of devices, DeepSpeed's
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"{_attempt()}/group", _job_store())  # type: ignore[attr-defined]
+    on_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
+    dist.init_process_group(
+        backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **on_device
+    )
+    if backend == "nccl":  # it warns of groups that nobody has destroyed
+        atexit.register(lambda: dist.destroy_process_group() if is_distributed() else None)
+
+
+def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
+    """Rank 0's ``value``, on every rank, before there is a process group. The n-th calls with a key belong together.
+
+    Raises:
+        RankAbsentError: rank 0 did not come.
+    """
+    if launched_ranks() == 1:
+        return value
+    shared = _moment(key)
+    if launched_rank() == 0:
+        _job_store().set(shared, value)
+        return value
+    return _answer(shared, f"rank 0 to arrive at {key!r}", timeout)
+
+
+def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: timedelta = START_LIMIT) -> str:
+    """What ``decision`` makes of the values of all ranks, in rank order, on every rank, without a process group.
+
+    Rank 0 collects and decides, the others send one value and read one, however many they are. The n-th calls with a
+    key belong together.
+
+    Raises:
+        RankAbsentError: some ranks did not come; they are named, on every rank that is there.
+    """
+    if launched_ranks() == 1:
+        return decision([value])
+    store, prefix = _job_store(), _moment(key)
+    keys = [f"{prefix}/{rank}" for rank in range(launched_ranks())]
+    if launched_rank() != 0:
+        store.set(keys[launched_rank()], value)
+        _answer(keys[0], f"rank 0 to arrive at {key!r}", timeout)
+        made = _answer(f"{prefix}/decision", f"what rank 0 makes of {key!r}", timeout + _MARGIN)
+    else:
+        store.set(keys[0], value)
+        try:
+            store.wait(keys, timeout)
+        except dist.DistStoreError:
+            absent = [rank for rank, each in enumerate(keys) if not store.check([each])]
+            made = _ABSENT + _waited(f"{named(absent)} to arrive at {key!r}", timeout)
+        else:
+            made = decision([cast(bytes, each).decode() for each in store.multi_get(keys)])
+        store.set(f"{prefix}/decision", made)
+    if made.startswith(_ABSENT):
+        raise RankAbsentError(made.removeprefix(_ABSENT))
+    return made
+
+
+def named(ranks: Sequence[int], hosts: Mapping[int, str | None] | None = None) -> str:
+    """``rank 3 (host a) and rank 7 (host b)``; of many, the first few and their number."""
+    known = hosts or {}
+    shown = [f"rank {rank} (host {known[rank]})" if known.get(rank) else f"rank {rank}" for rank in ranks[:_SHOWN]]
+    if len(ranks) > _SHOWN:
+        shown.append(f"{len(ranks) - _SHOWN} more")
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]])) if shown else "no rank"
+
+
+def is_launched_by_torchrun() -> bool:
+    """Whether a torchrun agent watches over this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@cache
+def _job_store() -> Any:
+    """Where the ranks of a launcher meet; kept for the life of the process, which may serve it to the others."""
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=START_LIMIT)))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if launched_rank() == 0 and not is_launched_by_torchrun():  # it keeps the store itself
+            awaited = f"the other ranks to reach it at {where} ({str(error).splitlines()[0].rstrip('.')})"
+            raise RankAbsentError(_waited(awaited, START_LIMIT)) from None
+        raise RankAbsentError(
+            f"Rank {launched_rank()} could not reach the store of the job at {where}: {str(error).splitlines()[0]}. "
+            f"Has rank 0 been started, and can this host reach that address?"
+        ) from None
+    return store
+
+
+@cache
+def _attempt() -> str:
+    """Prefix of the keys of this start of the job, on which all its ranks have agreed.
+
+    The store outlives restarts, and nothing that a launcher tells its ranks is both new at each start and the same on
+    all of them: with elastic nodes each agent counts its own restarts. So every rank comes with a number of its own,
+    and rank 0 answers each number with the prefix that it has drawn; whoever waits for an answer to a new number is not
+    misled by what an earlier start has left.
+    """
+    store, arrivals, rank = _job_store(), "harness/arrivals", launched_rank()
+    if rank != 0:
+        number = f"{rank}-{uuid.uuid4().hex}"
+        store.append(arrivals, f"{number},")
+        prefix = _answer(f"harness/reply/{number}", "rank 0 to start", START_LIMIT)
+        store.append(f"{prefix}/joined", f"{rank},")
+        return prefix
+    prefix = f"harness/{uuid.uuid4().hex}"
+    store.append(arrivals, ",")
+    store.append(f"{prefix}/joined", "0,")
+    replied: set[str] = set()
+    deadline = time.monotonic() + START_LIMIT.total_seconds()
+    while True:
+        for number in set(_listed(store, arrivals)) - replied:
+            store.set(f"harness/reply/{number}", prefix)
+            replied.add(number)
+        joined = {int(each) for each in _listed(store, f"{prefix}/joined")}
+        if len(joined) == launched_ranks():
+            return prefix
+        if time.monotonic() > deadline:
+            absent = sorted(set(range(launched_ranks())) - joined)
+            raise RankAbsentError(_waited(f"{named(absent)} to start", START_LIMIT))
+        time.sleep(0.02)
+
+
+def _moment(key: str) -> str:
+    """Prefix of the keys of one call: every rank makes the same calls in the same order."""
+    number = _CALLS[key] = _CALLS.get(key, -1) + 1
+    return f"{_attempt()}/{key}/{number}"
+
+
+_CALLS: dict[str, int] = {}
+
+
+def _listed(store: Any, key: str) -> list[str]:
+    return [each for each in cast(bytes, store.get(key)).decode().split(",") if each]
+
+
+def _answer(key: str, awaited: str, timeout: timedelta) -> str:
+    try:
+        _job_store().wait([key], timeout)
+        return cast(bytes, _job_store().get(key)).decode()
+    except dist.DistError:
+        raise RankAbsentError(_waited(awaited, timeout)) from None
+
+
+def _waited(awaited: str, timeout: timedelta) -> str:
+    return (
+        f"Rank {launched_rank()} waited {timeout.total_seconds():.0f} s for {awaited}. Have all ranks been started, "
+        f"with the same command, and do they still run?"
+    )

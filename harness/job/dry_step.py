@@ -1,0 +1,320 @@
+"""One small step on copies before a training: what would fail in the first batch is told before anything is written.
+
+A few frames go through the model, the loss, the metrics and the backward pass, on the CPU, on every rank for itself.
+Nothing is sent, and what is trained afterwards is not touched: model and managers are copied, samplers are not asked,
+and random states are put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from harness.data import AtomsDataset, collate
+from harness.distributed import launched_ranks
+from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
+from harness.metrics import MetricsManager, Values, step_together
+from harness.module import ForceFieldModule
+
+__all__ = ["check_batch", "check_first_batch"]
+
+_NUM_FRAMES = 2  # more than one, so that a dimension of graphs is told from one of size 1
+_MISTAKES = (ValueError, TypeError, KeyError)
+
+
+def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule, trainer: Trainer, train: bool) -> None:
+    """Refuse a model, loss or metrics that cannot work on the batches of the data.
+
+    Of the training set, and of the first validation set, the two smallest frames with all labels are taken (the first
+    two of a data set that is not :class:`~harness.data.AtomsDataset`; data without a length are not looked at).
+
+    Args:
+        module: the module that is to be trained; it stays as it is.
+        datamodule: its data, set up.
+        trainer: says the precision, and the strategy that parameters without a gradient matter to.
+        train: whether there is a training; otherwise only an evaluation is tried.
+
+    Raises:
+        ValueError: with the set, what was found, what was expected, and the likely fix.
+    """
+    with isolate_rng(include_cuda=False):
+        try:
+            tried = copy.deepcopy(module)
+        except (RuntimeError, TypeError, NotImplementedError):  # a model of someone who never meant it to be copied
+            return
+        tried.zero_grad(set_to_none=True)
+        tried = trainer.precision_plugin.convert_module(tried)  # type: ignore[assignment]
+        if train:
+            batch = _small_batch(datamodule, "train")
+            if batch is not None:
+                _try_training(tried, _converted(batch, trainer), trainer)
+        batch = _small_batch(datamodule, "val")
+        if batch is not None and len(tried.val_metrics):
+            _try_evaluation(tried, _converted(batch, trainer), trainer)
+
+
+def check_batch(batch: object, type_names: Sequence[str] | None) -> Batch:
+    """The batch, if it is a dictionary of tensors that fit each other.
+
+    Raises:
+        ValueError, TypeError: the field, what was found and what was expected.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch is a dictionary of tensors by field name, found {type(batch).__name__}.")
+    tensors = {str(name): value for name, value in batch.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise TypeError(
+            f"a batch is a dictionary of tensors by field name; found no tensor in {sorted(map(str, batch))}."
+        )
+    _check_rows(tensors)
+    for name in ("pos", "cell", "forces", "total_energy", "stress"):
+        if name in tensors and not tensors[name].is_floating_point():
+            raise TypeError(f"{name!r} has dtype {tensors[name].dtype}; expected a floating-point one.")
+    for name in ("pos", "cell"):
+        if name in tensors and not tensors[name].isfinite().all():
+            raise ValueError(f"{name!r} has {_not_finite(tensors[name])}; expected finite numbers of Å.")
+    num_types = math.inf if type_names is None else len(type_names)
+    known = "" if type_names is None else f" of the type names {list(type_names)}"
+    num_nodes = next((len(tensors[name]) for name in ("pos", ATOM_TYPES) if name in tensors), math.inf)
+    num_graphs = len(tensors[NUM_ATOMS]) if NUM_ATOMS in tensors else math.inf
+    for name, limit, of_what in (
+        (ATOM_TYPES, num_types, f"index{known}"),
+        ("batch", num_graphs, "number of a graph"),
+        ("edge_index", num_nodes, "number of an atom"),
+    ):
+        if name in tensors:
+            _check_indices(name, tensors[name], limit, of_what)
+    if "edge_index" in tensors and (tensors["edge_index"].dim() != 2 or len(tensors["edge_index"]) != 2):
+        raise ValueError(f"'edge_index' has shape {list(tensors['edge_index'].shape)}; expected [2, num_edges].")
+    return batch
+
+
+def _check_rows(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse fields of one level that differ in their number of rows, and a batch without atoms."""
+    levels: dict[str, tuple[str, int]] = {}
+    first = {NUM_ATOMS: 0, "pos": 0, ATOM_TYPES: 1}  # the fields that the others are compared with
+    for name in sorted(tensors, key=lambda name: first.get(name, 2)):
+        spec, value = registered_fields().get(name), tensors[name]
+        if spec is None:
+            continue
+        if not value.dim():
+            raise ValueError(f"{name!r} is a scalar; expected one row for each {spec.level}.")
+        reference, rows = levels.setdefault(spec.level, (name, len(value)))
+        if len(value) != rows:
+            raise ValueError(
+                f"{name!r} has shape {list(value.shape)}, but {reference!r} has {rows} rows; both are {spec.level} "
+                f"fields: expected one row for each {spec.level}."
+            )
+        if spec.shape is not None and name in ("pos", "forces", "cell", "stress") and value.shape[1:] != spec.shape:
+            expected = ", ".join(map(str, spec.shape))
+            raise ValueError(f"{name!r} has shape {list(value.shape)}; expected [num_{spec.level}s, {expected}].")
+    if levels.get("node", ("", 1))[1] == 0:
+        raise ValueError(f"the batch has no atoms: {levels['node'][0]!r} has no rows; expected at least one atom.")
+    if "node" in levels and NUM_ATOMS in tensors and int(tensors[NUM_ATOMS].sum()) != levels["node"][1]:
+        raise ValueError(
+            f"{NUM_ATOMS!r} counts {int(tensors[NUM_ATOMS].sum())} atoms, but {levels['node'][0]!r} has "
+            f"{levels['node'][1]} rows."
+        )
+    if NUM_ATOMS in tensors and bool((tensors[NUM_ATOMS] < 1).any()):
+        raise ValueError(f"{NUM_ATOMS!r} is {tensors[NUM_ATOMS].tolist()}; expected at least one atom in each graph.")
+
+
+def _check_indices(name: str, value: Tensor, limit: float, of_what: str) -> None:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name!r} has dtype {value.dtype}; expected integers, such as torch.int64.")
+    if value.numel() and (int(value.min()) < 0 or int(value.max()) >= limit):
+        highest = "" if limit == math.inf else f" to {int(limit) - 1}"
+        raise ValueError(
+            f"{name!r} has values from {int(value.min())} to {int(value.max())}; expected the {of_what}, 0{highest}. "
+            f"Do data, model and metrics use the same type_names and the same batches?"
+        )
+
+
+def _small_batch(datamodule: LightningDataModule, name: str) -> Batch | None:
+    """Collated first samples of a set, None where they cannot be had without its loader's help."""
+    own = [getattr(datamodule, "train_set", None)] if name == "train" else list(getattr(datamodule, "val_sets", []))
+    dataset = own[0] if own else None
+    try:
+        if isinstance(dataset, AtomsDataset):
+            return collate([dataset[index] for index in _smallest(dataset)], dtype=dataset.dtype)
+        loader = _loader_of(datamodule, name)
+        if loader is None:
+            return None
+        if loader.batch_sampler is None:  # the data set makes the batches
+            return loader.collate_fn(loader.dataset[0])
+        number = min(_NUM_FRAMES, len(loader.dataset))  # type: ignore[arg-type]
+        return loader.collate_fn([loader.dataset[index] for index in range(number)]) if number else None
+    except _MISTAKES as error:
+        raise ValueError(f"The first samples of the {_SETS[name]} data cannot be made: {_text(error)}") from error
+
+
+def _loader_of(datamodule: LightningDataModule, name: str) -> DataLoader[Any] | None:
+    try:
+        loader = datamodule.train_dataloader() if name == "train" else datamodule.val_dataloader()
+    except Exception:  # it may need the trainer, which there is none yet
+        return None
+    loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+    mapped = isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__") and len(loader.dataset)
+    return loader if mapped and hasattr(loader.dataset, "__getitem__") else None
+
+
+def _smallest(dataset: AtomsDataset) -> list[int]:
+    """Indices of the smallest frames, those with all labels and with more than one atom first."""
+
+    def key(index: int) -> tuple[bool, int, int]:
+        frame = dataset.frames[index]
+        missing = sum(label is None for label in (frame.energy, frame.forces, frame.stress))
+        return len(frame.atoms) < 2, missing, len(frame.atoms)
+
+    return sorted(sorted(range(len(dataset)), key=key)[:_NUM_FRAMES])
+
+
+def _converted(batch: Batch, trainer: Trainer) -> Batch:
+    converted: Batch = trainer.precision_plugin.convert_input(batch)
+    return converted
+
+
+def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> None:
+    """A training step without its communication, and what it says of the model."""
+    module.train()
+    managers = [module.loss] if module.train_metrics is None else [module.loss, module.train_metrics]
+    predictions, values = _forward(module, batch, "train", managers, trainer)
+    weighted_sum = values[0].weighted_sum
+    if weighted_sum is None:
+        return
+    parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
+    grown = sorted(name for name, value in predictions.items() if isinstance(value, Tensor) and value.requires_grad)
+    read = sorted(_fields_read(module.loss, weighted=True) & predictions.keys())
+    nothing = (
+        f"No gradient reaches a parameter of the model from the loss, which reads {', '.join(read) or 'no field'}; "
+        f"predictions with a gradient: {', '.join(grown) or 'none'}. In training mode the model must not detach its "
+        f"predictions, nor make them under torch.no_grad(); forces need autograd.grad(..., create_graph=True)."
+    )
+    if not weighted_sum.requires_grad:
+        raise ValueError(nothing)
+    _guarded(module.objective(values[0]).backward, f"The backward pass of a first {_SETS['train']} batch")
+    unused = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if not [name for name in parameters if name not in unused and not name.startswith("loss.")]:
+        raise ValueError(nothing)  # learnt coefficients have one all the same
+    broken = [
+        name for name, each in parameters.items() if each.grad is not None and not bool(each.grad.isfinite().all())
+    ]
+    if broken:
+        raise ValueError(
+            f"The gradient of {_some(broken)} is NaN or infinite in a first {_SETS['train']} batch, although the "
+            f"predictions are finite. The usual cause is the root or norm of a zero: mask it with where() before and "
+            f"after."
+        )
+    if unused and launched_ranks() > 1 and _waits_for_all_gradients(trainer):
+        raise ValueError(
+            f"No gradient reaches {_some(unused)}, and DDP waits for one of every parameter. Freeze what is not used "
+            f"(requires_grad=False), or set strategy=ddp +strategy.find_unused_parameters=true."
+        )
+
+
+def _try_evaluation(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> None:
+    module.eval()
+    with torch.no_grad():
+        _forward(module, batch, "val", [module.val_metrics[0]], trainer)  # type: ignore[list-item]
+
+
+def _forward(
+    module: ForceFieldModule, batch: Batch, name: str, managers: Sequence[MetricsManager], trainer: Trainer
+) -> tuple[Mapping[str, Tensor], tuple[Values, ...]]:
+    """Predictions and values of a batch, all checked."""
+    what = f"a first {_SETS[name]} batch"
+    try:
+        check_batch(batch, module.type_names)
+    except _MISTAKES as error:
+        raise ValueError(f"In {what}: {_text(error)}") from error
+    context = trainer.precision_plugin.forward_context() if _on_cpu(trainer) else nullcontext()
+    with context:
+        predictions = _guarded(lambda: module(batch), f"The model fails on {what}: it")
+        if not isinstance(predictions, Mapping):
+            raise TypeError(
+                f"The model returned {type(predictions).__name__} for {what}; expected a dictionary of tensors by "
+                f"field name, such as total_energy and forces."
+            )
+        for field in sorted(set().union(*map(_fields_read, managers)) & predictions.keys()):
+            value = predictions[field]
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                raise TypeError(f"The prediction {field!r} has dtype {value.dtype}; expected a floating-point one.")
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise ValueError(
+                    f"The prediction {field!r} for {what} has {_not_finite(value)} before any training; expected "
+                    f"finite numbers. Look at the model's initial weights, its scales and shifts, and distances of 0."
+                )
+        if name != "train":
+            predictions = {field: value.detach() for field, value in predictions.items()}
+        try:
+            values = step_together(*managers, preds=predictions, target=batch)
+        except (*_MISTAKES, RuntimeError, IndexError) as error:
+            raise ValueError(f"In {what}: {_text(error)}") from error
+    for manager, each in zip(managers, values, strict=True):
+        _check_finite(manager, each, what)
+    return predictions, values
+
+
+def _check_finite(manager: MetricsManager, values: Values, what: str) -> None:
+    """Refuse a weighted sum that is NaN or infinite, with the components that make it so."""
+    if values.weighted_sum is None or bool(values.weighted_sum.isfinite()):
+        return
+    numbers = values.to_host()
+    wrong = [name for name in manager if manager.coeffs[name] and not math.isfinite(numbers[name])]
+    raise ValueError(
+        f"In {what} the weighted sum is {float(values.weighted_sum.detach())} because of {', '.join(wrong)}; the "
+        f"predictions are finite. Labels that are NaN are left out with `ignore_nan: true`; otherwise the predictions "
+        f"are too far off for the metric."
+    )
+
+
+def _guarded(function: Any, what: str) -> Any:
+    """The result of code that belongs to users, whatever it raises."""
+    try:
+        return function()
+    except Exception as error:
+        raise ValueError(f"{what} raises {type(error).__name__}: {_text(error)}") from error
+
+
+def _fields_read(manager: MetricsManager, weighted: bool = False) -> set[str]:
+    """Fields of the predictions that the components read, or those with a coefficient alone."""
+    entries = [entry for entry in manager.entries.values() if entry.coeff or not weighted]
+    read = {getattr(entry.field, name, None) for entry in entries for name in ("field", "pred_field")}
+    return {name for name in read if isinstance(name, str)}
+
+
+def _waits_for_all_gradients(trainer: Trainer) -> bool:
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return False
+    return not any(strategy._ddp_kwargs.get(option) for option in ("find_unused_parameters", "static_graph"))
+
+
+def _on_cpu(trainer: Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cpu"
+
+
+def _not_finite(value: Tensor) -> str:
+    return f"{int((~value.isfinite()).sum())} NaN or infinite numbers of {value.numel()}"
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:4])
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more parameters"
+
+
+def _text(error: BaseException) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+_SETS = {"train": "training", "val": "validation"}

@@ -1,0 +1,5 @@
+"""Run as ``python -m harness.launcher``."""
+
+from harness.launcher.agent import main
+
+main()

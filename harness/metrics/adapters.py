@@ -1,0 +1,373 @@
+"""Other people's torchmetrics as part of the row, or beside it where their states do not merge.
+
+A metric whose states all reduce by sum, mean, max or min is a function of additive numbers and maxima like ours: its
+states after one batch are the batch's contribution, a minimum is the maximum of the negative, and a mean travels as a
+sum and a number of updates. All others (lists of samples, custom reductions) keep their own states on each rank; these
+are gathered at the end of an epoch and joined as torchmetrics does it.
+
+Such metrics do as they please inside ``update`` and ``compute``, host synchronisation included.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import (
+    dim_zero_cat,
+    dim_zero_max,
+    dim_zero_mean,
+    dim_zero_min,
+    dim_zero_sum,
+)
+
+from harness.fields import NUM_ATOMS, Batch
+from harness.metrics.row import Elements
+
+__all__ = ["DeferredMetric", "ForeignMetric", "Part", "why_not_mergeable"]
+
+_MERGEABLE: dict[Any, Literal["sum", "mean", "max", "min"]] = {
+    dim_zero_sum: "sum",
+    dim_zero_mean: "mean",
+    dim_zero_max: "max",
+    dim_zero_min: "min",
+}
+
+Part = dict[str, Any]
+"""States of a metric from one stretch of data on one rank, by name: tensors, or lists of tensors."""
+
+
+def why_not_mergeable(metric: Metric, shape: tuple[int, ...] | None = None) -> str | None:
+    """Why a metric's states cannot travel in a row; None if they can.
+
+    Args:
+        metric: the metric, whose states are scratch space.
+        shape: of one row of its inputs, if that is known; then its update is tried out on made-up rows, since a metric
+            that looks back at earlier batches (a running average) need not say so.
+    """
+    states, reductions = metric._defaults, metric._reductions
+    if not states:
+        return "it has no states"
+    if metric.full_state_update:
+        return "its update needs the whole state (full_state_update=True)"
+    for name, default in states.items():
+        if not isinstance(default, Tensor):
+            return f"its state {name!r} is a list of samples"
+        if reductions[name] not in _MERGEABLE:
+            return f"its state {name!r} is reduced by neither sum, mean, max nor min"
+        if default.is_complex():
+            return f"its state {name!r} is complex"
+    if shape is not None and not _adds_up(metric, shape):
+        return "its update depends on the batches before"
+    return None
+
+
+def _adds_up(metric: Metric, shape: tuple[int, ...]) -> bool:
+    """Whether the states after two batches are those of each batch, merged; True where that cannot be tried."""
+    trial = _widen(metric.clone())
+    rows = torch.linspace(0.1, 1, 8 * math.prod(shape), dtype=torch.float64, device=trial.device).reshape(8, *shape)
+    batches = [(rows[:5], rows[:5] ** 2), (rows[5:], rows[5:].sqrt())]
+    merge: dict[str, Any] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+    try:
+        apart = []
+        for batch in batches:
+            trial.reset()
+            _update(trial, *batch)
+            apart.append({name: getattr(trial, name) for name in trial._defaults})
+        trial.reset()
+        for batch in batches:
+            _update(trial, *batch)
+        for name, default in trial._defaults.items():
+            reduction = _MERGEABLE[trial._reductions[name]]
+            # torchmetrics itself takes a mean over batches in one place and over ranks in another
+            if reduction == "mean":
+                continue
+            merged = merge[reduction](apart[0][name], apart[1][name])
+            merged = merged - cast(Tensor, default) if reduction == "sum" else merged
+            if not torch.allclose(merged.double(), getattr(trial, name).double(), rtol=1e-6, equal_nan=True):
+                return False
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        return True  # its own message comes with the first real batch
+    return True
+
+
+@dataclass(frozen=True)
+class _State:
+    name: str
+    reduction: Literal["sum", "mean", "max", "min"]
+    default: Tensor
+
+
+class ForeignMetric:
+    """A mergeable torchmetric as functions from a batch to row pieces and back to a value.
+
+    Args:
+        metric: the metric; its own states are scratch space.
+        name: the component's name, for messages.
+        shape: of one row of its inputs, if that is known. Some metrics start with scalar states that grow with the
+            number of outputs, while the layout of a row must be known before there is data.
+    """
+
+    def __init__(self, metric: Metric, name: str, shape: tuple[int, ...] | None = None) -> None:
+        self.metric = _widen(metric)
+        self.name = name
+        grown = {} if shape is None else _grown_states(self.metric, shape)
+        self._states = [
+            _State(
+                state,
+                _MERGEABLE[metric._reductions[state]],
+                cast(Tensor, default).detach().cpu().expand(grown.get(state, cast(Tensor, default).shape)).clone(),
+            )
+            for state, default in metric._defaults.items()
+        ]
+        self._additive = [state for state in self._states if state.reduction in ("sum", "mean")]
+        self._extremal = [state for state in self._states if state.reduction in ("max", "min")]
+        # the last additive number is the number of updates
+        self.num_additive = sum(state.default.numel() for state in self._additive) + 1
+        self.num_maxima = sum(state.default.numel() for state in self._extremal)
+        self._warned = False
+
+    def measure(self, inputs: tuple[Any, Any] | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Row pieces of one batch: ``[num_additive]`` and ``[num_maxima]``; neutral without inputs."""
+        if inputs is None:
+            return (
+                torch.zeros(self.num_additive, dtype=torch.float64, device=device),
+                torch.full((self.num_maxima,), -math.inf, dtype=torch.float64, device=device),
+            )
+        self._prepare(device)
+        _update(self.metric, *inputs)
+        additive = [self._contribution(state, device) for state in self._additive]
+        additive.append(torch.ones(1, dtype=torch.float64, device=device))
+        maxima = [self._contribution(state, device) for state in self._extremal]
+        self.metric.reset()
+        return torch.cat(additive), torch.cat(maxima) if maxima else torch.empty(0, dtype=torch.float64, device=device)
+
+    def _contribution(self, state: _State, device: torch.device) -> Tensor:
+        value: Tensor = getattr(self.metric, state.name)
+        if value.numel() != state.default.numel():
+            raise ValueError(
+                f"Component {self.name!r}: state {state.name!r} of {type(self.metric).__name__} changed its shape from "
+                f"{list(state.default.shape)} to {list(value.shape)} with the data. Tell the shape of a row before: "
+                f"harness.register_field(..., shape=...), or an attribute `shape` of your modifier."
+            )
+        value = value.reshape(-1).to(torch.float64)
+        default = state.default.reshape(-1).to(device, torch.float64)
+        match state.reduction:
+            case "sum":
+                return value - default
+            case "mean" | "max":
+                return value
+            case "min":
+                return -value
+
+    def value(self, additive: Tensor, maxima: Tensor, needed: bool = False) -> Tensor | None:
+        """Value from merged row pieces: a float64 scalar; None without data, or with too little for the metric.
+
+        Args:
+            additive: the metric's part of the row, ``[num_additive]``.
+            maxima: likewise, ``[num_maxima]``.
+            needed: whether the value is a term of the weighted sum: then what the metric refuses is an error.
+
+        Raises:
+            ValueError: the metric refuses to compute a value that is needed.
+        """
+        updates = additive[-1]
+        if not bool(updates > 0):
+            return None
+        self._prepare(additive.device)
+        self.metric._update_count = int(updates)
+        for states, pieces in ((self._additive, additive), (self._extremal, maxima)):
+            start = 0
+            for state in states:
+                stop = start + state.default.numel()
+                merged = pieces[start:stop].reshape(state.default.shape)
+                if state.reduction == "sum":
+                    merged = merged + state.default.to(merged.device, torch.float64)
+                elif state.reduction == "mean":
+                    merged = merged / updates
+                elif state.reduction == "min":
+                    merged = -merged
+                setattr(self.metric, state.name, merged.to(state.default.dtype))
+                start = stop
+        try:
+            value = _as_scalar(_compute(self.metric), self.metric, self.name)
+        except ValueError as error:
+            if needed:
+                raise ValueError(f"Component {self.name!r} of the weighted sum cannot be computed: {error}") from error
+            if not self._warned:
+                warnings.warn(f"Component {self.name!r} has no value: {error}", stacklevel=2)
+                self._warned = True
+            return None
+        finally:
+            self.metric.reset()
+        return value
+
+    def _prepare(self, device: torch.device) -> None:
+        if self.metric.device != device:
+            self.metric.to(device)
+        self.metric.reset()
+
+
+class DeferredMetric:
+    """A torchmetric that keeps its own states on each rank, gathered only at the end of an epoch.
+
+    Args:
+        metric: the metric.
+        name: the component's name, for messages.
+        reason: why it does not merge.
+    """
+
+    def __init__(self, metric: Metric, name: str, reason: str) -> None:
+        self.metric = _widen(metric)
+        self.name = name
+        self.reason = reason
+        self._scratch = metric.clone()
+        self.past: list[Part] = []
+        """Stretches that all ranks know of, from a checkpoint."""
+
+    def update(self, inputs: tuple[Any, Any] | None, *, local_value: bool, device: torch.device) -> Tensor | None:
+        """Add a batch; its value if this rank knows it (``local_value``), else None."""
+        if inputs is None:
+            return None
+        for metric in (self.metric, self._scratch):
+            if metric.device != device:
+                metric.to(device)
+        with torch.no_grad():
+            self.metric.update(*_detached(inputs))
+        if not local_value:
+            return None
+        self._scratch.reset()
+        _update(self._scratch, *inputs)
+        self._scratch._update_count = 1
+        value = _as_scalar(_compute(self._scratch), self.metric, self.name)
+        self._scratch.reset()
+        return value
+
+    def local_part(self) -> Part | None:
+        """States of this rank since the last reset, on the CPU; None without any update."""
+        if not self.metric.update_called:
+            return None
+        return {name: _to_cpu(getattr(self.metric, name)) for name in self.metric._defaults}
+
+    def value(self, parts: Sequence[Part], device: torch.device) -> Tensor | None:
+        """Value over the given parts and the past, joined by each state's own reduction; None without any part."""
+        parts = [*self.past, *parts]
+        if not parts:
+            return None
+        scratch = self._scratch.to(device)
+        scratch.reset()
+        scratch._update_count = 1
+        for name, default in scratch._defaults.items():
+            reduce = scratch._reductions[name]
+            values = [part[name] for part in parts]
+            joined: Any
+            if isinstance(default, list):
+                joined = [entry.to(device) for value in values for entry in value]
+                if reduce is not None and reduce is not dim_zero_cat:
+                    joined = cast(Any, reduce)(joined)
+            elif len(values) == 1:
+                joined = values[0].to(device)
+            else:
+                joined = torch.stack([value.to(device) for value in values])
+                joined = joined if reduce is None else cast(Any, reduce)(joined)
+            setattr(scratch, name, joined)
+        value = _as_scalar(_compute(scratch), scratch, self.name)
+        scratch.reset()
+        return value
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.metric.reset()
+        self.past = []
+
+
+def labelled_rows(elements: Elements, group: int | None) -> tuple[Tensor, Tensor] | None:
+    """Prediction and target of the rows that are labelled in full and of the given type; None if there are none.
+
+    Metrics of others know no masks, so that rows are taken by boolean indexing, which synchronises.
+    """
+    prediction, target = elements.prediction, elements.target
+    if elements.mask is not None or group is not None:
+        rows = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
+        if elements.mask is not None:
+            rows &= elements.mask.flatten(1).all(1) if elements.mask.dim() > 1 else elements.mask
+        if group is not None and elements.types is not None:
+            rows &= elements.types == group
+        prediction, target = prediction[rows], target[rows]
+    return (prediction, target) if target.numel() else None
+
+
+def whole_batches(preds: Batch, target: Batch) -> tuple[Batch, Batch] | None:
+    """Both dictionaries, or None for a batch without graphs."""
+    num_atoms = target.get(NUM_ATOMS)
+    return None if num_atoms is not None and not num_atoms.numel() else (preds, target)
+
+
+def _widen(metric: Metric) -> Metric:
+    """The metric with its floating states in float64; integers and booleans keep their dtype."""
+    for name, default in metric._defaults.items():
+        if isinstance(default, Tensor) and default.is_floating_point():
+            metric._defaults[name] = default.to(torch.float64)
+    metric.reset()
+    return metric
+
+
+def _update(metric: Metric, *inputs: Any) -> None:
+    """The class's own ``update``: that of the instance switches gradients off."""
+    getattr(type(metric), "update")(metric, *inputs)  # noqa: B009 mypy takes the class attribute for a string
+
+
+def _compute(metric: Metric) -> Any:
+    """The class's own ``compute``: that of the instance synchronises, caches and counts updates."""
+    return getattr(type(metric), "compute")(metric)  # noqa: B009 mypy takes the class attribute for a string
+
+
+def _grown_states(metric: Metric, shape: tuple[int, ...]) -> dict[str, torch.Size]:
+    """Shapes of the states after a batch of made-up rows; none if the metric does not take such rows."""
+    rows = torch.linspace(0, 1, 4 * math.prod(shape), dtype=torch.float64, device=metric.device).reshape(4, *shape)
+    try:
+        _update(metric, rows, rows**2)
+        return {
+            name: getattr(metric, name).shape
+            for name, default in metric._defaults.items()
+            if isinstance(default, Tensor) and default.numel() == 1
+        }
+    except (ValueError, RuntimeError, TypeError):
+        return {}  # its own message comes with the first real batch
+    finally:
+        metric.reset()
+
+
+def detached(batch: Batch) -> dict[str, Any]:
+    """The batch with its tensors cut off their graph."""
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _detached(inputs: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Inputs without a graph, so that states kept for the epoch do not keep every step's graph alive."""
+    return tuple(
+        value.detach()
+        if isinstance(value, Tensor)
+        else {key: entry.detach() if isinstance(entry, Tensor) else entry for key, entry in value.items()}
+        for value in inputs
+    )
+
+
+def _to_cpu(state: Any) -> Any:
+    return [entry.detach().cpu() for entry in state] if isinstance(state, list) else state.detach().cpu().clone()
+
+
+def _as_scalar(value: Any, metric: Metric, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"Component {name!r}: {type(metric).__name__} returned {found}; a component is one number. Choose the "
+            f"metric's averaging option (such as multioutput='uniform_average' or reduction='mean')."
+        )
+    return value.reshape(()).to(torch.float64)

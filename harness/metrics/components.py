@@ -1,0 +1,254 @@
+"""Components as users write them: a list of dictionaries, checked and read into entries."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.metric import CompositionalMetric
+
+from harness.fields import FieldModifier, as_modifier
+from harness.metrics.errors import ErrorMetric, MeanSquaredError
+
+__all__ = ["WEIGHTED_SUM", "MetricEntry", "check_coeff", "check_type_names", "parse_entries"]
+
+WEIGHTED_SUM = "weighted_sum"
+
+_KEYS = ("metric", "field", "coeff", "name", "per_type", "per_type_coeffs", "ignore_nan")
+_EVERY_METRIC_HAS = frozenset(vars(MeanSquaredError()))
+
+
+@dataclasses.dataclass
+class MetricEntry:
+    """One component: what it reads, how it is reduced, and its weight in the sum.
+
+    Attributes:
+        name: the component's name.
+        metric: the metric that measures it.
+        field: what it reads; None for the two whole dictionaries.
+        per_type: one value for each atom type.
+        per_type_coeffs: weights of the types in the order of ``type_names``; None for equal ones.
+        ignore_nan: elements whose target is NaN are left out.
+        given_coeff: the coefficient as the user gave it; None if the component is not in the sum.
+        coeff: the coefficient normalised over all components; None if the component is not in the sum.
+    """
+
+    name: str
+    metric: Metric
+    field: FieldModifier | None = None
+    per_type: bool = False
+    per_type_coeffs: tuple[float, ...] | None = None
+    ignore_nan: bool = False
+    given_coeff: float | None = None
+    coeff: float | None = dataclasses.field(default=None, init=False)
+
+    def type_keys(self, type_names: Sequence[str]) -> list[str]:
+        """Names of the component's per-type values, in the order of the types; none if it is not per type."""
+        return [f"{self.name}_{type_name}" for type_name in type_names] if self.per_type else []
+
+    def describe(self) -> str:
+        """What the component's part of a row means; rows are only merged between equal descriptions."""
+        metric = self.metric
+        parameters = {
+            key: value.tolist() if isinstance(value, Tensor) else value
+            for key, value in sorted(vars(metric).items())
+            if key not in _EVERY_METRIC_HAS
+            and not key.startswith("_")
+            and isinstance(value, int | float | str | tuple | list | dict | Tensor | None)
+        }
+        if isinstance(metric, ErrorMetric):
+            parameters["parameters"] = metric.parameters_of_errors
+        field = repr(self.field) if dataclasses.is_dataclass(self.field) else field_label(self.field)
+        return (
+            f"{self.name}: {type(metric).__name__}{parameters} of {field}"
+            f"{' per type' if self.per_type else ''}{' ignoring NaN' if self.ignore_nan else ''}"
+        )
+
+
+def field_label(field: object) -> str:
+    """Name of a modifier, the same in every process: its class's where it has no text of its own."""
+    kind = type(field)
+    plain = kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
+    return kind.__name__ if plain else str(field)
+
+
+def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, ...]) -> dict[str, MetricEntry]:
+    """Entries by name, in the order given.
+
+    Raises:
+        TypeError, ValueError, KeyError: a mistake, with the component, what was found and what is valid.
+    """
+    if isinstance(metrics, Mapping | str) or not isinstance(metrics, Sequence):
+        raise TypeError(f"`metrics` is a list of dictionaries, found {type(metrics).__name__}.")
+    if not metrics:
+        raise ValueError("`metrics` is empty; expected at least one dictionary with the key 'metric'.")
+    entries: dict[str, MetricEntry] = {}
+    for position, specification in enumerate(metrics):
+        name = specification.get("name") if isinstance(specification, Mapping) else None
+        where = f"metrics[{position}]" if name is None else f"metrics[{position}] ({name})"
+        entry = _parse_entry(specification, where, type_names)
+        if entry.name in entries:
+            raise ValueError(
+                f"Two components are called {entry.name!r}. Names are unique: give one of them a `name` of its own."
+            )
+        entries[entry.name] = entry
+    reported = {*entries, WEIGHTED_SUM}
+    for entry in entries.values():
+        for key in entry.type_keys(type_names):
+            if key in reported:
+                raise ValueError(
+                    f"The per-type value {key} of component {entry.name!r} would have the name of another value. Give "
+                    f"one of the components a `name` of its own."
+                )
+            reported.add(key)
+    return entries
+
+
+def check_type_names(type_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Type names as a tuple, empty for None; an error if they are no list of distinct strings."""
+    if type_names is None:
+        return ()
+    if isinstance(type_names, str) or not isinstance(type_names, Sequence):
+        raise TypeError(f"`type_names` is a list of names such as [H, C, O], found {type_names!r}.")
+    names = tuple(type_names)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            hint = " (YAML reads an unquoted No, Y or N as a boolean: quote it)" if isinstance(name, bool) else ""
+            raise TypeError(f"`type_names` holds strings, found {name!r} in {list(names)}{hint}.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"`type_names` repeats a name: {list(names)}.")
+    return names
+
+
+def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple[str, ...]) -> MetricEntry:
+    if not isinstance(specification, Mapping):
+        raise TypeError(f"{where} is a dictionary, found {specification!r} ({type(specification).__name__}).")
+    given = {str(key): specification[key] for key in specification}
+    unknown = [key for key in given if key not in _KEYS]
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}. Valid keys: {', '.join(_KEYS)}.")
+    if given.get("metric") is None:
+        raise ValueError(
+            f"{where} has no `metric`, found {given}. Example: {{field: forces, metric: MeanSquaredError()}}."
+        )
+    metric = _check_metric(given["metric"], where)
+    modifier, level = (None, None) if given.get("field") is None else as_modifier(given["field"])
+
+    name = given.get("name")
+    if name is None:
+        named = isinstance(metric, ErrorMetric) and type(metric).__str__ is not object.__str__
+        metric_name = str(metric) if named else type(metric).__name__
+        name = metric_name if modifier is None else f"{field_label(modifier)}_{metric_name}"
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{where}: `name` is a non-empty string, found {name!r}.")
+    if "*" in name:
+        raise ValueError(f"{where}: the name {name!r} has a * in it, which loggers take for a pattern of names.")
+    if name == WEIGHTED_SUM:
+        raise ValueError(f"{where}: the name {WEIGHTED_SUM!r} is reserved for the weighted sum of all components.")
+
+    per_type = _check_flag(given.get("per_type"), "per_type", name)
+    ignore_nan = _check_flag(given.get("ignore_nan"), "ignore_nan", name)
+    if modifier is None:
+        for key in ("per_type", "ignore_nan", "per_type_coeffs"):
+            if given.get(key):
+                raise ValueError(
+                    f"Component {name!r}: `{key}` needs a `field`. Without one the metric gets the two whole "
+                    f"dictionaries and must select by itself."
+                )
+        if isinstance(metric, ErrorMetric):
+            raise ValueError(
+                f"Component {name!r}: {type(metric).__name__} compares two tensors and needs a `field`, such as forces."
+            )
+    if per_type and level != "node":
+        raise ValueError(
+            f"Component {name!r}: `per_type` needs a field with one row for each atom (level node); {modifier} is a "
+            f"{level} field."
+        )
+    if per_type and not type_names:
+        raise ValueError(f"Component {name!r}: `per_type` needs `type_names`, the names of the atom types in order.")
+    return MetricEntry(
+        name=name,
+        metric=metric,
+        field=modifier,
+        per_type=per_type,
+        per_type_coeffs=_check_type_coeffs(given.get("per_type_coeffs"), per_type, type_names, name),
+        ignore_nan=ignore_nan,
+        given_coeff=check_coeff(given.get("coeff"), name),
+    )
+
+
+def _check_metric(metric: object, where: str) -> Metric:
+    if isinstance(metric, type) and issubclass(metric, Metric):
+        try:
+            return _check_metric(metric(), where)
+        except TypeError as error:
+            raise TypeError(
+                f"{where}: the class {metric.__name__} needs arguments ({error}). Give an instance instead."
+            ) from error
+    if isinstance(metric, Metric):
+        children = [type(each).__name__ for each in metric.modules() if each is not metric and isinstance(each, Metric)]
+        if isinstance(metric, CompositionalMetric) or children or not metric._defaults:
+            inner = f"holds other metrics ({', '.join(children)})" if children else "has no states of its own"
+            raise ValueError(
+                f"{where}: {type(metric).__name__} {inner}, and what it has seen cannot be merged over batches and "
+                f"ranks. Give plain metrics, each as a component, and combine their values."
+            )
+        return metric.clone()  # one metric may stand in several components
+    hint = " Is `_target_` missing, or was the list not instantiated?" if isinstance(metric, Mapping) else ""
+    raise TypeError(f"{where}: `metric` is a torchmetrics.Metric or a class of them, found {metric!r}.{hint}")
+
+
+def _check_flag(value: object, key: str, name: str) -> bool:
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise TypeError(f"Component {name!r}: `{key}` is true or false, found {value!r} ({type(value).__name__}).")
+    return value
+
+
+def check_coeff(coeff: object, name: str) -> float | None:
+    """Coefficient of the component ``name`` as a float, or None; an error if it is negative or not finite."""
+    if coeff is None:
+        return None
+    if isinstance(coeff, bool) or not isinstance(coeff, Real):
+        raise TypeError(f"The coefficient of {name!r} is a number or null, found {coeff!r} ({type(coeff).__name__}).")
+    if not 0 <= float(coeff) < math.inf:
+        raise ValueError(f"The coefficient of {name!r} must be finite and not negative, found {coeff}.")
+    return float(coeff)
+
+
+def _check_type_coeffs(
+    coeffs: object, per_type: bool, type_names: tuple[str, ...], name: str
+) -> tuple[float, ...] | None:
+    if coeffs is None:
+        return None
+    if not per_type:
+        raise ValueError(f"Component {name!r}: `per_type_coeffs` needs `per_type: true`.")
+    if not isinstance(coeffs, Mapping):
+        raise TypeError(
+            f"Component {name!r}: `per_type_coeffs` maps type names to weights, found {coeffs!r} "
+            f"({type(coeffs).__name__})."
+        )
+    unknown = [str(key) for key in coeffs if key not in type_names]
+    missing = [key for key in type_names if key not in coeffs]
+    if unknown or missing:
+        raise ValueError(
+            f"Component {name!r}: `per_type_coeffs` needs one weight for each of the types {list(type_names)}; "
+            f"unknown: {unknown or 'none'}, missing: {missing or 'none'}."
+        )
+    weights = []
+    for key in type_names:
+        weight = coeffs[key]
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"Component {name!r}: the weight of type {key} is a number, found {weight!r}.")
+        if not 0 < float(weight) < math.inf:
+            raise ValueError(
+                f"Component {name!r}: the weight of type {key} must be finite and above 0, found {weight}."
+            )
+        weights.append(float(weight))
+    return tuple(weights)

@@ -1,0 +1,182 @@
+r"""The row: the few additive numbers that every error measure is a function of, and how rows merge.
+
+For N elements with errors :math:`\varphi(r_i)` and weights :math:`w_i` (1, or 0 where masked)
+
+.. math::
+    \text{sum} = \sum_i w_i \varphi(r_i), \qquad \text{count} = \sum_i w_i, \qquad
+    \text{maximum} = \max_i |r_i|
+
+Sums and counts of a batch form ``additive``, maxima ``maxima``: both float64 vectors whose length never depends on
+data. Rows merge by addition and by the larger value, whether they come from batches, ranks, micro-batches or the two
+halves of an interrupted epoch: a rank is just another batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.distributed import ProcessGroup, merge_over_ranks
+
+__all__ = ["Elements", "Row", "merge_rows_over_ranks"]
+
+_NO_MAXIMUM = -float("inf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Statistics of some data: ``additive [num_additive]`` and ``maxima [num_maxima]``, both float64."""
+
+    additive: Tensor
+    maxima: Tensor
+
+    @classmethod
+    def neutral(cls, num_additive: int, num_maxima: int, device: torch.device | str = "cpu") -> Row:
+        """The row of no data: its merge with any row changes nothing."""
+        return cls(
+            torch.zeros(num_additive, dtype=torch.float64, device=device),
+            torch.full((num_maxima,), _NO_MAXIMUM, dtype=torch.float64, device=device),
+        )
+
+    @classmethod
+    def of(cls, additive: Sequence[Tensor], maxima: Sequence[Tensor], device: torch.device) -> Row:
+        """Row from its float64 pieces, in order."""
+        return cls(_concatenate(additive, device), _concatenate(maxima, device))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow through any number of the row."""
+        return self.additive.requires_grad or self.maxima.requires_grad
+
+    def merge(self, other: Row) -> Row:
+        """Row of both data together, on this row's device: sums and counts add, maxima take the larger."""
+        if not self.maxima.numel():
+            return Row(self.additive + other.additive.to(self.additive.device), self.maxima)
+        return Row(
+            self.additive + other.additive.to(self.additive.device),
+            torch.maximum(self.maxima, other.maxima.to(self.maxima.device)),
+        )
+
+    def detach(self) -> Row:
+        """The same numbers without a graph."""
+        return Row(self.additive.detach(), self.maxima.detach())
+
+
+def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None) -> list[Row]:
+    """Each row merged over the group: together one SUM all-reduce, and one MAX all-reduce if there are maxima."""
+    if len(rows) == 1:
+        return [Row(*merge_over_ranks(rows[0].additive, rows[0].maxima, group))]
+    device = rows[0].additive.device
+    additive, maxima = merge_over_ranks(
+        torch.cat([row.additive.to(device) for row in rows]),
+        torch.cat([row.maxima.to(device) for row in rows]),
+        group,
+    )
+    return [
+        Row(*pair)
+        for pair in zip(
+            torch.split(additive, [row.additive.numel() for row in rows]),
+            torch.split(maxima, [row.maxima.numel() for row in rows]),
+            strict=True,
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Predictions and targets as a component sees them, with what it takes to reduce errors over them.
+
+    Attributes:
+        prediction: ``[rows, ...]``; 0 where masked.
+        target: same shape; 0 where masked.
+        mask: bool of the same shape, False where an element is left out; None if all count.
+        types: int64 ``[rows]``, the group that each row belongs to; None for one group.
+        num_groups: number of atom types, or 1.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    mask: Tensor | None = None
+    types: Tensor | None = None
+    num_groups: int = 1
+
+    @classmethod
+    def read(
+        cls, prediction: Tensor, target: Tensor, *, ignore_nan: bool, types: Tensor | None = None, num_groups: int = 1
+    ) -> Elements:
+        """Elements of a pair, those with a NaN target masked out if ``ignore_nan``.
+
+        Both sides are replaced by 0 where masked, *before* any arithmetic, so that neither a NaN nor its gradient
+        gets through; boolean indexing would synchronise host and device.
+        """
+        labelled = _labelled(target) if ignore_nan else None
+        if labelled is None:
+            return cls(prediction, target, None, types, num_groups)
+        return cls(
+            torch.where(labelled, prediction, 0.0), torch.where(labelled, target, 0.0), labelled, types, num_groups
+        )
+
+    @classmethod
+    def of_target(
+        cls, target: Tensor, *, ignore_nan: bool, types: Tensor | None = None, num_groups: int = 1
+    ) -> Elements:
+        """Elements that :meth:`read` makes, for :meth:`counts` alone: no prediction is needed for them."""
+        return cls(target, target, _labelled(target) if ignore_nan else None, types, num_groups)
+
+    def detach(self) -> Elements:
+        """The same elements without a graph."""
+        return Elements(self.prediction.detach(), self.target, self.mask, self.types, self.num_groups)
+
+    def sums(self, errors: Tensor) -> Tensor:
+        """Sum of the errors of each group: float64 ``[num_groups]``. Masked errors must be 0."""
+        if self.types is None:
+            return errors.sum(dtype=torch.float64).unsqueeze(0)
+        return self._add_by_type(_sum_rows(errors))
+
+    def counts(self) -> Tensor:
+        """Number of elements that count in each group: float64 ``[num_groups]``."""
+        if self.types is None:
+            if self.mask is not None:
+                return self.mask.sum(dtype=torch.float64).unsqueeze(0)
+            return self.target.new_full((1,), float(self.target.numel()), dtype=torch.float64)
+        if self.mask is not None:
+            return self._add_by_type(_sum_rows(self.mask))
+        rows = self.target.shape[0]
+        per_row = float(self.target.numel() // rows) if rows else 0.0
+        return self._add_by_type(self.target.new_full((rows,), per_row, dtype=torch.float64))
+
+    def maxima(self, errors: Tensor) -> Tensor:
+        """Largest error of each group: float64 ``[num_groups]``, ``-inf`` for a group without elements."""
+        if self.mask is not None:
+            errors = torch.where(self.mask, errors, _NO_MAXIMUM)
+        empty = errors.new_full((self.num_groups,), _NO_MAXIMUM, dtype=torch.float64)
+        if not errors.numel():
+            # Stays in the graph, so that a rank without data takes part in the same backward.
+            return empty + errors.sum() if errors.requires_grad else empty
+        if self.types is None:
+            return errors.amax().to(torch.float64).unsqueeze(0)
+        largest = errors if errors.dim() == 1 else errors.flatten(1).amax(1)
+        return empty.scatter_reduce(0, self.types, largest.to(torch.float64), "amax")
+
+    def _add_by_type(self, values: Tensor) -> Tensor:
+        zeros = values.new_zeros(self.num_groups)
+        return zeros.index_add(0, self.types, values)  # type: ignore[arg-type]
+
+
+def _labelled(target: Tensor) -> Tensor | None:
+    """Where there is a label; None if everywhere: integers have no NaN."""
+    return ~target.isnan() if target.is_floating_point() else None
+
+
+def _sum_rows(values: Tensor) -> Tensor:
+    """Float64 sum of each row over all other dimensions: ``[rows, ...] -> [rows]``."""
+    if values.dim() == 1:
+        return values.to(torch.float64)
+    return values.sum(dim=tuple(range(1, values.dim())), dtype=torch.float64)
+
+
+def _concatenate(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=torch.float64, device=device)

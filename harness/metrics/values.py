@@ -1,0 +1,115 @@
+"""Values of a step or an epoch: on the device, and as Python numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from harness.metrics.components import WEIGHTED_SUM
+
+__all__ = ["Evaluated", "Report", "Values"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of one step or epoch, as Python numbers.
+
+    Attributes:
+        values: components, per-type values, and ``weighted_sum`` if any component has a coefficient; NaN without data.
+        coeffs: normalised coefficients of the components in the weighted sum.
+        contributions: coefficient × value of these components: they add up to ``weighted_sum``. 0 without data.
+        counts: number of elements behind a value that is made of a sum of errors: three for each atom in ``forces``.
+    """
+
+    values: dict[str, float]
+    coeffs: dict[str, float]
+    contributions: dict[str, float]
+    counts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Every value of one step or epoch, still on the device.
+
+    Attributes:
+        names: names of the reported values, in the order of ``reported``.
+        order: the order in which users see them.
+        reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
+        weighted_sum: float64 scalar, or None if no component has a coefficient.
+        has_data: bool ``[num_values]``.
+        coeffs: float64 ``[num_components]``: the normalised coefficients that made ``weighted_sum``; 0 outside of it.
+        weighted: positions of the components in the weighted sum.
+        counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.metrics.layout`.
+        counted: for each name, which slots of sums its elements are in.
+    """
+
+    names: tuple[str, ...]
+    order: tuple[int, ...]
+    reported: Tensor
+    weighted_sum: Tensor | None
+    has_data: Tensor
+    coeffs: Tensor | None = None
+    weighted: tuple[int, ...] = ()
+    counts: Tensor | None = None
+    counted: Mapping[str, range] = field(default_factory=dict)
+
+    def detach(self) -> Values:
+        """The same values without a graph."""
+        weighted_sum = None if self.weighted_sum is None else self.weighted_sum.detach()
+        return replace(self, reported=self.reported.detach(), weighted_sum=weighted_sum)
+
+    def as_dict(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
+        """Values by name, as scalar tensors on the device."""
+        scalars = self.reported.unbind()
+        values = {f"{prefix}{self.names[index]}{suffix}": scalars[index] for index in self.order}
+        if self.weighted_sum is not None:
+            values[f"{prefix}{WEIGHTED_SUM}{suffix}"] = self.weighted_sum
+        return values
+
+    def to_host(self, prefix: str = "", suffix: str = "") -> dict[str, float]:
+        """Values by name as Python numbers: one copy, which the host waits for."""
+        return {f"{prefix}{name}{suffix}": value for name, value in self.to_report().values.items()}
+
+    def to_report(self) -> Report:
+        """Values, coefficients, contributions and counts as Python numbers: one copy, which the host waits for."""
+        pieces = [self.reported, self.weighted_sum, self.coeffs, self.counts]
+        lengths = [0 if piece is None else piece.numel() for piece in pieces]
+        vector = torch.cat([piece.detach().reshape(-1) for piece in pieces if piece is not None])
+        numbers = iter(vector.tolist())
+        reported, total, coeffs, counts = ([next(numbers) for _ in range(length)] for length in lengths)
+        values = {self.names[index]: reported[index] for index in self.order}
+        if total:
+            values[WEIGHTED_SUM] = total[0]
+        in_sum = {self.names[index]: coeffs[index] for index in self.weighted}
+        return Report(
+            values,
+            {name: in_sum[name] for name in values if name in in_sum},
+            {name: _contribution(in_sum[name], values[name]) for name in values if name in in_sum},
+            {name: sum(counts[slot] for slot in self.counted[name]) for name in values if name in self.counted},
+        )
+
+
+def _contribution(coeff: float, value: float) -> float:
+    """Part of the weighted sum; nothing where there is no data, or no weight."""
+    return 0.0 if coeff == 0 or math.isnan(value) else coeff * value
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A row's values, before coefficients.
+
+    Attributes:
+        components: float64 ``[num_components]`` in the layout's order; 0 where there is no data.
+        reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
+        has_data: bool ``[num_values]``.
+        counts: float64 ``[num_slots]``: number of elements in each slot of sums.
+    """
+
+    components: Tensor
+    reported: Tensor
+    has_data: Tensor
+    counts: Tensor

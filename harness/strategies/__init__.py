@@ -1,0 +1,36 @@
+"""Strategies: what each of Lightning's needs so that results on many ranks stay exact."""
+
+from harness.strategies.checks import check_strategy
+from harness.strategies.choices import (
+    auto_strategy,
+    cluster_plugins,
+    data_parallel,
+    deep_speed,
+    fully_sharded,
+    single_device,
+)
+from harness.strategies.deepspeed import AccumulatesInWindows, ZeroStrategy, keep_whole
+from harness.strategies.fsdp import FullyShardedStrategy, shard_root
+from harness.strategies.groups import connect, data_parallel_group, data_parallel_ranks, splits_parameters
+from harness.strategies.weights import load_weights, refuse_folder
+
+__all__ = [
+    "AccumulatesInWindows",
+    "FullyShardedStrategy",
+    "ZeroStrategy",
+    "auto_strategy",
+    "check_strategy",
+    "cluster_plugins",
+    "connect",
+    "data_parallel",
+    "data_parallel_group",
+    "data_parallel_ranks",
+    "deep_speed",
+    "fully_sharded",
+    "keep_whole",
+    "load_weights",
+    "refuse_folder",
+    "shard_root",
+    "single_device",
+    "splits_parameters",
+]

@@ -1,0 +1,95 @@
+"""Strategies that ``conf/strategy`` names, and the plugins of a cluster."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    Strategy,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.distributed import (
+    launched_ranks,
+)
+from harness.strategies.deepspeed import ZeroStrategy
+from harness.strategies.fsdp import FullyShardedStrategy
+
+__all__ = ["auto_strategy", "cluster_plugins", "data_parallel", "deep_speed", "fully_sharded", "single_device"]
+
+
+def auto_strategy(**options: Any) -> Strategy | str:
+    """DDP where a launcher has started several ranks, one device otherwise."""
+    return data_parallel(**options) if launched_ranks() > 1 else "auto"
+
+
+def single_device(**options: Any) -> str:
+    """One device and no process group.
+
+    Args:
+        options: such as ``timeout``, which nothing waits for here.
+
+    Raises:
+        ValueError: a launcher has started several ranks: each would train on its own and write the same files.
+    """
+    if launched_ranks() > 1:
+        raise ValueError(
+            f"strategy=single is for one process, but {launched_ranks()} ranks have been started: each would train all "
+            f"of the data on its own. Start it without torchrun, or choose strategy=ddp."
+        )
+    return "auto"
+
+
+def data_parallel(**options: Any) -> Strategy:
+    """DDP for force fields: every rank holds the whole model and the whole optimizer.
+
+    Buffers (energy shifts, basis functions) are the same on all ranks and never change, so that sending them before
+    every forward pass would only cost time. Gradients live in DDP's buckets.
+
+    Args:
+        options: of Lightning's ``DDPStrategy`` and torch's ``DistributedDataParallel``, such as ``static_graph`` and
+            ``timeout``.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    # the name of the option from torch 2.13 on, and before
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPStrategy(**{sync_buffers: False, "gradient_as_bucket_view": True, **options})
+
+
+def fully_sharded(**options: Any) -> FullyShardedStrategy:
+    """FSDP2 for force fields: parameters, gradients and optimizer states are split over the ranks.
+
+    Args:
+        options: of Lightning's ``ModelParallelStrategy``, such as ``timeout``, and ``tensor_parallel_size`` for groups
+            of ranks that work on the same batch.
+    """
+    return FullyShardedStrategy(**options)
+
+
+def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
+    """DeepSpeed's ZeRO for force fields.
+
+    Args:
+        stage: what is split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
+        options: of Lightning's ``DeepSpeedStrategy``, such as ``timeout``.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or there is no such stage.
+    """
+    return ZeroStrategy(stage=stage, **options)
+
+
+def cluster_plugins() -> list[SLURMEnvironment]:
+    """What a trainer needs to know of the cluster: where srun has started the ranks, not to requeue the job itself.
+
+    Lightning would, on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other. Here
+    :class:`~harness.callbacks.ResumeCheckpoint` saves, and ``launch/slurm.sbatch`` puts the job back into the queue.
+    """
+    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]

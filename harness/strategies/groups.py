@@ -1,0 +1,63 @@
+"""Ranks of a strategy: connect them, and find those that share a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
+
+from harness.distributed import (
+    ProcessGroup,
+    data_parallel_size,
+    global_rank,
+    join,
+    launched_ranks,
+)
+
+__all__ = ["connect", "data_parallel_group", "data_parallel_ranks", "splits_parameters"]
+
+
+def connect(trainer: Trainer) -> None:
+    """Make the process group that the trainer's strategy would make, in a way that restarts of the ranks do not upset.
+
+    See :func:`harness.distributed.join`. Strategies take a group that is there as it is.
+    """
+    strategy: Any = trainer.strategy
+    if launched_ranks() == 1 or not hasattr(strategy, "_get_process_group_backend"):
+        return
+    device = strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    join(strategy._get_process_group_backend(), strategy._timeout, device)
+
+
+def splits_parameters(strategy: Strategy) -> bool:
+    """Whether a rank holds only a part of each parameter."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        return bool(strategy.zero_stage_3)
+    return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def data_parallel_group(strategy: Strategy) -> ProcessGroup | None:
+    """The ranks that share a batch with this one, if the strategy splits the world; None for all of them."""
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    mesh = strategy.device_mesh["data_parallel"]
+    return None if mesh.size() == strategy.world_size else mesh.get_group()
+
+
+def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
+    """Number of this rank among those that share a batch, and how many they are.
+
+    Args:
+        trainer: what trains; without one, all ranks of the process group share a batch.
+    """
+    ranks = None if trainer is None else getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    return (ranks["rank"], ranks["num_replicas"]) if ranks else (global_rank(), data_parallel_size())

@@ -1,0 +1,1 @@
+"""Helpers without a field of their own: text, files, checks, devices, warnings."""

@@ -1,0 +1,5 @@
+"""Run as ``python -m harness.sweep``."""
+
+from harness.sweep.command import main
+
+main()

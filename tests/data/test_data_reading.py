@@ -1,0 +1,219 @@
+"""Labels from extended XYZ files, databases and trajectories, under any key, and what is said of bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from harness.data import LabelKeys, read_frames
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def labelled(seed: int = 0) -> Atoms:
+    atoms = bulk("Cu", "fcc", a=3.7, cubic=True)
+    atoms.rattle(0.1, seed=seed)
+    strain = np.array([[0.02, 0.01, 0.0], [0.01, 0.0, -0.02], [0.0, -0.02, 0.0]])
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+    atoms.calc = EMT()
+    labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    return atoms
+
+
+def bare(atoms: Atoms, **info) -> Atoms:
+    """The structure alone, with ``info``."""
+    copied = atoms.copy()
+    copied.calc = None
+    copied.info.update(info)
+    return copied
+
+
+@pytest.mark.parametrize("suffix", ["xyz", "extxyz", "traj", "db", "json"])
+def test_labels_of_a_calculator_in_any_format(tmp_path, suffix):
+    structures = [labelled(0), labelled(1)]
+    path = tmp_path / f"frames.{suffix}"
+    ase.io.write(path, structures)
+    frames = read_frames(path)
+    assert [frame.index for frame in frames] == [0, 1]
+    for frame, atoms in zip(frames, structures, strict=True):
+        assert frame.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-12)
+        np.testing.assert_allclose(frame.forces, atoms.get_forces(), atol=1e-8)
+        np.testing.assert_allclose(frame.stress, atoms.get_stress(voigt=False), atol=1e-12)
+        np.testing.assert_allclose(frame.atoms.positions, atoms.positions, atol=1e-8)
+
+
+def test_labels_under_other_keys(tmp_path):
+    atoms = labelled()
+    renamed = bare(atoms, dft_energy=atoms.get_potential_energy(), dft_stress=atoms.get_stress(voigt=False))
+    renamed.arrays["dft_forces"] = atoms.get_forces()
+    path = tmp_path / "renamed.xyz"
+    ase.io.write(path, [renamed], format="extxyz")
+    (frame,) = read_frames(path, {"energy": "dft_energy", "forces": "dft_forces", "stress": "dft_stress"})
+    assert frame.energy == pytest.approx(atoms.get_potential_energy())
+    np.testing.assert_allclose(frame.forces, atoms.get_forces(), atol=1e-8)
+    np.testing.assert_allclose(frame.stress, atoms.get_stress(voigt=False), atol=1e-8)
+
+
+def test_labels_in_the_columns_and_data_of_a_database(tmp_path):
+    atoms = labelled()
+    path = tmp_path / "frames.db"
+    with ase.db.connect(path) as database:
+        database.write(bare(atoms), key_value_pairs={"dft_energy": -3.5}, data={"dft_forces": atoms.get_forces()})
+    (frame,) = read_frames(path, {"energy": "dft_energy", "forces": "dft_forces"})
+    assert frame.energy == -3.5
+    np.testing.assert_allclose(frame.forces, atoms.get_forces())
+    assert frame.stress is None
+
+
+def test_the_calculator_comes_first(tmp_path):
+    path = tmp_path / "frames.traj"
+    atoms = labelled()
+    atoms.info["energy"] = 100.0
+    ase.io.write(path, atoms)
+    (frame,) = read_frames(path)
+    assert frame.energy == pytest.approx(atoms.get_potential_energy())
+
+
+@pytest.mark.parametrize("form", ["matrix", "nine", "voigt"])
+def test_virial_and_stress_agree(tmp_path, form):
+    atoms = labelled()
+    virial = -atoms.get_volume() * atoms.get_stress(voigt=False)
+    key = "virial" if form != "voigt" else "dft_virial"  # ASE insists that "virial" has nine numbers in a file
+    virial = {"matrix": virial, "nine": virial.ravel(), "voigt": -atoms.get_volume() * atoms.get_stress()}[form]
+    path = tmp_path / "virial.xyz"
+    ase.io.write(path, bare(atoms, **{key: virial}), format="extxyz")
+    (frame,) = read_frames(path, {"virial": key})
+    np.testing.assert_allclose(frame.stress, atoms.get_stress(voigt=False), rtol=1e-6, atol=1e-9)
+    assert frame.energy is None
+
+
+def test_a_stress_takes_precedence_over_a_virial(tmp_path):
+    atoms = labelled()
+    atoms.info["virial"] = np.eye(3)
+    path = tmp_path / "both.traj"
+    ase.io.write(path, atoms)
+    np.testing.assert_allclose(read_frames(path)[0].stress, atoms.get_stress(voigt=False))
+
+
+def test_a_stress_without_a_volume_is_no_label(tmp_path):
+    path = tmp_path / "molecule.xyz"
+    ase.io.write(path, bare(molecule("H2O"), energy=1.0, stress=np.zeros((3, 3))), format="extxyz")
+    (frame,) = read_frames(path)
+    assert frame.stress is None
+    assert frame.energy == 1.0
+
+
+def test_unknown_values_are_missing_labels(tmp_path):
+    path = tmp_path / "partly.traj"
+    atoms = labelled()
+    forces = np.full((4, 3), np.nan)
+    forces[0] = 1.0
+    atoms.calc = SinglePointCalculator(atoms, energy=np.nan, forces=forces, stress=np.full(6, np.nan))
+    ase.io.write(path, atoms)
+    (frame,) = read_frames(path)
+    assert frame.energy is None
+    assert frame.stress is None
+    assert np.isnan(frame.forces).sum() == 9
+
+
+def test_keys_from_a_mapping():
+    assert LabelKeys.from_mapping({"forces": "force"}) == LabelKeys(forces="force")
+    assert LabelKeys.from_mapping(None) == LabelKeys()
+    with pytest.raises(KeyError, match=r"\['force'\].*valid are \['energy', 'forces', 'stress', 'virial'\]"):
+        LabelKeys.from_mapping({"force": "forces"})
+    with pytest.raises(TypeError, match="must be a string, found 3"):
+        LabelKeys.from_mapping({"energy": 3})
+    with pytest.raises(TypeError, match="must be a mapping"):
+        LabelKeys.from_mapping("energy")
+
+
+def test_a_key_that_no_frame_has(tmp_path):
+    path = tmp_path / "frames.xyz"
+    atoms = labelled()
+    atoms.info["charge"] = 0
+    ase.io.write(path, atoms, format="extxyz")
+    with pytest.raises(KeyError, match=r"forces key 'dft_forces'; the frames have \['charge', 'energy', 'forces'"):
+        read_frames(path, {"forces": "dft_forces"})
+
+
+def test_a_frame_without_any_label(tmp_path):
+    path = tmp_path / "frames.xyz"
+    ase.io.write(path, [labelled(), bare(labelled())], format="extxyz")
+    with pytest.raises(ValueError, match=r"frames.xyz, frame 1: no label under the keys"):
+        read_frames(path)
+    assert not read_frames(path, require_labels=False)[1].is_labelled
+
+
+def test_unusable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file of structures at .*missing.xyz"):
+        read_frames(tmp_path / "missing.xyz")
+    (tmp_path / "empty.xyz").touch()
+    with pytest.raises(ValueError, match=r"empty.xyz is empty"):
+        read_frames(tmp_path / "empty.xyz")
+    (tmp_path / "text.xyz").write_text("this is no structure\n")
+    with pytest.raises(ValueError, match=r"ASE cannot read .*text.xyz"):
+        read_frames(tmp_path / "text.xyz")
+    ase.io.write(tmp_path / "cut.xyz", labelled(), format="extxyz")
+    lines = (tmp_path / "cut.xyz").read_text().splitlines()
+    (tmp_path / "cut.xyz").write_text("\n".join(lines[:-2]))
+    with pytest.raises(ValueError, match=r"ASE cannot read .*cut.xyz.*complete"):
+        read_frames(tmp_path / "cut.xyz")
+    with ase.db.connect(tmp_path / "none.db") as database:
+        del database[database.write(labelled())]
+    with pytest.raises(ValueError, match=r"none.db"):
+        read_frames(tmp_path / "none.db")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"energy": [1.0, 2.0]}, r"frame 1: the energy 'energy' must be one number, found shape \(2,\)"),
+        ({"energy": np.inf}, "frame 1: the energy 'energy' has infinite values"),
+        ({"energy": "low"}, "frame 1: the energy 'energy' must be numbers, found 'low'"),
+        ({"forces": np.zeros(3)}, r"frame 1: the forces 'forces' must have shape \(4, 3\), found \(3,\)"),
+        ({"stress": np.zeros(5)}, r"frame 1: the stress 'stress' must be 3 x 3 .* found shape \(5,\)"),
+        ({"virial": np.zeros(4)}, r"frame 1: the virial 'virial' must be 3 x 3 .* found shape \(4,\)"),
+        ({"virial": np.eye(3), "pbc": False}, "frame 1: the virial 'virial' needs a volume"),
+        ({"position": np.nan}, "frame 1: positions must be finite, found 1 NaN"),
+        ({"cell": np.zeros((3, 3))}, "frame 1: the periodic directions of pbc"),
+        ({"cell": np.diag([3.0, 3.0, 0.0])}, "frame 1: the periodic directions of pbc"),
+        ({"cell": np.ones((3, 3))}, "frame 1: the periodic directions of pbc"),
+    ],
+)
+def test_unusable_frames(tmp_path, change, message):
+    info = {name: change[name] for name in ("energy", "forces", "stress", "virial") if name in change}
+    atoms = bare(labelled(), **{"energy": 1.0, **info})
+    if "position" in change:
+        atoms.positions[0, 1] = change["position"]
+    if "cell" in change:
+        atoms.cell = change["cell"]
+    atoms.pbc = change.get("pbc", True)
+    path = tmp_path / "frames.traj"
+    ase.io.write(path, [labelled(), atoms])
+    with pytest.raises(ValueError, match=message):
+        read_frames(path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data sets are not beside the checkout")
+def test_data_sets_at_hand():
+    carbon = read_frames(SHARED / "carbon" / "carbon_100.xyz", {"forces": "force"})
+    assert len(carbon) == 100
+    assert all(frame.forces is not None and frame.stress is not None for frame in carbon)
+    first = carbon[0]
+    np.testing.assert_allclose(-first.stress * first.atoms.get_volume(), first.atoms.info["virial"], atol=1e-6)
+
+    acac = read_frames(SHARED / "acac" / "train_300K.xyz")
+    assert len(acac) == 500
+    assert acac[0].energy == -9391.45554428476
+    assert acac[0].stress is None
+    sizes = {len(frame.atoms) for frame in read_frames(SHARED / "ethanol_methanol" / "train_eth_meth.xyz")}
+    assert sizes == {6, 9}

@@ -1,0 +1,155 @@
+"""The step before a training: it changes nothing of what is trained afterwards."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from support.bad_input import BASE, composed, write_files
+from support.bad_parts import Pairs
+
+import harness
+from harness.data import AtomsDataModule
+from harness.job import execute, prepare
+from harness.job.dry_step import check_batch, check_first_batch
+from harness.models import schnet_force_field
+from harness.module import ForceFieldModule
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("data")
+    write_files(made)
+    return made
+
+
+def data_of(folder: Path, **options: Any) -> AtomsDataModule:
+    module = AtomsDataModule(folder / "frames.xyz", split={"val": 3}, cutoff=3.5, batch_size=4, **options)
+    module.setup()
+    return module
+
+
+def module_of(data: AtomsDataModule, model: torch.nn.Module | None = None) -> ForceFieldModule:
+    if model is None:
+        model = schnet_force_field(
+            data.statistics, cutoff=3.5, hidden_channels=4, num_filters=4, num_interactions=1, num_gaussians=4, seed=0
+        )
+    return ForceFieldModule(
+        model,
+        harness.EnergyForceLoss({"total_energy": 1, "forces": 1}),
+        val_metrics=harness.EnergyForceMetrics({"forces_rmse": 1}),
+        train_metrics=harness.EnergyForceMetrics(),
+        type_names=data.type_names,
+    )
+
+
+def trainer(precision: Any = "32-true") -> Trainer:
+    return Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_nothing_changes(folder: Path, precision: Any) -> None:
+    data = data_of(folder)
+    module = module_of(data).train()
+    before = copy.deepcopy(module.state_dict())
+    torch.manual_seed(3)
+    expected = torch.rand(2), np.random.rand(2), random.random()  # noqa: NPY002
+    torch.manual_seed(3)
+    states = np.random.get_state(), random.getstate()  # noqa: NPY002
+    check_first_batch(module, data, trainer(precision), train=True)
+    assert np.array_equal(np.random.get_state()[1], states[0][1])  # noqa: NPY002
+    assert random.getstate() == states[1]
+    assert torch.equal(torch.rand(2), expected[0])
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if isinstance(value, torch.Tensor))
+    for manager in (module.loss, module.train_metrics, module.val_metrics[0]):
+        assert manager._local is manager._merged is manager._last_step is None
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert next(iter(data.train_dataloader()))["frame_index"].tolist() == first_batch(folder)
+
+
+def first_batch(folder: Path) -> list[int]:
+    return next(iter(data_of(folder).train_dataloader()))["frame_index"].tolist()
+
+
+def test_a_training_is_bitwise_the_same_with_and_without(folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, asked in (("with", "true"), ("without", "false")):
+        settings = [
+            *BASE,
+            f"data.train={folder}/frames.xyz",
+            f"dry_step={asked}",
+            "callbacks.parity=null",
+            "max_epochs=2",
+        ]
+        config = composed([*BASE, *settings])
+        config.output_dir = str(tmp_path / name)
+        execute(prepare(config))
+        checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        weights.append({k: v for k, v in checkpoint["state_dict"].items() if isinstance(v, torch.Tensor)})
+    assert weights[0].keys() == weights[1].keys() != set()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class Counting(Pairs):
+    """Changes itself in every forward pass, in a buffer and in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, batch: Any) -> Any:
+        self.calls += 1
+        self.mean += 1
+        torch.rand(1)
+        return super().forward(batch)
+
+
+def test_a_model_that_changes_itself_is_left_as_it_is(folder: Path) -> None:
+    data = data_of(folder)
+    module = module_of(data, Counting())
+    check_first_batch(module, data, trainer(), train=True)
+    assert module.model.calls == 0
+    assert module.model.mean.item() == 0
+
+
+class NoCopies(Pairs):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("there is only one of me")
+
+
+def test_a_model_that_cannot_be_copied_is_not_tried(folder: Path) -> None:
+    data = data_of(folder)
+    check_first_batch(module_of(data, NoCopies(lambda predictions: None)), data, trainer(), train=True)
+
+
+class NeedsItsTrainer(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        raise AttributeError(self.trainer.world_size)
+
+
+def test_data_that_need_their_trainer_are_not_looked_at(folder: Path) -> None:
+    check_first_batch(module_of(data_of(folder)), NeedsItsTrainer(), trainer(), train=True)
+
+
+def test_a_good_batch_passes(folder: Path) -> None:
+    data = data_of(folder)
+    check_batch(next(iter(data.train_dataloader())), data.type_names)
+
+
+def test_one_set_alone_of_the_two_is_enough(folder: Path) -> None:
+    data = data_of(folder)
+    wrong = Pairs(lambda predictions: {"total_energy": predictions["total_energy"]})
+    with pytest.raises(ValueError, match=r"training batch: Field 'forces' is missing from the predictions"):
+        check_first_batch(module_of(data, wrong), data, trainer(), train=True)
+    with pytest.raises(ValueError, match=r"validation batch: Field 'forces' is missing from the predictions"):
+        check_first_batch(module_of(data, wrong), data, trainer(), train=False)
