@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = [
     "ATOM_TYPES",
-    "FOLLOWING",
     "NUM_ATOMS",
+    "UPCOMING_LABELS",
     "Batch",
     "FieldModifier",
     "FieldSpec",
@@ -27,9 +27,9 @@ __all__ = [
     "PlainField",
     "as_modifier",
     "field_spec",
+    "get_field",
     "register_field",
     "registered_fields",
-    "take",
 ]
 
 Batch = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ Level = Literal["graph", "node", "edge"]
 
 ATOM_TYPES = "atom_types"
 NUM_ATOMS = "num_atoms"
-FOLLOWING = "following_micro_batches"
+UPCOMING_LABELS = "following_micro_batches"
 """Key, in the first of the micro-batches that make up one step, of the labels of the others: a list of batches."""
 
 
@@ -150,7 +150,7 @@ class FieldModifier(Protocol):
     level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per step
     however many components use it. Other people's metrics with several outputs need its ``shape`` of one row.
 
-    Gradient accumulation needs a further method, ``reference(target)``: the target side alone, as the call returns it
+    Gradient accumulation needs a further method, ``target_of(target)``: the target side alone, as the call returns it
     second. It says how much there is to average over before there are predictions.
     """
 
@@ -185,11 +185,11 @@ class PlainField:
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction and target of the field."""
-        return take(preds, self.field, "predictions"), self.reference(target)
+        return get_field(preds, self.field, "predictions"), self.target_of(target)
 
-    def reference(self, target: Batch) -> Tensor:
+    def target_of(self, target: Batch) -> Tensor:
         """Target of the field, without a prediction."""
-        return take(target, self.field, "target")
+        return get_field(target, self.field, "target")
 
     def __str__(self) -> str:
         return _short(self.field)
@@ -235,14 +235,14 @@ class PerAtomModifier:
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction and target per atom."""
-        num_atoms = target[NUM_ATOMS] if NUM_ATOMS in target else take(preds, NUM_ATOMS, "target or predictions")
-        pair = take(preds, self.field, "predictions"), take(target, self.field, "target")
+        num_atoms = target[NUM_ATOMS] if NUM_ATOMS in target else get_field(preds, NUM_ATOMS, "target or predictions")
+        pair = get_field(preds, self.field, "predictions"), get_field(target, self.field, "target")
         predicted, reference = (self._per_atom(value, num_atoms) for value in pair)
         return predicted, reference
 
-    def reference(self, target: Batch) -> Tensor:
+    def target_of(self, target: Batch) -> Tensor:
         """Target per atom, without a prediction."""
-        return self._per_atom(take(target, self.field, "target"), take(target, NUM_ATOMS, "target"))
+        return self._per_atom(get_field(target, self.field, "target"), get_field(target, NUM_ATOMS, "target"))
 
     def _per_atom(self, value: Tensor, num_atoms: Tensor) -> Tensor:
         if value.shape[:1] != num_atoms.reshape(-1).shape:
@@ -293,11 +293,11 @@ class MappedFieldModifier:
 
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction of one field and target of the other."""
-        return take(preds, self.pred_field, "predictions"), self.reference(target)
+        return get_field(preds, self.pred_field, "predictions"), self.target_of(target)
 
-    def reference(self, target: Batch) -> Tensor:
+    def target_of(self, target: Batch) -> Tensor:
         """Target of the other field, without a prediction."""
-        return take(target, self.target_field, "target")
+        return get_field(target, self.target_field, "target")
 
     def __str__(self) -> str:
         return f"pred_{_short(self.pred_field)}_label_{_short(self.target_field)}"
@@ -325,7 +325,7 @@ def as_modifier(field: object) -> tuple[FieldModifier, Level]:
     return modifier, level  # type: ignore[return-value]
 
 
-def take(batch: Batch, name: str, where: str) -> Tensor:
+def get_field(batch: Batch, name: str, where: str) -> Tensor:
     """The tensor called ``name`` in a batch; a missing one is answered with what there is.
 
     Raises:

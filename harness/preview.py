@@ -32,7 +32,7 @@ from rich.table import Table
 from harness.config.explain import BAD_INPUT, HINT, explain, message
 from harness.config.resolvers import config_folder
 from harness.job import follow_schedule
-from harness.job.preflight import check_drivers
+from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.schedules import Schedule, unreached
@@ -147,7 +147,7 @@ class _Preview:
             callbacks.append(adaptive)
         elif adaptive is not None:
             self.loss.weigh_by(adaptive)
-        check_drivers(self.module, callbacks)
+        check_controllers(self.module, callbacks)
 
     @property
     def loss(self) -> MetricsManager:
@@ -332,7 +332,7 @@ def _driving_callbacks(config: DictConfig) -> list[str]:
     return [
         name
         for name, target in targets.items()
-        if getattr(instantiate({"_target_": target, "_partial_": True}).func, "drives_coefficients", False)
+        if getattr(instantiate({"_target_": target, "_partial_": True}).func, "controls_coefficients", False)
     ]
 
 

@@ -165,7 +165,7 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
             raise ValueError(refused)
         with (
             record(output_dir, asked_for) if launched_rank() == 0 else nullcontext(),
-            reported(job.whereabouts, limit),
+            reported(job.position, limit),
             _told_by_keyboard(),
         ):
             results = execute(job)

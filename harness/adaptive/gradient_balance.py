@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.adaptive.set_point import SetPoint
 from harness.module import ForceFieldModule, Step
-from harness.module.coefficient_control import loss_of, refuse_other_drivers
+from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.module.gradients import GradientMeter
 
 __all__ = ["GradientBalance", "balanced_factors"]
@@ -56,7 +56,7 @@ class GradientBalance(Callback):
         Multitask Networks, ICML 2018 (arXiv:1711.02257).
     """
 
-    drives_coefficients = True
+    controls_coefficients = True
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class GradientBalance(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, or is driven by something else."""
         if stage == "fit":
-            refuse_other_drivers(self, trainer, pl_module)
+            refuse_other_controllers(self, trainer, pl_module)
             self.check(trainer, pl_module)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:

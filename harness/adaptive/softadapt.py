@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.adaptive.set_point import SetPoint
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule, Step
-from harness.module.coefficient_control import loss_of, refuse_other_drivers
+from harness.module.coefficient_control import loss_of, refuse_other_controllers
 
 __all__ = ["SoftAdapt", "soft_factors"]
 
@@ -60,7 +60,7 @@ class SoftAdapt(Callback):
         interatomic potentials, Comput. Mater. Sci. (2024).
     """
 
-    drives_coefficients = True
+    controls_coefficients = True
 
     def __init__(
         self, beta: float, interval: Literal["batch", "epoch"] = "epoch", frequency: int = 1, eps: float = 1e-8
@@ -88,7 +88,7 @@ class SoftAdapt(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a loss that something else drives."""
         if stage == "fit":
-            refuse_other_drivers(self, trainer, pl_module)
+            refuse_other_controllers(self, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the coefficients; warn of a training that ends before they change."""

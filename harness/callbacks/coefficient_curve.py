@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.loggers import WandbLogger
 from harness.module import ForceFieldModule
-from harness.support.files import is_written
+from harness.support.files import try_write
 
 __all__ = ["CoefficientCurve"]
 
@@ -79,7 +79,7 @@ class CoefficientCurve(Callback):
         if not trainer.is_global_zero or not self._history:
             return
         path = self.output_dir / "coefficients.png"
-        if not is_written(path, self._draw):
+        if not try_write(path, self._draw):
             return
         self.file = path
         for logger in trainer.loggers:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.metrics import MetricsManager, Values
 from harness.module import ForceFieldModule, Step
-from harness.module.coefficient_control import loss_of, refuse_other_drivers
+from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.schedules import PiecewiseConstant
 from harness.support.text import did_you_mean
 
@@ -28,7 +28,7 @@ class _EpochScheduler(Callback, ABC):
     Not with the hook for the start of an epoch, which Lightning leaves out when it goes on in the middle of one.
     """
 
-    drives_coefficients = True
+    controls_coefficients = True
 
     def __init__(self) -> None:
         self._epoch: int | None = None
@@ -37,7 +37,7 @@ class _EpochScheduler(Callback, ABC):
         """Check the names, and that nothing else moves the coefficients."""
         if stage == "fit":
             self._epoch = None
-            refuse_other_drivers(self, trainer, pl_module)
+            refuse_other_controllers(self, trainer, pl_module)
             self.check(loss_of(pl_module))
 
     @abstractmethod
@@ -108,7 +108,7 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
     After NequIP's callback of the same name (https://nequip.readthedocs.io).
     """
 
-    several_are_one = True
+    counts_once = True
 
     def __init__(self, final_coeffs: Mapping[str, float], transition_epochs: int, start_epoch: int = 0) -> None:
         super().__init__()

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from harness.callbacks.nonfinite_diagnosis import (
-    Culprit,
-    Evidence,
+    NonFiniteField,
+    RankFindings,
     explain,
-    find_culprits,
-    find_gradient_culprits,
+    find_nonfinite_fields,
+    find_nonfinite_gradients,
+    finite_probe,
     gradients_of,
     largest_force,
     nonfinite_components,
-    probe,
     weights_of,
 )
 from harness.distributed import gather_objects, global_rank
@@ -33,7 +33,7 @@ from harness.loggers import WandbLogger
 from harness.metrics import Values
 from harness.module import AxesLogger, ForceFieldModule, Step
 from harness.strategies import splits_parameters
-from harness.support.device import LateNumber
+from harness.support.device import DelayedScalar
 
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
 
@@ -107,11 +107,11 @@ class NonFiniteGuard(Callback):
         self.max_skipped = max_skipped
         self.num_skipped = 0
         """Steps that were left out so far."""
-        self.loss = LateNumber()
+        self.loss = DelayedScalar()
         """The weighted sum of each step."""
-        self.gradient = LateNumber()
+        self.gradient = DelayedScalar()
         """A number for the gradient of each step, finite as it is; see
-        :func:`~harness.callbacks.nonfinite_diagnosis.probe`."""
+        :func:`~harness.callbacks.nonfinite_diagnosis.finite_probe`."""
         self._in_a_row = 0
         self._seen: list[_Seen] = []
         self._trained: list[nn.Parameter] = []  # to look for them in every step takes longer than to look at them
@@ -174,20 +174,20 @@ class NonFiniteGuard(Callback):
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         """Keep what belongs to the step, and start to copy its loss to the host."""
         if step.window is None or step.window.num_done == 1 or not self._seen:
-            kept = self._seen[-1:] if self.loss.is_late or step.window is not None else []
+            kept = self._seen[-1:] if self.loss.is_delayed or step.window is not None else []
             self._seen = [*kept, _Seen(trainer.current_epoch, trainer.global_step, step.batch_idx)]
         seen = self._seen[-1]
         seen.batches.append((step.batch, {name: value.detach() for name, value in step.predictions.items()}))
         if step.is_whole:  # then it is the loss of all micro-batches
             seen.values = step.values.detach()
             self.loss.send(cast(Tensor, seen.values.weighted_sum).reshape(1))
-            if not self.loss.is_late:
+            if not self.loss.is_delayed:
                 self._seen = [seen]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop or skip if the loss or its gradient is not finite."""
         module = cast(ForceFieldModule, pl_module)
-        number = probe([each.grad for each in self._trained if each.grad is not None])
+        number = finite_probe([each.grad for each in self._trained if each.grad is not None])
         if number is not None:
             self.gradient.send(number)
         if self.action == "skip":
@@ -196,7 +196,7 @@ class NonFiniteGuard(Callback):
             else:
                 self._skip(trainer, module)
         elif not (math.isfinite(self.loss.read()) and math.isfinite(self.gradient.read())):
-            self._stop(trainer, module, self._seen[0], trained=self.loss.is_late)
+            self._stop(trainer, module, self._seen[0], trained=self.loss.is_delayed)
 
     def _is_finite(self) -> bool:
         """Whether the last step is; the host waits for it."""
@@ -222,7 +222,7 @@ class NonFiniteGuard(Callback):
         whole = self._last_whole
         if self._ending or whole is None:
             return
-        number = probe(pl_module.parameters())
+        number = finite_probe(pl_module.parameters())
         if any(gather_objects(number is not None and not math.isfinite(float(number)))):
             self._stop(trainer, cast(ForceFieldModule, pl_module), whole, trained=True)
 
@@ -308,7 +308,7 @@ class NonFiniteGuard(Callback):
 
     def _gather(
         self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, components: list[str], trained: bool
-    ) -> Evidence:
+    ) -> RankFindings:
         """What this rank finds in its part of the step."""
         loss = float(cast(Tensor, cast(Values, seen.values).weighted_sum))
         of_gradient = math.isfinite(loss) and not trained
@@ -321,33 +321,33 @@ class NonFiniteGuard(Callback):
         try:
             culprits, forces = [], []
             for number, (batch, predictions) in enumerate(seen.batches):
-                found = find_culprits(module.loss, components, predictions, batch, place)
+                found = find_nonfinite_fields(module.loss, components, predictions, batch, place)
                 if of_gradient:
                     found = self._find_in_gradient(trainer, module, batch, place)
                 culprits += [_in_micro_batch(culprit, number, len(seen.batches)) for culprit in found]
                 forces.append(largest_force(batch, place))
             largest = max(filter(None, forces), default=None)
-            return Evidence(culprits, weights, gradients, largest)
+            return RankFindings(culprits, weights, gradients, largest)
         except Exception as error:  # the other ranks wait for an answer, whatever it is
             trouble = f"its batch cannot be looked into: {type(error).__name__}: {error}"
-            return Evidence(weights=weights, gradients=gradients, trouble=trouble)
+            return RankFindings(weights=weights, gradients=gradients, trouble=trouble)
 
     @staticmethod
     def _find_in_gradient(
         trainer: Trainer, module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]
-    ) -> list[Culprit]:
+    ) -> list[NonFiniteField]:
         """Frames whose gradient is not finite, from forward passes of each: the graph of the step is gone."""
         devices = [module.device] if module.device.type == "cuda" else []
         parameters = [each for each in module.model.parameters() if each.requires_grad]
         buffers = [(each, each.clone()) for each in module.model.buffers()]
         try:
             with torch.random.fork_rng(devices), torch.enable_grad(), trainer.precision_plugin.forward_context():
-                return find_gradient_culprits(module.loss, module, batch, parameters, place)
+                return find_nonfinite_gradients(module.loss, module, batch, parameters, place)
         finally:
             for buffer, before in buffers:  # the step may be skipped, and changes nothing then
                 buffer.copy_(before)
 
-    def _write_batch(self, seen: _Seen, evidence: Evidence) -> None:
+    def _write_batch(self, seen: _Seen, evidence: RankFindings) -> None:
         at_fault = next((each.micro_batch or 0 for each in evidence.culprits), 0)
         batch, predictions = seen.batches[at_fault]
         content = {
@@ -390,7 +390,7 @@ class NonFiniteGuard(Callback):
         self.num_skipped, self._in_a_row = state_dict["num_skipped"], state_dict["in_a_row"]
 
 
-def _in_micro_batch(culprit: Culprit, number: int, total: int) -> Culprit:
+def _in_micro_batch(culprit: NonFiniteField, number: int, total: int) -> NonFiniteField:
     return replace(culprit, micro_batch=number) if total > 1 else culprit
 
 

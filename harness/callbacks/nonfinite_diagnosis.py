@@ -18,15 +18,15 @@ from harness.fields import ATOM_TYPES, Batch, as_modifier, registered_fields
 from harness.metrics import ErrorMetric, MetricsManager, Values
 
 __all__ = [
-    "Culprit",
-    "Evidence",
+    "NonFiniteField",
+    "RankFindings",
     "explain",
-    "find_culprits",
-    "find_gradient_culprits",
+    "find_nonfinite_fields",
+    "find_nonfinite_gradients",
+    "finite_probe",
     "gradients_of",
     "largest_force",
     "nonfinite_components",
-    "probe",
     "weights_of",
 ]
 
@@ -37,7 +37,7 @@ _MOST_FRAMES = 256
 
 
 @dataclass(frozen=True)
-class Culprit:
+class NonFiniteField:
     """Numbers that are not finite: of one field, on one side, in one batch.
 
     Attributes:
@@ -74,7 +74,7 @@ class Culprit:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RankFindings:
     """What one rank has found in its part of a step.
 
     Attributes:
@@ -85,7 +85,7 @@ class Evidence:
         trouble: why nothing could be found out.
     """
 
-    culprits: list[Culprit] = field(default_factory=list)
+    culprits: list[NonFiniteField] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     force: tuple[float, str] | None = None
@@ -116,13 +116,13 @@ def nonfinite_components(manager: MetricsManager, values: Values) -> dict[str, d
     return {name: {key: wrong[key] for key in keys[name] if key in wrong} for name in names}
 
 
-def find_culprits(
+def find_nonfinite_fields(
     manager: MetricsManager,
     components: Sequence[str],
     preds: Batch,
     batch: Batch,
     place: Callable[[int], str | None] = lambda index: None,
-) -> list[Culprit]:
+) -> list[NonFiniteField]:
     """Labels and predictions of a batch that make components NaN or infinite.
 
     Args:
@@ -132,7 +132,7 @@ def find_culprits(
         batch: labels by field name; the ``frame_index`` of its graphs tells which frames they are.
         place: where a frame of the training set comes from, by its index; None if that is not known.
     """
-    found: dict[tuple[str, str], Culprit] = {}
+    found: dict[tuple[str, str], NonFiniteField] = {}
     frames = _Frames(batch, manager.type_names, place)
     for name in components:
         entry = manager.entries[name]
@@ -152,21 +152,21 @@ def find_culprits(
     return list(found.values())
 
 
-def find_gradient_culprits(
+def find_nonfinite_gradients(
     manager: MetricsManager,
     model: Callable[[Batch], Batch],
     batch: Batch,
     parameters: Sequence[Tensor],
     place: Callable[[int], str | None] = lambda index: None,
-) -> list[Culprit]:
+) -> list[NonFiniteField]:
     """Components of a loss that is finite whose gradient is not, and the frames that make it so, each asked by itself.
 
     Args:
         manager: of the components.
         model: makes predictions of a batch.
-        batch: labels, as of :func:`find_culprits`.
+        batch: labels, as of :func:`find_nonfinite_fields`.
         parameters: of the model.
-        place: as of :func:`find_culprits`.
+        place: as of :func:`find_nonfinite_fields`.
 
     Raises:
         ValueError: the frames are too many, or cannot be told apart.
@@ -230,12 +230,12 @@ class _Frames:
     def __init__(self, batch: Batch, type_names: Sequence[str], place: Callable[[int], str | None]) -> None:
         self._batch, self._type_names, self._place = batch, type_names, place
 
-    def culprit(self, label: str, side: str, level: str, numbers: Tensor, wrong: Tensor) -> Culprit:
+    def culprit(self, label: str, side: str, level: str, numbers: Tensor, wrong: Tensor) -> NonFiniteField:
         rows = wrong.flatten(1).any(1).nonzero()[:, 0] if wrong.dim() > 1 else wrong.nonzero()[:, 0]
         graphs = self._graphs(level, rows)
         num_graphs = len(self._batch["num_atoms"]) if "num_atoms" in self._batch else None
         frames = ["frames that the batch does not tell"] if graphs is None else self.names(graphs)
-        return Culprit(
+        return NonFiniteField(
             label,
             side,
             _kind(numbers[wrong]),
@@ -246,11 +246,11 @@ class _Frames:
             graphs is not None and len(frames) == num_graphs,
         )
 
-    def of_gradient(self, component: str, numbers: Tensor, positions: list[int]) -> Culprit:
+    def of_gradient(self, component: str, numbers: Tensor, positions: list[int]) -> NonFiniteField:
         """What is told of a component's gradient with respect to the parameters, and of the frames that spoil it."""
         wrong = ~numbers.isfinite()
         names, everywhere = self.names(torch.tensor(positions)), len(positions) == len(self._batch["num_atoms"])
-        return Culprit(
+        return NonFiniteField(
             component, "gradient", _kind(numbers[wrong]), int(wrong.sum()), wrong.numel(), [], names, everywhere
         )
 
@@ -305,7 +305,7 @@ def gradients_of(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def probe(tensors: Iterable[Tensor]) -> Tensor | None:
+def finite_probe(tensors: Iterable[Tensor]) -> Tensor | None:
     """A number that is finite if all elements of all tensors are, float64 ``[1]`` on their device; None without any.
 
     The host does not wait for it. On a CPU it is their sum, the cheapest there is, so that elements whose sum
@@ -337,7 +337,7 @@ def explain(
     where: str,
     weighted_sum: float,
     components: Mapping[str, Mapping[str, float]],
-    evidence: Sequence[Evidence],
+    evidence: Sequence[RankFindings],
     *,
     trained: bool,
     settings: Mapping[str, object],
@@ -390,7 +390,7 @@ def _by_type(name: str, own: Mapping[str, float]) -> str:
 
 def _fix(
     components: Mapping[str, object],
-    evidence: Sequence[Evidence],
+    evidence: Sequence[RankFindings],
     of_gradient: bool,
     settings: Mapping[str, object],
 ) -> str:

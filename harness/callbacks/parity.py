@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.distributed import ProcessGroup, gather_objects, global_rank
 from harness.loggers import WandbLogger
-from harness.support.files import is_written
+from harness.support.files import try_write
 
 __all__ = ["ParityPlot"]
 
@@ -153,7 +153,7 @@ class ParityPlot(Callback):
             if not panels:
                 continue
             path = self.output_dir / file_name.format(index)
-            if not is_written(path, partial(_draw, panels=panels, type_names=type_names)):
+            if not try_write(path, partial(_draw, panels=panels, type_names=type_names)):
                 continue
             self.files.append(path)
             for logger in trainer.loggers:

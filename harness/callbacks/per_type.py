@@ -16,7 +16,7 @@ from harness.callbacks.tables import atoms_behind, component_unit
 from harness.loggers import WandbLogger
 from harness.metrics import MeanAbsoluteError, MetricsManager, RootMeanSquaredError
 from harness.module import ForceFieldModule, logged_step
-from harness.support.files import is_written
+from harness.support.files import try_write
 
 __all__ = ["PerTypeReport"]
 
@@ -73,9 +73,9 @@ class PerTypeReport(Callback):
                 if isinstance(logger, WandbLogger):
                     self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
             if what == "test" and self.output_dir is not None:
-                is_written(self.output_dir / f"{stage}_per_type.csv", table.write)
+                try_write(self.output_dir / f"{stage}_per_type.csv", table.write)
                 picture = self.output_dir / f"per_type_{stage}.png"
-                if is_written(picture, partial(table.draw, title=f"Errors of test set {index} by atom type")):
+                if try_write(picture, partial(table.draw, title=f"Errors of test set {index} by atom type")):
                     self.files.append(picture)
 
     @staticmethod

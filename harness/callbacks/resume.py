@@ -32,10 +32,10 @@ class ResumeCheckpoint(Checkpoint):
     """Keeps the newest two checkpoints of a training, and leaves with one when a signal says so.
 
     Saves ``last.ckpt`` when an epoch is complete (validation, schedulers and logs included), optionally every n steps,
-    and ``previous.ckpt`` is the one before. Signals set a flag, nothing more; whether any rank has one is found out
-    within the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.leaving`), so that all ranks leave after
-    the same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for
-    its end; a test is finished. What is resumed is bitwise what would have been trained, on the same number of ranks:
+    and ``previous.ckpt`` is the one before. A signal sets a flag, nothing more. The flags of all ranks are summed within
+    the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.preempted`), so that all ranks stop after the
+    same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for its
+    end; a test is finished. What is resumed is bitwise what would have been trained, on the same number of ranks:
     batches, accumulated metrics, random states, and schedulers included.
 
     Args:
@@ -161,7 +161,7 @@ class ResumeCheckpoint(Checkpoint):
             self._first_batch = False
         self._step_before = trainer.global_step
         if isinstance(pl_module, ForceFieldModule):
-            pl_module.wants_to_leave = self._told_to_leave is not None
+            pl_module.preempt_requested = self._told_to_leave is not None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,7 +172,7 @@ class ResumeCheckpoint(Checkpoint):
         if self._is_validated_next(trainer):
             return  # Lightning would leave the validation out; a signal is still there after the next step
         # in someone else's module it takes a collective of its own
-        leave = pl_module.leaving if isinstance(pl_module, ForceFieldModule) else self._is_told(trainer)
+        leave = pl_module.preempted if isinstance(pl_module, ForceFieldModule) else self._is_told(trainer)
         if leave or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
         if leave:

@@ -18,7 +18,7 @@ from harness.metrics import (
     Report,
     RootMeanSquaredError,
     StratifiedHuberForceLoss,
-    identity,
+    modifier_key,
 )
 
 __all__ = ["COLUMNS", "atoms_behind", "component_unit", "is_better", "values_table"]
@@ -118,9 +118,9 @@ def atoms_behind(manager: MetricsManager, report: Report) -> dict[str, list[floa
         shape, keys = getattr(field, "shape", None), entry.type_keys(manager.type_names)
         if shape is not None and keys[0] in report.counts:
             counts = [report.counts[key] / math.prod(shape) for key in keys]
-            known.setdefault((identity(field), entry.ignore_nan), [*counts])
+            known.setdefault((modifier_key(field), entry.ignore_nan), [*counts])
     unknown: list[float | None] = [None] * len(manager.type_names)
-    return {entry.name: known.get((identity(field), entry.ignore_nan), unknown) for entry, field in read}
+    return {entry.name: known.get((modifier_key(field), entry.ignore_nan), unknown) for entry, field in read}
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from harness.data.samplers import GlobalBatchSampler
-from harness.fields import FOLLOWING
+from harness.fields import UPCOMING_LABELS
 
 __all__ = ["LookAheadLoader", "ResumableDataLoader", "StatefulLookAheadLoader", "look_ahead"]
 
@@ -190,7 +190,7 @@ def _windows(batches: Iterator[Any], accumulate_grad_batches: NumMicroBatches, s
                 raise TypeError(
                     f"Gradient accumulation needs batches that are dictionaries, found {type(first).__name__}."
                 )
-            window.appendleft({**first, FOLLOWING: [_labels(batch) for batch in window]})
+            window.appendleft({**first, UPCOMING_LABELS: [_labels(batch) for batch in window]})
         while window:
             yield window.popleft()  # kept by nobody but its consumer
 

@@ -105,9 +105,9 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     # of groups that are made later without a limit of their own: meshes of devices, DeepSpeed's
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     store = dist.PrefixStore(f"{_attempt()}/group", _job_store())  # type: ignore[attr-defined]
-    on_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
+    to_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
     dist.init_process_group(
-        backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **on_device
+        backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **to_device
     )
     if backend == "nccl":  # it warns of groups that nobody has destroyed
         atexit.register(lambda: dist.destroy_process_group() if is_distributed() else None)

@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from harness.distributed import Board, is_lost_connection, keep_alive, launched_rank, launched_ranks, named
 from harness.runs import JobFailed
 
-__all__ = ["Whereabouts", "reported"]
+__all__ = ["TrainingPosition", "reported"]
 
 _LOOK = 0.5  # seconds between looks at the board
 _COLLECT = 3.0  # for the notes of all ranks to come in
@@ -35,7 +35,7 @@ _STOPPED = 15.0  # beyond the time limit of collectives, until a launcher kills 
 _LONGEST = 4000  # characters of an error
 
 
-class Whereabouts(Callback):
+class TrainingPosition(Callback):
     """Knows where a training is. It does nothing in a step: it asks the trainer once something has failed."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ _PURPOSES = {
 
 
 @contextmanager
-def reported(whereabouts: Whereabouts, timeout: timedelta) -> Iterator[None]:
+def reported(position: TrainingPosition, timeout: timedelta) -> Iterator[None]:
     """Say once, and first, why a job of several ranks fails; then leave with exit code 1, on every rank.
 
     An error of one rank is told by rank 0 with that rank's name and words; only the rank at fault shows a traceback. If
@@ -92,13 +92,13 @@ def reported(whereabouts: Whereabouts, timeout: timedelta) -> Iterator[None]:
     raise alike, with an attribute ``on_all_ranks`` that is true: none of them is at fault.
 
     Args:
-        whereabouts: among the callbacks of the trainer.
+        position: among the callbacks of the trainer.
         timeout: how long a collective waits.
     """
     if launched_ranks() == 1:
         yield
         return
-    faults = whereabouts.faults = _Faults(whereabouts, timeout)
+    faults = position.faults = _Faults(position, timeout)
     try:
         yield
     except Exception as error:
@@ -115,8 +115,8 @@ def reported(whereabouts: Whereabouts, timeout: timedelta) -> Iterator[None]:
 class _Faults:
     """What this rank knows, posts and says of the faults of a job; a thread looks for those of other ranks."""
 
-    def __init__(self, whereabouts: Whereabouts, timeout: timedelta) -> None:
-        self._whereabouts, self._timeout = whereabouts, timeout.total_seconds()
+    def __init__(self, position: TrainingPosition, timeout: timedelta) -> None:
+        self._position, self._timeout = position, timeout.total_seconds()
         self._rank, self._ranks, self._host = launched_rank(), launched_ranks(), socket.gethostname()
         self._board = Board()
         self._board.put(f"host/{self._rank}", self._host)
@@ -240,7 +240,7 @@ class _Faults:
             return _one_line(error)
         timed_out = "imed out" in str(error)
         waited = f"waited {self._timeout:.0f} s" if timed_out else "lost a connection while it waited"
-        text = f"rank {self._rank} (host {self._host}) {waited} for {self._whereabouts.waited_for(error)}. "
+        text = f"rank {self._rank} (host {self._host}) {waited} for {self._position.waited_for(error)}. "
         if silent is None:
             store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             text += (

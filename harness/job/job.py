@@ -32,11 +32,11 @@ from harness.checkpoints import AtomicCheckpointIO, read, step_of
 from harness.config.explain import message
 from harness.distributed import launched_rank
 from harness.job.dry_step import check_first_batch
-from harness.job.failures import Whereabouts
+from harness.job.failures import TrainingPosition
 from harness.job.preflight import (
     check_accumulation,
     check_adaptive,
-    check_drivers,
+    check_controllers,
     check_labels,
     check_monitors,
     check_settings,
@@ -63,7 +63,7 @@ class Job:
     callbacks: list[Callback]
     loggers: list[Logger]
     strategy: Strategy | str
-    whereabouts: Whereabouts
+    position: TrainingPosition
     resume_from: str | None = None
     """Checkpoint of an interrupted run in the same output directory."""
     lock: FileLock | None = None
@@ -98,7 +98,7 @@ def prepare(config: DictConfig) -> Job:
         callbacks.append(adaptive)
     elif adaptive is not None:
         module.loss.weigh_by(adaptive)
-    check_drivers(module, callbacks)
+    check_controllers(module, callbacks)
     check_monitors(config, callbacks, module)
     check_accumulation(config, callbacks, module)
     # made anew by the trainer; here so that mistakes are told before anything is written
@@ -118,7 +118,7 @@ def prepare(config: DictConfig) -> Job:
     if not config.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers: list[Logger] = [instantiate(each) for each in (config.logger or {}).values() if each]
-    return Job(config, console, datamodule, module, callbacks, loggers, strategy, Whereabouts())
+    return Job(config, console, datamodule, module, callbacks, loggers, strategy, TrainingPosition())
 
 
 def execute(job: Job) -> dict[str, float]:
@@ -142,7 +142,7 @@ def execute(job: Job) -> dict[str, float]:
     trainer: Trainer = instantiate(
         {key: value for key, value in config.trainer.items() if key not in ("timeout", "plugins")},
         strategy=job.strategy,  # the time limit is its
-        callbacks=[*callbacks, job.whereabouts],
+        callbacks=[*callbacks, job.position],
         logger=loggers or False,
         use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
         plugins=plugins,

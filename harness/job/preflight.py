@@ -25,13 +25,13 @@ from harness.data import AtomsDataModule
 from harness.distributed import known_backends, launched_rank, launched_ranks
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
-from harness.module.coefficient_control import drivers_of, refuse_several
+from harness.module.coefficient_control import controllers_of, refuse_several
 from harness.strategies import refuse_folder
 
 __all__ = [
     "check_accumulation",
     "check_adaptive",
-    "check_drivers",
+    "check_controllers",
     "check_labels",
     "check_monitors",
     "check_settings",
@@ -188,13 +188,13 @@ def check_accumulation(config: DictConfig, callbacks: list[Callback], module: Fo
             )
 
 
-def check_drivers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
+def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
     """Refuse two things that both move the coefficients of the loss: the later one would undo the other, silently.
 
     Raises:
         ValueError: with the names of both.
     """
-    refuse_several(drivers_of(module.loss, callbacks))
+    refuse_several(controllers_of(module.loss, callbacks))
 
 
 def check_adaptive(module: ForceFieldModule, callbacks: list[Callback], trainer: Trainer) -> None:

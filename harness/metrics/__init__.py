@@ -20,7 +20,7 @@ from harness.metrics.errors import (
     root_mean,
     total,
 )
-from harness.metrics.layout import Layout, Reading, identity
+from harness.metrics.layout import Layout, Reading, modifier_key
 from harness.metrics.manager import MetricsManager, Weighting, compute_together, merge_accumulated, step_together
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
 from harness.metrics.values import Evaluated, Report, Values
@@ -51,12 +51,12 @@ __all__ = [
     "Window",
     "check_same_shape",
     "compute_together",
-    "identity",
     "is_linear",
     "largest",
     "mean",
     "merge_accumulated",
     "merge_rows_over_ranks",
+    "modifier_key",
     "parse_entries",
     "root_mean",
     "step_together",

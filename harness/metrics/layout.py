@@ -21,9 +21,9 @@ from harness.metrics.components import MetricEntry
 from harness.metrics.errors import ErrorMetric, Value
 from harness.metrics.row import Row
 from harness.metrics.values import Evaluated
-from harness.support.device import on_device
+from harness.support.device import to_device
 
-__all__ = ["Layout", "Reading", "identity"]
+__all__ = ["Layout", "Reading", "modifier_key"]
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Layout:
         for position, entry in enumerate(self.components):
             if entry.field is None:
                 continue
-            key = identity(entry.field), entry.ignore_nan, entry.per_type
+            key = modifier_key(entry.field), entry.ignore_nan, entry.per_type
             reading = readings.setdefault(key, Reading(entry.field, entry.ignore_nan, entry.per_type))
             reading.positions.append(position)
             reading.counted |= position < self.num_sums
@@ -262,11 +262,11 @@ class Layout:
 
     def _slot_weights_on(self, device: torch.device) -> Tensor:
         if device not in self._slot_weights:
-            self._slot_weights[device] = on_device(self._weights, device)
+            self._slot_weights[device] = to_device(self._weights, device)
         return self._slot_weights[device]
 
 
-def identity(modifier: FieldModifier) -> object:
+def modifier_key(modifier: FieldModifier) -> object:
     """Key under which a modifier's result is shared: its content where it has one, else itself."""
     try:
         hash(modifier)

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, global_rank
-from harness.fields import ATOM_TYPES, Batch, take
+from harness.fields import ATOM_TYPES, Batch, get_field
 from harness.metrics.accumulation import Window
 from harness.metrics.adapters import DeferredMetric, Part, detached, labelled_rows, whole_batches
 from harness.metrics.coefficients import Coefficients
 from harness.metrics.components import WEIGHTED_SUM, MetricEntry, check_type_names, parse_entries
 from harness.metrics.errors import ErrorMetric, check_same_shape, is_linear
-from harness.metrics.layout import Layout, Reading, identity
+from harness.metrics.layout import Layout, Reading, modifier_key
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
 from harness.metrics.values import Evaluated, Values
 from harness.schedules import Schedule
-from harness.support.device import on_device
+from harness.support.device import to_device
 from harness.support.text import did_you_mean
 
 __all__ = ["MetricsManager", "Weighting", "compute_together", "merge_accumulated", "step_together"]
@@ -327,7 +327,7 @@ class MetricsManager(nn.Module):
             for position in reading.positions:
                 seen = elements if self._differentiable(position) else cut
                 if seen is elements:
-                    reached.add(identity(reading.modifier))
+                    reached.add(modifier_key(reading.modifier))
                 if position < layout.num_sums:
                     sums[position], counts[position] = seen.sums(self._errors(position, seen)), count
                 elif position < layout.num_sums + layout.num_maxima:
@@ -376,7 +376,7 @@ class MetricsManager(nn.Module):
         types: Tensor | None,
         pairs: dict[object, tuple[Tensor, Tensor]],
     ) -> Elements:
-        key = identity(reading.modifier)
+        key = modifier_key(reading.modifier)
         if key not in pairs:
             prediction, reference = pairs[key] = _check_pair(reading.modifier(preds, target), reading.modifier)
             check_same_shape(prediction, reference, f"Field {str(reading.modifier)!r}")
@@ -401,7 +401,7 @@ class MetricsManager(nn.Module):
         return {"types": row_types, "num_groups": len(self.type_names)}
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
-        types = (target[ATOM_TYPES] if ATOM_TYPES in target else take(preds, ATOM_TYPES, "target")).reshape(-1)
+        types = (target[ATOM_TYPES] if ATOM_TYPES in target else get_field(preds, ATOM_TYPES, "target")).reshape(-1)
         # the one look at data, in the first step only: it makes the host wait
         if not self._checked_types and not torch.compiler.is_compiling():
             if types.is_floating_point() or types.is_complex() or types.dtype == torch.bool:
@@ -440,11 +440,11 @@ class MetricsManager(nn.Module):
                     f"of null for {entry.name!r}, which is then reported but not in the loss; or "
                     f"accumulate_grad_batches=1 with a larger batch."
                 )
-            if not callable(getattr(entry.field, "reference", None)):
+            if not callable(getattr(entry.field, "target_of", None)):
                 raise ValueError(
                     f"{where} its modifier {entry.field} of type {type(entry.field).__name__} has no method "
-                    f"`reference`. To accumulate gradients, the number of elements must be known before there are "
-                    f"predictions: add `def reference(self, target)` that returns the target as the call returns it "
+                    f"`target_of`. To accumulate gradients, the number of elements must be known before there are "
+                    f"predictions: add `def target_of(self, target)` that returns the target as the call returns it "
                     f"second."
                 )
         self._checked_accumulation = self.ever_weighted
@@ -486,7 +486,7 @@ class MetricsManager(nn.Module):
                 continue
             if reading.per_type and types is None:
                 types = self._read_types(target, target)
-            reference = cast(Any, reading.modifier).reference(target)
+            reference = cast(Any, reading.modifier).target_of(target)
             grouping = self._grouping(reading, reference, types)
             elements = Elements.of_target(reference, ignore_nan=reading.ignore_nan, **grouping)
             counts |= dict.fromkeys(weighted, elements.counts())
@@ -580,7 +580,7 @@ class MetricsManager(nn.Module):
 
     def _coefficients_on(self, device: torch.device) -> _Coefficients:
         if device not in self._coefficients:
-            coeffs = on_device([entry.coeff or 0.0 for entry in self._layout.components], device)
+            coeffs = to_device([entry.coeff or 0.0 for entry in self._layout.components], device)
             with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
                 zero = torch.zeros((), dtype=torch.float64, device=device)
                 self._coefficients[device] = _Coefficients(coeffs, coeffs > 0, zero)

@@ -7,21 +7,21 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["drivers_of", "loss_of", "refuse_other_drivers", "refuse_several"]
+__all__ = ["controllers_of", "loss_of", "refuse_other_controllers", "refuse_several"]
 
 # they do not say so themselves
 _OF_NEQUIP = ("SoftAdapt", "LossCoefficientScheduler", "LinearLossCoefficientScheduler")
 
 
-def drivers_of(loss: Any, callbacks: Sequence[Callback]) -> list[str]:
+def controllers_of(loss: Any, callbacks: Sequence[Callback]) -> list[str]:
     """Names of all that moves the coefficients of a loss: its schedule, what it learns, and callbacks.
 
-    Callbacks say so by an attribute ``drives_coefficients = True``; those of a class with ``several_are_one = True``
+    Callbacks say so by an attribute ``controls_coefficients = True``; those of a class with ``counts_once = True``
     count once.
     """
-    found = [each for each in callbacks if getattr(each, "drives_coefficients", False)]
-    names = [type(each).__name__ for each in found if not getattr(each, "several_are_one", False)]
-    names += dict.fromkeys(type(each).__name__ for each in found if getattr(each, "several_are_one", False))
+    found = [each for each in callbacks if getattr(each, "controls_coefficients", False)]
+    names = [type(each).__name__ for each in found if not getattr(each, "counts_once", False)]
+    names += dict.fromkeys(type(each).__name__ for each in found if getattr(each, "counts_once", False))
     kinds = dict.fromkeys(map(type, callbacks))
     names += [f"NequIP's {kind.__name__}" for kind in kinds if _is_of_nequip(kind) and kind.__name__ in _OF_NEQUIP]
     if getattr(loss, "schedule", None) is not None:
@@ -64,7 +64,7 @@ def refuse_several(names: list[str]) -> None:
         )
 
 
-def refuse_other_drivers(callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
+def refuse_other_controllers(callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse to move the coefficients of a module's loss if anything else of this trainer does.
 
     Raises:
@@ -72,4 +72,4 @@ def refuse_other_drivers(callback: Callback, trainer: Trainer, pl_module: Lightn
         ValueError: with the names of all.
     """
     callbacks = [callback, *(each for each in trainer.callbacks if each is not callback)]  # type: ignore[attr-defined]
-    refuse_several(drivers_of(loss_of(pl_module), callbacks))
+    refuse_several(controllers_of(loss_of(pl_module), callbacks))

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
-from harness.fields import FOLLOWING, NUM_ATOMS, Batch
+from harness.fields import NUM_ATOMS, UPCOMING_LABELS, Batch
 from harness.metrics import (
     WEIGHTED_SUM,
     MetricsManager,
@@ -46,7 +46,7 @@ from harness.strategies import (
     shard_root,
     splits_parameters,
 )
-from harness.support.device import LateNumber, on_device
+from harness.support.device import DelayedScalar, to_device
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 
@@ -128,9 +128,9 @@ class ForceFieldModule(LightningModule):
         self.reports: dict[str, Report] = {}
         self.latest: dict[str, float] = {}
         """Loss values of the last step that was logged, for progress bars."""
-        self.wants_to_leave = False
-        """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`leaving`."""
-        self._leaving = LateNumber()
+        self.preempt_requested = False
+        """Set where this process has been told to stop; the next step tells the other ranks, see :attr:`preempted`."""
+        self._preempt_requests = DelayedScalar()
         self._warned_of_rate = False
         self._position: tuple[float, float | None] = (0.0, None)  # epoch and learning rate that the weights are of
         self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
@@ -312,9 +312,9 @@ class ForceFieldModule(LightningModule):
         self._follow_schedules(batch_idx)
         batch, window = self._place_in_step(batch, batch_idx)
         predictions = self(batch)
-        signals = on_device([float(self.wants_to_leave), *_work_of(batch)], self.device)
+        signals = to_device([float(self.preempt_requested), *_work_of(batch)], self.device)
         values = step_together(*self._train_managers, preds=predictions, target=batch, window=window, signals=signals)
-        self._leaving.send(signals[:1])
+        self._preempt_requests.send(signals[:1])
         self._work = signals[1:] if self._work is None else self._work + signals[1:]
         if values[0].weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
@@ -385,18 +385,18 @@ class ForceFieldModule(LightningModule):
         return dict(zip(_WORK, numbers, strict=True))
 
     @property
-    def leaving(self) -> bool:
+    def preempted(self) -> bool:
         """Whether any rank wanted to leave when it took the last step: the same on all ranks, after each step.
 
         On a GPU it is the step before the last, for which the host need not wait.
         """
-        return self._leaving.read() > 0
+        return self._preempt_requests.read() > 0
 
     def _place_in_step(self, batch: Batch, batch_idx: int) -> tuple[Batch, Window | None]:
         """The batch as its model is to see it, and the micro-batches of its step; None if it is the only one."""
-        following = batch.get(FOLLOWING) if isinstance(batch, Mapping) else None
+        following = batch.get(UPCOMING_LABELS) if isinstance(batch, Mapping) else None
         if following is not None:
-            batch = {name: value for name, value in batch.items() if name != FOLLOWING}
+            batch = {name: value for name, value in batch.items() if name != UPCOMING_LABELS}
         k = self.trainer.accumulate_grad_batches
         if k == 1:
             self._window = None
@@ -494,7 +494,7 @@ class ForceFieldModule(LightningModule):
             for name in (entry.name, *entry.type_keys(each.type_names))
         }
         callbacks = getattr(self.trainer, "callbacks", [])
-        driven = any(getattr(each, "drives_coefficients", False) for each in callbacks)
+        driven = any(getattr(each, "controls_coefficients", False) for each in callbacks)
         incomparable = {  # sums of coefficients that move: the least of them says nothing
             f"{stage}{WEIGHTED_SUM}"
             for stage, each in stages.items()

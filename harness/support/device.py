@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LateNumber", "on_device"]
+__all__ = ["DelayedScalar", "to_device"]
 
 
-class LateNumber:
+class DelayedScalar:
     """A number of each step on the host: on a CPU that of this step, on a GPU that of the step before.
 
     Args:
-        late: whether :meth:`read` gives the number before the newest one; None for on a GPU.
+        delayed: whether :meth:`read` gives the number before the newest one; None for on a GPU.
     """
 
-    def __init__(self, late: bool | None = None) -> None:
-        self.late = late
+    def __init__(self, delayed: bool | None = None) -> None:
+        self.delayed = delayed
         self._sent: list[tuple[Tensor, torch.cuda.Event | None]] = []  # the newest two
 
     @property
-    def is_late(self) -> bool:
+    def is_delayed(self) -> bool:
         """Whether :meth:`read` gives the number before the newest one."""
-        return bool(self._sent) and self._sent[-1][1] is not None if self.late is None else self.late
+        return bool(self._sent) and self._sent[-1][1] is not None if self.delayed is None else self.delayed
 
     def send(self, number: Tensor) -> None:
         """Start to copy a step's number, ``[1]`` float64 without a graph, which must not change any more."""
@@ -37,7 +37,7 @@ class LateNumber:
 
     def read(self) -> float:
         """The newest number that need not be waited for; 0 before there is one."""
-        if self.is_late:
+        if self.is_delayed:
             # of the step before: it has long arrived, unless the host runs ahead of the device
             return _on_host(*self._sent[0]) if len(self._sent) > 1 else 0.0
         return self.wait()
@@ -57,7 +57,7 @@ def _on_host(number: Tensor, arrived: torch.cuda.Event | None) -> float:
     return float(number.numpy()[0])
 
 
-def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+def to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Numbers of the host as a float64 tensor, ``[len(numbers)]``, on a device; the host does not wait for the copy."""
     with torch.inference_mode(False):  # it may outlive this step, and training saves it for backward
         vector = torch.tensor(numbers, dtype=torch.float64)

@@ -25,7 +25,7 @@ from support.step_cost import Operators
 
 import harness
 from harness.callbacks import NonFiniteError, NonFiniteGuard, ResumeCheckpoint
-from harness.callbacks.nonfinite_diagnosis import find_culprits
+from harness.callbacks.nonfinite_diagnosis import find_nonfinite_fields
 from harness.data import EmbeddedAlloyDataModule
 from harness.distributed import gather_objects
 from harness.module import ForceFieldModule, Step
@@ -181,7 +181,7 @@ def test_predictions_without_a_label_are_told_too() -> None:
         "forces": torch.tensor([[torch.nan] * 3, [torch.nan] * 3, [1.0] * 3, [1.0] * 3]),
         "total_energy": torch.zeros(2, 1),
     }
-    (culprit,) = find_culprits(loss, ["forces_mse"], {"forces": torch.full((4, 3), torch.nan)}, batch)
+    (culprit,) = find_nonfinite_fields(loss, ["forces_mse"], {"forces": torch.full((4, 3), torch.nan)}, batch)
     assert (culprit.number, culprit.total, culprit.types, culprit.everywhere) == (12, 12, ["H", "O"], True)
 
 

@@ -296,14 +296,14 @@ def test_modifiers_must_say_what_they_read_of_the_target():
             return "doubled"
 
     class DoubledAlone(Doubled):
-        def reference(self, target: Any) -> Any:
+        def target_of(self, target: Any) -> Any:
             return 2 * target["forces"]
 
     def manager(modifier: Any) -> harness.MetricsManager:
         return harness.MetricsManager([{"field": modifier, "metric": harness.MeanSquaredError(), "coeff": 1}])
 
     features, target = oracle.draw(1, [2, 3, 1, 4])
-    with pytest.raises(ValueError, match=r"modifier doubled of type Doubled has no method `reference`.*def reference"):
+    with pytest.raises(ValueError, match=r"modifier doubled of type Doubled has no method `target_of`.*def target_of"):
         manager(Doubled()).window([target])
     whole, split = oracle.parameters(), oracle.parameters()
     manager(Doubled())(oracle.predict(features, whole), target)["weighted_sum"].backward()
@@ -319,7 +319,7 @@ def test_references_are_what_the_modifier_returns(modifier):
     modifier = harness.fields.as_modifier(modifier)[0]
     features, target = oracle.draw(1, [2, 3], unlabelled=0.3)
     preds = {**oracle.predict(features, oracle.parameters()), "pos": features["forces"][..., 0]}
-    torch.testing.assert_close(modifier.reference(target), modifier(preds, target)[1], equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(modifier.target_of(target), modifier(preds, target)[1], equal_nan=True, rtol=0, atol=0)
 
 
 def test_windows_that_are_used_wrongly():

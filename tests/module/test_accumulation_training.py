@@ -28,7 +28,7 @@ from support.spawning import spawn
 
 import harness
 from harness.data import EmbeddedAlloyDataModule, ResumableDataLoader, TrainingBatchSampler, look_ahead
-from harness.fields import FOLLOWING
+from harness.fields import UPCOMING_LABELS
 from harness.module import ForceFieldModule
 from harness.strategies import AccumulatesInWindows
 
@@ -216,7 +216,8 @@ def numbers(loader: Any) -> list[tuple[int, list[int] | None]]:
         return int(batch["number"])
 
     return [
-        (number(batch), [number(each) for each in batch[FOLLOWING]] if FOLLOWING in batch else None) for batch in loader
+        (number(batch), [number(each) for each in batch[UPCOMING_LABELS]] if UPCOMING_LABELS in batch else None)
+        for batch in loader
     ]
 
 
@@ -226,7 +227,7 @@ def test_the_first_of_a_step_announces_the_others() -> None:
         (0, [1, 2]), (1, None), (2, None), (3, [4, 5]), (4, None), (5, None), (6, []),
     ]  # fmt: skip
     assert numbers(look_ahead(plain, 1)) == [(index, None) for index in range(7)]
-    announced = next(iter(look_ahead(plain, 2)))[FOLLOWING]
+    announced = next(iter(look_ahead(plain, 2)))[UPCOMING_LABELS]
     assert [set(each) for each in announced] == [{"number"}]  # neighbour lists travel once
     assert len(look_ahead(plain, 2)) == 7
     with pytest.raises(ValueError, match="at least 1"):
@@ -282,7 +283,7 @@ def test_lightning_finds_the_sampler_behind_the_wrapper() -> None:
 def test_no_look_ahead_without_accumulation(alloy: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
     class Watch(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            assert FOLLOWING not in batch
+            assert UPCOMING_LABELS not in batch
 
     alloy_trainer(tmp_path, callbacks=[Watch()], max_epochs=1).fit(build(alloy), datamodule=alloy)
 

@@ -10,7 +10,7 @@ from support import oracle
 from torch import nn
 from torch.utils.data import DataLoader
 
-from harness.fields import FOLLOWING
+from harness.fields import UPCOMING_LABELS
 
 FIELDS = ("total_energy", "forces", "stress")
 ATOMS = (2, 5, 1, 3, 4, 1, 2, 6, 1, 3, 2, 4, 5, 1, 2, 3)
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         self.theta = nn.Parameter(oracle.parameters(dtype).detach())
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if FOLLOWING in batch:
+        if UPCOMING_LABELS in batch:
             raise AssertionError("the model sees what is meant for the loss")
         return oracle.predict({name: batch[f"x_{name}"] for name in FIELDS}, self.theta)
 
