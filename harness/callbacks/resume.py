@@ -33,8 +33,8 @@ class ResumeCheckpoint(Checkpoint):
 
     Saves ``last.ckpt`` when an epoch is complete (validation, schedulers and logs included), optionally every n steps,
     and ``previous.ckpt`` is the one before. A signal sets a flag, nothing more. The flags of all ranks are summed
-    within the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.preempted`), so that all ranks stop after the
-    same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for its
+    within the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.preempted`), so that all ranks stop after
+    the same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for its
     end; a test is finished. What is resumed is bitwise what would have been trained, on the same number of ranks:
     batches, accumulated metrics, random states, and schedulers included.
 
