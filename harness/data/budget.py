@@ -121,7 +121,7 @@ class BudgetBatchSampler(GlobalBatchSampler):
         return [batches[index] for index in generator.permutation(self._num_batches)]
 
     def _order(self) -> dict[str, Any]:
-        """What the global batches of an epoch depend on."""
+        """Arguments on which the global batches of an epoch depend, by name."""
         return {
             "num_samples": len(self._sizes),
             f"max_{self.unit}": self.budget,

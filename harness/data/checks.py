@@ -48,7 +48,7 @@ _TOLERANCE = math.log(1.15)  # of a factor
 
 
 def check_units(frames: Sequence[Frame]) -> None:
-    """Refuse a file whose lengths, energies, forces or stresses are in other units than Å and eV, where that shows.
+    """Refuse a file whose lengths, energies, forces or stresses are recognisably in other units than Å and eV.
 
     Distances are compared with covalent radii, see :func:`check_lengths`; forces and stresses with what is possible at
     all, see :func:`check_magnitudes`; and energies with the work of forces and stresses, see :func:`check_work`.
@@ -96,7 +96,7 @@ def check_distances(frames: Sequence[Frame], min_distance: float) -> None:
 
 
 def _may_be_closer(frames: list[Frame], min_distance: float) -> list[Frame]:
-    """Those of ``frames``, all of one size, that a look at the nearest images alone does not clear."""
+    """Frames, all of one size, for which the nearest images alone do not rule out a closer pair."""
     positions = np.array([frame.atoms.positions for frame in frames])
     periodic = np.array([frame.atoms.pbc for frame in frames])
     cells = np.array(
@@ -368,7 +368,7 @@ def _factor(pairs: _Pairs, chosen: NDArray[np.bool_], work: Array, energy: Array
 
 
 def _explained(factor: float, known: Mapping[str, float], if_opposite: str) -> str:
-    """Which units give the factor, as a sentence; empty if it is about 1 or no unit does."""
+    """Sentence with the units that explain a factor; empty if it is about 1 or no unit explains it."""
     off = {text: abs(math.log(abs(factor) / expected)) for text, expected in known.items()}
     likely = sorted((text for text in off if off[text] < _TOLERANCE), key=lambda text: off[text])[:3]
     reasons = [] if not likely or abs(math.log(abs(factor))) < math.log(1.35) else [" or ".join(likely)]
@@ -416,7 +416,7 @@ def _spread(frames: Sequence[Frame], number: int) -> list[Frame]:
 
 
 def _has_bonds(frame: Frame) -> bool:
-    """Whether distances in the frame can be compared with covalent radii."""
+    """True where distances in the frame can be compared with covalent radii."""
     numbers = frame.atoms.numbers
     alone = len(numbers) == 1 and not frame.atoms.pbc.any()
     known = np.isin(numbers, np.arange(1, len(chemical_symbols))).all()

@@ -28,6 +28,7 @@ from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, Tr
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.strategies import data_parallel_ranks
+from harness.support.checks import is_number, whole_number
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
 
@@ -112,12 +113,12 @@ class AtomsDataModule(LightningDataModule):
         unknown = sorted(set(self.split) - {"val", "test"})
         if unknown:
             raise KeyError(f"unknown sets {unknown} in the split; valid are ['val', 'test'], the rest is for training")
-        if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
+        if not is_number(cutoff) or not 0 < cutoff < float("inf"):
             raise ValueError(f"cutoff must be a positive number of Å, found {cutoff!r}")
         limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
         for name, value in {**limits, "eval_batch_size": eval_batch_size, "num_train": num_train}.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number, at least 1, found {value!r}")
+            if value is not None:
+                whole_number(name, value)
         given = {name: value for name, value in limits.items() if value is not None}
         if len(given) != 1:
             found = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
@@ -132,8 +133,7 @@ class AtomsDataModule(LightningDataModule):
                 f"balance={balance!r} is for batches of batch_size frames, found {next(iter(given))}, by which "
                 "ranks are balanced already; leave balance out, or give batch_size"
             )
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"num_workers must be a whole number, at least 0, found {num_workers!r}")
+        whole_number("num_workers", num_workers, least=0)
         self.cutoff = float(cutoff)
         ((self._limited, self._limit),) = given.items()
         self.batch_size = batch_size
@@ -243,9 +243,9 @@ class AtomsDataModule(LightningDataModule):
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """What makes the same batches of two data modules, by name: content of the files, split, types, cutoff.
+        """Facts that decide the batches, by name: content of the files, split, types, cutoff.
 
-        The ranks of a job compare it before the first step. Where the files are makes no difference.
+        The ranks of a job compare them before the first step. Paths of the files are not among them.
         """
         self.setup()
         files = {
@@ -297,7 +297,7 @@ class AtomsDataModule(LightningDataModule):
         return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
 
     def training_sampler(self, rank: int, num_ranks: int) -> GlobalBatchSampler:
-        """Which training frames make up the batches of one of the ranks that share them.
+        """Sampler of the training frames in the batches of one rank.
 
         Raises:
             ValueError: the batches have fewer frames than there are ranks, or a frame is larger than the budget.

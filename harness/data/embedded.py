@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import ase.io
@@ -13,6 +12,8 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from filelock import FileLock
+
+from harness.support.files import replacing
 
 __all__ = ["ALLOY_LATTICE_CONSTANTS", "alloy_frame", "default_cache_dir", "embedded_alloy_file"]
 
@@ -88,11 +89,6 @@ def embedded_alloy_file(num_frames: int = 400, seed: int = 0, cache_dir: str | o
     with FileLock(f"{path}.lock"):
         if not path.exists():  # another process may have made it while this one waited for the lock
             frames = [alloy_frame(index, seed) for index in range(num_frames)]
-            handle, beside = tempfile.mkstemp(dir=directory, prefix=f".{path.stem}-", suffix=".xyz")
-            os.close(handle)
-            try:
-                ase.io.write(beside, frames, format="extxyz")
-                os.replace(beside, path)
-            finally:
-                Path(beside).unlink(missing_ok=True)
+            with replacing(path) as part:
+                ase.io.write(part, frames, format="extxyz")
     return path

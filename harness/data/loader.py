@@ -1,4 +1,4 @@
-"""Data loaders that remember how far their consumer has come, and that look ahead for gradient accumulation."""
+"""Data loaders that resume in mid-epoch, and loaders that look ahead for gradient accumulation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.data.samplers import GlobalBatchSampler
 from harness.fields import UPCOMING_LABELS
+from harness.support.checks import whole_number
 
 __all__ = ["LookAheadLoader", "ResumableDataLoader", "StatefulLookAheadLoader", "look_ahead"]
 
 _NEIGHBOR_LISTS = frozenset({"edge_index", "edge_cell_shift", "edge_vectors", "edge_lengths"})
-"""The largest part of a batch, and no labels."""
+"""Fields of a batch that are no labels, and the largest part of it."""
 
 NumMicroBatches = int | Callable[[], int]
-"""Micro-batches in a step, or what says it whenever a step begins."""
+"""Number of micro-batches in a step, or a callable that returns it at the beginning of a step."""
 
 
 class ResumableDataLoader(DataLoader[Any]):
@@ -158,7 +159,7 @@ def look_ahead(loader: Iterable[Any], accumulate_grad_batches: NumMicroBatches) 
         ValueError: k is below 1.
     """
     if not callable(accumulate_grad_batches):
-        _check(accumulate_grad_batches)
+        whole_number("accumulate_grad_batches", accumulate_grad_batches)
     stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     return (StatefulLookAheadLoader if stateful else LookAheadLoader)(loader, accumulate_grad_batches)
 
@@ -175,7 +176,7 @@ def _windows(batches: Iterator[Any], accumulate_grad_batches: NumMicroBatches, s
     position = start
     while True:
         given = accumulate_grad_batches() if callable(accumulate_grad_batches) else accumulate_grad_batches
-        _check(given)
+        whole_number("accumulate_grad_batches", given)
         window: deque[Any] = deque()
         for batch in batches:
             window.append(batch)
@@ -197,10 +198,3 @@ def _windows(batches: Iterator[Any], accumulate_grad_batches: NumMicroBatches, s
 
 def _labels(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in _NEIGHBOR_LISTS}
-
-
-def _check(accumulate_grad_batches: int) -> None:
-    if isinstance(accumulate_grad_batches, bool) or not isinstance(accumulate_grad_batches, int):
-        raise TypeError(f"accumulate_grad_batches is a whole number, found {accumulate_grad_batches!r}.")
-    if accumulate_grad_batches < 1:
-        raise ValueError(f"accumulate_grad_batches is at least 1, found {accumulate_grad_batches}.")

@@ -75,7 +75,7 @@ class LabelKeys:
 
 @dataclass(frozen=True)
 class Frame:
-    """One structure, its labels and where it was read from. A label that is missing is None.
+    """One structure, its labels, and its file and index. A missing label is None.
 
     Attributes:
         atoms: species, positions in Å, cell in Å and periodic boundary conditions.
@@ -100,7 +100,7 @@ class Frame:
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the frame has any label."""
+        """True if the frame has any label."""
         return not (self.energy is None and self.forces is None and self.stress is None)
 
 
@@ -165,7 +165,7 @@ def _structures(file: Path) -> list[Atoms]:
 
 
 def _sources(atoms: Atoms) -> list[Mapping[str, Any]]:
-    """Where labels may be, in the order in which they are looked up."""
+    """Places of labels, in the order in which they are looked up."""
     sources: list[Mapping[str, Any]] = [] if atoms.calc is None else [getattr(atoms.calc, "results", {})]
     sources += [atoms.arrays, atoms.info]
     nested = (atoms.info.get(name) for name in ("key_value_pairs", "data"))

@@ -1,4 +1,4 @@
-"""Which samples make up the batches of each rank: every sample exactly once, whatever the number of ranks."""
+"""Samplers of batches: every sample exactly once, in global batches that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GlobalBatchSampler(Sampler[list[int]], ABC):
 
     @abstractmethod
     def _order(self) -> dict[str, Any]:
-        """What the global batches of an epoch depend on."""
+        """Arguments on which the global batches of an epoch depend, by name."""
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's part of the global batches from ``start`` on; the iteration after this one is a whole one."""
@@ -176,7 +176,7 @@ class TrainingBatchSampler(GlobalBatchSampler):
         return np.array_split(order, self._num_batches)
 
     def _order(self) -> dict[str, Any]:
-        """What the global batches of an epoch depend on."""
+        """Arguments on which the global batches of an epoch depend, by name."""
         return {
             "num_samples": self.num_samples,
             "batch_size": self.batch_size,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.support.checks import is_number
+
 __all__ = ["split_indices"]
 
 
@@ -50,7 +52,7 @@ def split_indices(
 
 
 def _size(name: str, amount: int | float, num_frames: int) -> int:
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+    if not is_number(amount):
         raise TypeError(f"the split of {name!r} must be a number of frames or a fraction, found {amount!r}")
     if isinstance(amount, int):
         if amount < 0:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 __all__ = ["is_number", "is_whole_number", "whole_number"]
 
 
-def is_number(value: Any) -> TypeGuard[Real]:
+def is_number(value: Any) -> TypeGuard[float]:
     """True for a real number that is no boolean."""
     return isinstance(value, Real) and not isinstance(value, bool)
 

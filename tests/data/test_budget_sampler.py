@@ -380,7 +380,7 @@ def test_errors_of_the_module(mixed_file, monkeypatch):
     ):
         with pytest.raises(ValueError, match=f"exactly one of batch_size, max_atoms, max_edges must.*found {found}; "):
             module(**options)
-    with pytest.raises(ValueError, match=r"max_atoms must be a whole number, at least 1, found 2\.5"):
+    with pytest.raises(ValueError, match=r"max_atoms is a whole number, at least 1, found 2\.5"):
         module(max_atoms=2.5)
     with pytest.raises(ValueError, match="balance must be 'atoms', 'edges' or None, found 'bonds'"):
         module(batch_size=4, balance="bonds")

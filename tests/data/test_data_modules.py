@@ -358,7 +358,7 @@ def test_errors_of_the_module(water_file, ethanol_file, tmp_path):
         module(type_names=["H", "Water"])
     with pytest.raises(ValueError, match=r"\['H'\] is repeated"):
         module(type_names=["H", "O", "H"])
-    with pytest.raises(ValueError, match="batch_size must be a whole number, at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch_size is a whole number, at least 1, found 0"):
         module(batch_size=0)
     with pytest.raises(ValueError, match="cutoff must be a positive"):
         module(cutoff=0)

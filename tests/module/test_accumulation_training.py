@@ -232,7 +232,7 @@ def test_the_first_of_a_step_announces_the_others() -> None:
     assert len(look_ahead(plain, 2)) == 7
     with pytest.raises(ValueError, match="at least 1"):
         look_ahead(plain, 0)
-    with pytest.raises(TypeError, match="whole number"):
+    with pytest.raises(ValueError, match="whole number"):
         look_ahead(plain, 2.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="dictionaries, found Tensor"):
         list(look_ahead([torch.zeros(2)], 2))
