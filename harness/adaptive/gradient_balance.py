@@ -98,7 +98,7 @@ class GradientBalance(Callback):
             TypeError, ValueError: with what is valid.
         """
         self._meter.check(trainer, pl_module)
-        names = [name for name, entry in loss_of(pl_module).entries.items() if entry.coeff]
+        names = [name for name, coeff in loss_of(pl_module).coeffs.items() if coeff]
         if self.target is not None and set(self.target) != set(names):
             raise ValueError(
                 f"`target` gives shares to {', '.join(self.target)}; expected one for each component with a "

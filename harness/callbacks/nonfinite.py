@@ -173,9 +173,8 @@ class NonFiniteGuard(Callback):
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         """Keep what belongs to the step, and start to copy its loss to the host."""
-        if step.window is None or step.window.num_done == 1 or not self._seen:
-            kept = self._seen[-1:] if self.loss.is_delayed or step.window is not None else []
-            self._seen = [*kept, _Seen(trainer.current_epoch, trainer.global_step, step.batch_idx)]
+        if step.window.num_done == 1 or not self._seen:
+            self._seen = [*self._seen[-1:], _Seen(trainer.current_epoch, trainer.global_step, step.batch_idx)]
         seen = self._seen[-1]
         seen.batches.append((step.batch, {name: value.detach() for name, value in step.predictions.items()}))
         if step.is_whole:  # then it is the loss of all micro-batches

@@ -288,7 +288,7 @@ def _guarded(function: Any, what: str) -> Any:
 
 def _fields_read(manager: MetricsManager, weighted: bool = False) -> set[str]:
     """Fields of the predictions that the components read, or those with a coefficient alone."""
-    entries = [entry for entry in manager.entries.values() if entry.coeff or not weighted]
+    entries = [entry for name, entry in manager.entries.items() if manager.coeffs[name] or not weighted]
     read = {getattr(entry.field, name, None) for entry in entries for name in ("field", "pred_field")}
     return {name for name in read if isinstance(name, str)}
 

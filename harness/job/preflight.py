@@ -160,10 +160,10 @@ def check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> N
                     continue
                 if missing == total:
                     raise ValueError(
-                        f"{what}: component {entry.name!r} has a coefficient ({entry.given_coeff}), but none of the "
-                        f"{total} frames of {data_set} has {name}. Are the label keys right (data.keys)? Otherwise set "
-                        f"its coefficient to null, or choose a loss and metrics without it, such as loss=energy_force "
-                        f"metrics=energy_force."
+                        f"{what}: component {entry.name!r} has a coefficient ({manager.given_coeffs[entry.name]}), but "
+                        f"none of the {total} frames of {data_set} has {name}. Are the label keys right (data.keys)? "
+                        f"Otherwise set its coefficient to null, or choose a loss and metrics without it, such as "
+                        f"loss=energy_force metrics=energy_force."
                     )
                 if not entry.ignore_nan:
                     raise ValueError(

@@ -1,9 +1,9 @@
 """Losses and error metrics: measure a row, merge rows, evaluate components and their weighted sum."""
 
 from harness.metrics.accumulation import Window
-from harness.metrics.adapters import DeferredMetric, ForeignMetric
-from harness.metrics.coefficients import Coefficients
-from harness.metrics.components import WEIGHTED_SUM, MetricEntry, parse_entries
+from harness.metrics.adapters import GatheredAdapter, MergedAdapter
+from harness.metrics.coefficients import Coefficients, WeightedComponents, Weighting
+from harness.metrics.components import WEIGHTED_SUM, MetricEntry, WeightedEntry, parse_entries
 from harness.metrics.errors import (
     ErrorMetric,
     HuberLoss,
@@ -20,24 +20,26 @@ from harness.metrics.errors import (
     root_mean,
     total,
 )
-from harness.metrics.layout import Layout, Reading, modifier_key
-from harness.metrics.manager import MetricsManager, Weighting, compute_together, merge_accumulated, step_together
+from harness.metrics.layout import Layout
+from harness.metrics.manager import MetricsManager, compute_together, merge_accumulated, step_together
+from harness.metrics.measure import BatchReader, Reading, modifier_key
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
 from harness.metrics.values import Evaluated, Report, Values
 
 __all__ = [
     "WEIGHTED_SUM",
+    "BatchReader",
     "Coefficients",
-    "DeferredMetric",
     "Elements",
     "ErrorMetric",
     "Evaluated",
-    "ForeignMetric",
+    "GatheredAdapter",
     "HuberLoss",
     "Layout",
     "MaximumAbsoluteError",
     "MeanAbsoluteError",
     "MeanSquaredError",
+    "MergedAdapter",
     "MetricEntry",
     "MetricsManager",
     "Reading",
@@ -47,6 +49,8 @@ __all__ = [
     "StratifiedHuberForceLoss",
     "Value",
     "Values",
+    "WeightedComponents",
+    "WeightedEntry",
     "Weighting",
     "Window",
     "check_same_shape",

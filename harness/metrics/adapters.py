@@ -1,11 +1,12 @@
-"""Other people's torchmetrics as part of the row, or beside it where their states do not merge.
+"""Adapters of torchmetrics: merged in the row, or gathered at the end of an epoch.
 
-A metric whose states all reduce by sum, mean, max or min is a function of additive numbers and maxima like ours: its
-states after one batch are the batch's contribution, a minimum is the maximum of the negative, and a mean travels as a
-sum and a number of updates. All others (lists of samples, custom reductions) keep their own states on each rank; these
-are gathered at the end of an epoch and joined as torchmetrics does it.
+A metric whose states all reduce by sum, mean, max or min is a function of additive numbers and maxima, like an
+:class:`~harness.metrics.errors.ErrorMetric`: its states after one batch are the batch's contribution to the row
+(:class:`MergedAdapter`). A minimum is the maximum of the negative, and a mean is a sum and a number of updates. All
+others (lists of samples, custom reductions) keep their own states on each rank; these are gathered at the end of an
+epoch and joined as torchmetrics does it (:class:`GatheredAdapter`).
 
-Such metrics do as they please inside ``update`` and ``compute``, host synchronisation included.
+``update`` and ``compute`` of such metrics are their authors' code, and may synchronise host and device.
 """
 
 from __future__ import annotations
@@ -19,39 +20,35 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.data import (
-    dim_zero_cat,
-    dim_zero_max,
-    dim_zero_mean,
-    dim_zero_min,
-    dim_zero_sum,
-)
 
 from harness.fields import NUM_ATOMS, Batch
 from harness.metrics.row import Elements
+from harness.metrics.torchmetrics_private import (
+    REDUCTIONS,
+    compute_of_class,
+    concatenate,
+    default_states,
+    reductions,
+    set_default_state,
+    set_num_updates,
+    update_of_class,
+)
 
-__all__ = ["DeferredMetric", "ForeignMetric", "Part", "why_not_mergeable"]
-
-_MERGEABLE: dict[Any, Literal["sum", "mean", "max", "min"]] = {
-    dim_zero_sum: "sum",
-    dim_zero_mean: "mean",
-    dim_zero_max: "max",
-    dim_zero_min: "min",
-}
+__all__ = ["GatheredAdapter", "MergedAdapter", "Part", "why_not_mergeable"]
 
 Part = dict[str, Any]
 """States of a metric from one stretch of data on one rank, by name: tensors, or lists of tensors."""
 
 
 def why_not_mergeable(metric: Metric, shape: tuple[int, ...] | None = None) -> str | None:
-    """Why a metric's states cannot travel in a row; None if they can.
+    """Reason why a metric's states cannot be part of a row; None if they can.
 
     Args:
-        metric: the metric, whose states are scratch space.
-        shape: of one row of its inputs, if that is known; then its update is tried out on made-up rows, since a metric
-            that looks back at earlier batches (a running average) need not say so.
+        metric: the metric, whose states are overwritten.
+        shape: shape of one row of its inputs, if known; then two made-up batches show whether its update depends on
+            earlier batches, as that of a running average does, which torchmetrics has no flag for.
     """
-    states, reductions = metric._defaults, metric._reductions
+    states, reduction_of = default_states(metric), reductions(metric)
     if not states:
         return "it has no states"
     if metric.full_state_update:
@@ -59,7 +56,7 @@ def why_not_mergeable(metric: Metric, shape: tuple[int, ...] | None = None) -> s
     for name, default in states.items():
         if not isinstance(default, Tensor):
             return f"its state {name!r} is a list of samples"
-        if reductions[name] not in _MERGEABLE:
+        if reduction_of[name] not in REDUCTIONS:
             return f"its state {name!r} is reduced by neither sum, mean, max nor min"
         if default.is_complex():
             return f"its state {name!r} is complex"
@@ -69,7 +66,7 @@ def why_not_mergeable(metric: Metric, shape: tuple[int, ...] | None = None) -> s
 
 
 def _adds_up(metric: Metric, shape: tuple[int, ...]) -> bool:
-    """Whether the states after two batches are those of each batch, merged; True where that cannot be tried."""
+    """True if the states after two batches are those of each batch, merged, or if that cannot be tried."""
     trial = _widen(metric.clone())
     rows = torch.linspace(0.1, 1, 8 * math.prod(shape), dtype=torch.float64, device=trial.device).reshape(8, *shape)
     batches = [(rows[:5], rows[:5] ** 2), (rows[5:], rows[5:].sqrt())]
@@ -78,13 +75,13 @@ def _adds_up(metric: Metric, shape: tuple[int, ...]) -> bool:
         apart = []
         for batch in batches:
             trial.reset()
-            _update(trial, *batch)
-            apart.append({name: getattr(trial, name) for name in trial._defaults})
+            update_of_class(trial, *batch)
+            apart.append({name: getattr(trial, name) for name in default_states(trial)})
         trial.reset()
         for batch in batches:
-            _update(trial, *batch)
-        for name, default in trial._defaults.items():
-            reduction = _MERGEABLE[trial._reductions[name]]
+            update_of_class(trial, *batch)
+        for name, default in default_states(trial).items():
+            reduction = REDUCTIONS[reductions(trial)[name]]
             # torchmetrics itself takes a mean over batches in one place and over ranks in another
             if reduction == "mean":
                 continue
@@ -104,13 +101,13 @@ class _State:
     default: Tensor
 
 
-class ForeignMetric:
-    """A mergeable torchmetric as functions from a batch to row pieces and back to a value.
+class MergedAdapter:
+    """A torchmetric whose states merge, as functions from a batch to pieces of the row and back to a value.
 
     Args:
-        metric: the metric; its own states are scratch space.
+        metric: the metric; its own states are overwritten.
         name: the component's name, for messages.
-        shape: of one row of its inputs, if that is known. Some metrics start with scalar states that grow with the
+        shape: shape of one row of its inputs, if known. Some metrics start with scalar states that grow with the
             number of outputs, while the layout of a row must be known before there is data.
     """
 
@@ -121,10 +118,10 @@ class ForeignMetric:
         self._states = [
             _State(
                 state,
-                _MERGEABLE[metric._reductions[state]],
+                REDUCTIONS[reductions(metric)[state]],
                 cast(Tensor, default).detach().cpu().expand(grown.get(state, cast(Tensor, default).shape)).clone(),
             )
-            for state, default in metric._defaults.items()
+            for state, default in default_states(metric).items()
         ]
         self._additive = [state for state in self._states if state.reduction in ("sum", "mean")]
         self._extremal = [state for state in self._states if state.reduction in ("max", "min")]
@@ -134,14 +131,14 @@ class ForeignMetric:
         self._warned = False
 
     def measure(self, inputs: tuple[Any, Any] | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Row pieces of one batch: ``[num_additive]`` and ``[num_maxima]``; neutral without inputs."""
+        """Pieces of the row of one batch: ``[num_additive]`` and ``[num_maxima]``; neutral without inputs."""
         if inputs is None:
             return (
                 torch.zeros(self.num_additive, dtype=torch.float64, device=device),
                 torch.full((self.num_maxima,), -math.inf, dtype=torch.float64, device=device),
             )
         self._prepare(device)
-        _update(self.metric, *inputs)
+        update_of_class(self.metric, *inputs)
         additive = [self._contribution(state, device) for state in self._additive]
         additive.append(torch.ones(1, dtype=torch.float64, device=device))
         maxima = [self._contribution(state, device) for state in self._extremal]
@@ -153,7 +150,7 @@ class ForeignMetric:
         if value.numel() != state.default.numel():
             raise ValueError(
                 f"Component {self.name!r}: state {state.name!r} of {type(self.metric).__name__} changed its shape from "
-                f"{list(state.default.shape)} to {list(value.shape)} with the data. Tell the shape of a row before: "
+                f"{list(state.default.shape)} to {list(value.shape)} with the data. Declare the shape of a row: "
                 f"harness.register_field(..., shape=...), or an attribute `shape` of your modifier."
             )
         value = value.reshape(-1).to(torch.float64)
@@ -167,21 +164,21 @@ class ForeignMetric:
                 return -value
 
     def value(self, additive: Tensor, maxima: Tensor, needed: bool = False) -> Tensor | None:
-        """Value from merged row pieces: a float64 scalar; None without data, or with too little for the metric.
+        """Value from merged pieces of the row: a float64 scalar; None without data, or with too little for the metric.
 
         Args:
             additive: the metric's part of the row, ``[num_additive]``.
-            maxima: likewise, ``[num_maxima]``.
-            needed: whether the value is a term of the weighted sum: then what the metric refuses is an error.
+            maxima: its part of the maxima, ``[num_maxima]``.
+            needed: the value is a term of the weighted sum: an error of ``compute`` is raised, not warned of.
 
         Raises:
-            ValueError: the metric refuses to compute a value that is needed.
+            ValueError: ``compute`` of the metric fails, and the value is needed.
         """
         updates = additive[-1]
         if not bool(updates > 0):
             return None
         self._prepare(additive.device)
-        self.metric._update_count = int(updates)
+        set_num_updates(self.metric, int(updates))
         for states, pieces in ((self._additive, additive), (self._extremal, maxima)):
             start = 0
             for state in states:
@@ -196,7 +193,7 @@ class ForeignMetric:
                 setattr(self.metric, state.name, merged.to(state.default.dtype))
                 start = stop
         try:
-            value = _as_scalar(_compute(self.metric), self.metric, self.name)
+            value = _as_scalar(compute_of_class(self.metric), self.metric, self.name)
         except ValueError as error:
             if needed:
                 raise ValueError(f"Component {self.name!r} of the weighted sum cannot be computed: {error}") from error
@@ -214,13 +211,13 @@ class ForeignMetric:
         self.metric.reset()
 
 
-class DeferredMetric:
-    """A torchmetric that keeps its own states on each rank, gathered only at the end of an epoch.
+class GatheredAdapter:
+    """A torchmetric whose states do not merge: kept on each rank, and gathered at the end of an epoch.
 
     Args:
         metric: the metric.
         name: the component's name, for messages.
-        reason: why it does not merge.
+        reason: why it does not merge, see :func:`why_not_mergeable`.
     """
 
     def __init__(self, metric: Metric, name: str, reason: str) -> None:
@@ -229,10 +226,19 @@ class DeferredMetric:
         self.reason = reason
         self._scratch = metric.clone()
         self.past: list[Part] = []
-        """Stretches that all ranks know of, from a checkpoint."""
+        """Parts that all ranks hold alike, from a checkpoint."""
 
     def update(self, inputs: tuple[Any, Any] | None, *, local_value: bool, device: torch.device) -> Tensor | None:
-        """Add a batch; its value if this rank knows it (``local_value``), else None."""
+        """Add a batch.
+
+        Args:
+            inputs: of ``update``; None for a batch without data.
+            local_value: this rank's batch is all of the step, so that its value is that of the step.
+            device: of the states.
+
+        Returns:
+            Value of the batch, a float64 scalar; None without data or ``local_value``.
+        """
         if inputs is None:
             return None
         for metric in (self.metric, self._scratch):
@@ -243,33 +249,33 @@ class DeferredMetric:
         if not local_value:
             return None
         self._scratch.reset()
-        _update(self._scratch, *inputs)
-        self._scratch._update_count = 1
-        value = _as_scalar(_compute(self._scratch), self.metric, self.name)
+        update_of_class(self._scratch, *inputs)
+        set_num_updates(self._scratch, 1)
+        value = _as_scalar(compute_of_class(self._scratch), self.metric, self.name)
         self._scratch.reset()
         return value
 
     def local_part(self) -> Part | None:
-        """States of this rank since the last reset, on the CPU; None without any update."""
+        """States of this rank since the last reset, on the CPU; None if there was no update."""
         if not self.metric.update_called:
             return None
-        return {name: _to_cpu(getattr(self.metric, name)) for name in self.metric._defaults}
+        return {name: _to_cpu(getattr(self.metric, name)) for name in default_states(self.metric)}
 
     def value(self, parts: Sequence[Part], device: torch.device) -> Tensor | None:
-        """Value over the given parts and the past, joined by each state's own reduction; None without any part."""
+        """Value over the given parts and the past, joined by the reductions of the states; None without parts."""
         parts = [*self.past, *parts]
         if not parts:
             return None
         scratch = self._scratch.to(device)
         scratch.reset()
-        scratch._update_count = 1
-        for name, default in scratch._defaults.items():
-            reduce = scratch._reductions[name]
+        set_num_updates(scratch, 1)
+        for name, default in default_states(scratch).items():
+            reduce = reductions(scratch)[name]
             values = [part[name] for part in parts]
             joined: Any
             if isinstance(default, list):
-                joined = [entry.to(device) for value in values for entry in value]
-                if reduce is not None and reduce is not dim_zero_cat:
+                joined = [sample.to(device) for value in values for sample in value]
+                if reduce is not None and reduce is not concatenate:
                     joined = cast(Any, reduce)(joined)
             elif len(values) == 1:
                 joined = values[0].to(device)
@@ -277,20 +283,20 @@ class DeferredMetric:
                 joined = torch.stack([value.to(device) for value in values])
                 joined = joined if reduce is None else cast(Any, reduce)(joined)
             setattr(scratch, name, joined)
-        value = _as_scalar(_compute(scratch), scratch, self.name)
+        value = _as_scalar(compute_of_class(scratch), scratch, self.name)
         scratch.reset()
         return value
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all states, and those of the past."""
         self.metric.reset()
         self.past = []
 
 
 def labelled_rows(elements: Elements, group: int | None) -> tuple[Tensor, Tensor] | None:
-    """Prediction and target of the rows that are labelled in full and of the given type; None if there are none.
+    """Prediction and target of the rows without a missing element and of the given type; None if there are none.
 
-    Metrics of others know no masks, so that rows are taken by boolean indexing, which synchronises.
+    torchmetrics has no masks, so rows are taken by boolean indexing, which synchronises host and device.
     """
     prediction, target = elements.prediction, elements.target
     if elements.mask is not None or group is not None:
@@ -311,31 +317,21 @@ def whole_batches(preds: Batch, target: Batch) -> tuple[Batch, Batch] | None:
 
 def _widen(metric: Metric) -> Metric:
     """The metric with its floating states in float64; integers and booleans keep their dtype."""
-    for name, default in metric._defaults.items():
+    for name, default in default_states(metric).items():
         if isinstance(default, Tensor) and default.is_floating_point():
-            metric._defaults[name] = default.to(torch.float64)
+            set_default_state(metric, name, default.to(torch.float64))
     metric.reset()
     return metric
-
-
-def _update(metric: Metric, *inputs: Any) -> None:
-    """The class's own ``update``: that of the instance switches gradients off."""
-    getattr(type(metric), "update")(metric, *inputs)  # noqa: B009 mypy takes the class attribute for a string
-
-
-def _compute(metric: Metric) -> Any:
-    """The class's own ``compute``: that of the instance synchronises, caches and counts updates."""
-    return getattr(type(metric), "compute")(metric)  # noqa: B009 mypy takes the class attribute for a string
 
 
 def _grown_states(metric: Metric, shape: tuple[int, ...]) -> dict[str, torch.Size]:
     """Shapes of the states after a batch of made-up rows; none if the metric does not take such rows."""
     rows = torch.linspace(0, 1, 4 * math.prod(shape), dtype=torch.float64, device=metric.device).reshape(4, *shape)
     try:
-        _update(metric, rows, rows**2)
+        update_of_class(metric, rows, rows**2)
         return {
             name: getattr(metric, name).shape
-            for name, default in metric._defaults.items()
+            for name, default in default_states(metric).items()
             if isinstance(default, Tensor) and default.numel() == 1
         }
     except (ValueError, RuntimeError, TypeError):
@@ -345,22 +341,17 @@ def _grown_states(metric: Metric, shape: tuple[int, ...]) -> dict[str, torch.Siz
 
 
 def detached(batch: Batch) -> dict[str, Any]:
-    """The batch with its tensors cut off their graph."""
+    """The batch with its tensors detached."""
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _detached(inputs: tuple[Any, Any]) -> tuple[Any, ...]:
     """Inputs without a graph, so that states kept for the epoch do not keep every step's graph alive."""
-    return tuple(
-        value.detach()
-        if isinstance(value, Tensor)
-        else {key: entry.detach() if isinstance(entry, Tensor) else entry for key, entry in value.items()}
-        for value in inputs
-    )
+    return tuple(value.detach() if isinstance(value, Tensor) else detached(value) for value in inputs)
 
 
 def _to_cpu(state: Any) -> Any:
-    return [entry.detach().cpu() for entry in state] if isinstance(state, list) else state.detach().cpu().clone()
+    return [sample.detach().cpu() for sample in state] if isinstance(state, list) else state.detach().cpu().clone()
 
 
 def _as_scalar(value: Any, metric: Metric, name: str) -> Tensor:

@@ -1,178 +1,321 @@
-"""Weights of components and of atom types within them: given by the user, driven by a schedule, normalised.
+"""Coefficients of components, and weights of atom types within them: given, scheduled or learnt, and normalised.
 
-One flat dictionary names them as values are named: ``forces_mse`` is the coefficient of that component, and
-``forces_mse_H`` the weight of hydrogen in its average. What holds at an epoch is what was given, overlaid with what the
-schedule says for that epoch: a component that a schedule does not name keeps its coefficient.
+:class:`WeightedComponents` keeps the coefficients that were given, a schedule and a position in it, and makes a
+:class:`Coefficients` of them: a frozen snapshot, which is all that an evaluation needs. A change makes a new snapshot.
+
+One flat dictionary names all of them as values are named: ``forces_mse`` is the coefficient of that component, and
+``forces_mse_H`` the weight of hydrogen in its average. At an epoch, the schedule's coefficients overlay those that were
+given: a component that a schedule does not name keeps its coefficient.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, cast
 
-from harness.metrics.components import MetricEntry, check_coeff
+import torch
+from torch import Tensor, nn
+
+from harness.metrics.components import ComponentMapping, MetricEntry, WeightedEntry, check_coeff
 from harness.schedules import Schedule, as_schedule
+from harness.support.device import to_device
 from harness.support.text import did_you_mean
 
-__all__ = ["Coefficients"]
+__all__ = ["Coefficients", "CoefficientsOnDevice", "WeightedComponents", "Weighting"]
 
 Given = Mapping[str, float | Mapping[str, float] | None]
+"""``{component: coefficient}``, or ``{component: {type: weight}}``."""
+Flat = dict[str, float | None]
+"""Coefficients and weights of types by their flat names."""
+Position = tuple[float, float | None]
+"""Epoch, and relative learning rate where a schedule follows it."""
 
 
+class Weighting(Protocol):
+    """Changes coefficients on the device by learnt parameters; an ``nn.Module``."""
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Make the parameters, for these components in this order."""
+
+    def __call__(self, coeffs: Tensor) -> Tensor:
+        """Map normalised coefficients to normalised ones: float64 ``[num_components]``; 0 stays 0."""
+
+
+@dataclass(frozen=True)
+class CoefficientsOnDevice:
+    """A snapshot's numbers as tensors on one device.
+
+    Attributes:
+        coeffs: float64 ``[num_components]``, normalised; 0 outside of the weighted sum.
+        contributes: bool ``[num_components]``, where the coefficient is above 0.
+        slot_weights: float64 ``[num_slots]`` of all components.
+        zero: float64 scalar.
+    """
+
+    coeffs: Tensor
+    contributes: Tensor
+    slot_weights: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
 class Coefficients:
-    """Keeps the entries' coefficients and type weights; every change is checked as a whole before it is made.
+    """Snapshot of normalised coefficients and weights of types, in the order of a row's components.
+
+    Two snapshots are equal if their numbers are.
+
+    Attributes:
+        normalised: coefficient of each component, divided by the sum of all; None outside of the weighted sum.
+        slot_weights: weight of each slot (an atom type, or the whole component) in the average of its component.
+        weighted: positions of the components in the weighted sum.
+        all_contribute: every component has a coefficient above 0.
+        all_slots_weigh: every slot has a weight above 0.
+    """
+
+    normalised: tuple[float | None, ...]
+    slot_weights: tuple[float, ...]
+    weighted: tuple[int, ...] = field(init=False, compare=False)
+    all_contribute: bool = field(init=False, compare=False)
+    all_slots_weigh: bool = field(init=False, compare=False)
+    _on_devices: dict[torch.device, CoefficientsOnDevice] = field(
+        init=False, compare=False, repr=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        weighted = tuple(position for position, coeff in enumerate(self.normalised) if coeff is not None)
+        object.__setattr__(self, "weighted", weighted)
+        object.__setattr__(self, "all_contribute", all(self.normalised))
+        object.__setattr__(self, "all_slots_weigh", all(self.slot_weights))
+
+    def __str__(self) -> str:
+        return str((*self.normalised, *self.slot_weights))
+
+    def is_trained(self, position: int) -> bool:
+        """Tell whether gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
+        return not self.weighted or bool(self.normalised[position])
+
+    def on(self, device: torch.device) -> CoefficientsOnDevice:
+        """Tensors on a device, copied once for a snapshot without the host waiting."""
+        if device not in self._on_devices:
+            numbers = to_device([*(coeff or 0.0 for coeff in self.normalised), *self.slot_weights], device)
+            with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
+                coeffs, slot_weights = torch.split(numbers, [len(self.normalised), len(self.slot_weights)])
+                zero = torch.zeros((), dtype=torch.float64, device=device)
+                self._on_devices[device] = CoefficientsOnDevice(coeffs, coeffs > 0, slot_weights, zero)
+        return self._on_devices[device]
+
+    def weighted_sum(self, components: Tensor, coeffs: Tensor) -> Tensor:
+        r"""Sum :math:`\sum_k c_k v_k` over components that contribute; differentiable.
+
+        Args:
+            components: values :math:`v_k`, float64 ``[num_components]``.
+            coeffs: coefficients :math:`c_k` on their device: those of :meth:`on`, or learnt ones made of them.
+        """
+        if not self.all_contribute:
+            on_device = self.on(components.device)
+            components = torch.where(on_device.contributes, components, on_device.zero)
+        return torch.dot(coeffs, components)
+
+
+class WeightedComponents(ComponentMapping, nn.Module):
+    """Named components whose coefficients can be set, scheduled and learnt; each change is checked before it is made.
 
     Args:
-        entries: components by name; their ``given_coeff``, ``coeff`` and ``per_type_coeffs`` are kept up to date.
+        components: components by name, in the user's order.
+        order: the same components in the order of the row, which is that of the snapshot.
         type_names: names of the atom types.
 
     Attributes:
-        schedule: what drives some of them, or None.
-        position: epoch and relative learning rate that the schedule was moved to last.
+        coefficients: snapshot of the coefficients of the moment.
+        weighting: changes the coefficients on the device by learnt parameters, see :meth:`weigh_by`.
     """
 
-    def __init__(self, entries: Mapping[str, MetricEntry], type_names: Sequence[str]) -> None:
-        self._entries = entries
-        self._type_keys = {
-            key: (entry.name, index)
-            for entry in entries.values()
-            for index, key in enumerate(entry.type_keys(type_names))
-        }
-        self._given: dict[str, float | None] = {name: entry.given_coeff for name, entry in entries.items()}
-        for entry in entries.values():
+    def __init__(
+        self, components: dict[str, MetricEntry], order: Sequence[MetricEntry], type_names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.type_names = type_names
+        self.weighting: Weighting | None = None
+        self._components = components
+        self._order = tuple(order)
+        self._names = _Names(components.values(), type_names)
+        self._given: Flat = {name: entry.given_coeff for name, entry in components.items()}
+        for entry in components.values():
             if entry.per_type_coeffs is not None:
                 self._given |= dict(zip(entry.type_keys(type_names), entry.per_type_coeffs, strict=True))
-        self.schedule: Schedule | None = None
-        self.position: tuple[float, float | None] = (0.0, None)
-        self._check_total(self._given)
-        self._apply(self._given)
         self._configured = dict(self._given)
+        self._schedule: Schedule | None = None
+        self._position: Position = (0.0, None)
+        self._names.check_totals(self._given)
+        self.coefficients = self._snapshot()
+
+    # --- coefficients of the moment ---
+
+    @property
+    def entries(self) -> dict[str, WeightedEntry]:
+        """Components with their coefficients of the moment, by name."""
+        current = self._current
+        weights, coeffs = self._names.weights_of_types(current), self.coeffs
+        return {
+            name: WeightedEntry(
+                **{**vars(entry), "given_coeff": current[name], "per_type_coeffs": weights.get(name)},
+                coeff=coeffs[name],
+            )
+            for name, entry in self._components.items()
+        }
+
+    @property
+    def do_weighted_sum(self) -> bool:
+        """True if any component has a coefficient, as NequIP's module asks."""
+        return bool(self.coefficients.weighted)
+
+    @property
+    def given_coeffs(self) -> Flat:
+        """Coefficients as given or scheduled, by component."""
+        current = self._current
+        return {name: current[name] for name in self._components}
+
+    @property
+    def coeffs(self) -> Flat:
+        """Normalised coefficients by component; None for those outside of the weighted sum."""
+        by_name = {entry.name: coeff for entry, coeff in zip(self._order, self.coefficients.normalised, strict=True)}
+        return {name: by_name[name] for name in self._components}
+
+    def effective_coeffs(self) -> dict[str, float]:
+        """Normalised coefficients of the components in the weighted sum, as a step uses them.
+
+        They differ from :attr:`coeffs` under a :attr:`weighting`; then the host waits for the device.
+        """
+        given = {name: coeff for name, coeff in self.coeffs.items() if coeff is not None}
+        if self.weighting is None:
+            return given
+        device = next(cast(nn.Module, self.weighting).parameters()).device
+        with torch.no_grad():
+            used = self.coeffs_on(device).tolist()
+        by_name = {entry.name: coeff for entry, coeff in zip(self._order, used, strict=True)}
+        return {name: by_name[name] for name in given}
+
+    def coeffs_on(self, device: torch.device) -> Tensor:
+        """Normalised coefficients as a step uses them, float64 ``[num_components]`` in the order of the row."""
+        coeffs = self.coefficients.on(device).coeffs
+        return coeffs if self.weighting is None else self.weighting(coeffs)
+
+    @property
+    def type_weights(self) -> dict[str, float]:
+        """Weights of atom types that were given or scheduled, by ``{name}_{type}``; they sum to 1 in a component."""
+        driven = self._schedule.names if self._schedule is not None else ()
+        return self._names.fractions_of_types(self._current, driven)
+
+    @property
+    def ever_weighted(self) -> set[str]:
+        """Components that are in the weighted sum now, or at another epoch of the schedule."""
+        driven = self._schedule.names if self._schedule is not None else ()
+        now = (name for name, coeff in self.coeffs.items() if coeff is not None)
+        return {*now, *(name for name in driven if name in self._components)}
 
     # --- changes ---
 
-    def change(self, coeffs: Given) -> None:
-        """Change some; the others stay as they were given.
+    def set_coeffs(self, coeffs: Given) -> None:
+        """Change some coefficients; the others stay as they were given, and all are normalised anew.
+
+        Args:
+            coeffs: ``{component: coefficient}``; None takes a component out of the weighted sum. A dictionary
+                ``{type: weight}`` in place of the coefficient changes weights of a ``per_type`` component's types.
 
         Raises:
-            KeyError: an unknown name; the valid ones are listed.
-            ValueError: one that is negative or not finite, only zeros, or one that the schedule drives.
+            KeyError: an unknown component; the valid ones are listed. Nothing is changed then.
+            ValueError: a coefficient that is negative or not finite, or only zeros; or one that a schedule drives.
         """
-        changed = self._flat(coeffs)
-        driven = [name for name in changed if self.schedule is not None and name in self.schedule.names]
+        changed = self._names.flatten(coeffs)
+        driven = [name for name in changed if self._schedule is not None and name in self._schedule.names]
         if driven:
             raise ValueError(
-                f"The coefficient of {driven[0]!r} is driven by the schedule {type(self.schedule).__name__}, which "
+                f"The coefficient of {driven[0]!r} is driven by the schedule {type(self._schedule).__name__}, which "
                 f"would overwrite it. Change the schedule, or leave it out."
             )
         given = {**self._given, **changed}
-        self._check(given, self.position)
+        self._check(given, self._schedule, self._position)
         self._given = given
-        self._apply(self._at(given, self.position))
+        self._take_up()
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Schedule that drives coefficients by epoch, or None."""
+        return self._schedule
+
+    @property
+    def position(self) -> Position:
+        """Epoch, and relative learning rate where it matters, that the schedule was moved to last."""
+        return self._position
 
     def follow(self, schedule: Schedule | None) -> None:
-        """Let a schedule drive them from now on; None for none.
+        """Let a schedule drive coefficients from now on, in place of the one before; None for none.
 
         Raises:
             TypeError: no schedule.
-            ValueError: a name in it that there is no component or type for, or an epoch at which nothing is left.
+            ValueError: a name in it is no component or type, or all coefficients are 0 at some epoch.
         """
         chosen = None if schedule is None else as_schedule(schedule)
-        unknown = [name for name in (chosen.names if chosen else ()) if not self._is_known(name)]
+        unknown = [name for name in (chosen.names if chosen else ()) if name not in self._names]
         if unknown:
             raise ValueError(
                 f"The schedule names {', '.join(map(repr, unknown))}, which this set of components does not have. "
-                f"{self._hint(unknown[0])}{self._valid_names()}"
+                f"{self._names.hint(unknown[0])}{self._names.valid()}"
             )
-        before, self.schedule = self.schedule, chosen
-        try:
-            for epoch in (0.0, *(chosen.boundaries if chosen else ())):
-                for rate in (1.0, 0.0) if chosen and chosen.needs_learning_rate else (None,):
-                    self._check(self._given, (epoch, rate))
-        except ValueError:
-            self.schedule = before
-            raise
-        epoch, rate = self.position
+        for epoch in (0.0, *(chosen.boundaries if chosen else ())):
+            for rate in (1.0, 0.0) if chosen and chosen.needs_learning_rate else (None,):
+                self._check(self._given, chosen, (epoch, rate))
+        self._schedule = chosen
+        epoch, rate = self._position
         self.move_to(epoch, 1.0 if rate is None and chosen and chosen.needs_learning_rate else rate)
 
-    def move_to(self, epoch: float, learning_rate: float | None = None) -> bool:
-        """Take up what the schedule says for an epoch; returns whether anything has changed.
+    def move_to(self, epoch: float, learning_rate: float | None = None) -> None:
+        """Take up the coefficients of an epoch; any epoch, in any order, and not in the middle of a step.
 
         Args:
             epoch: number of the epoch, with a fraction within it.
             learning_rate: the learning rate divided by that of the start, for schedules that follow it.
+
+        Raises:
+            ValueError: no epoch, or no learning rate for a schedule that follows it.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, Real) or not 0 <= float(epoch) < math.inf:
             raise ValueError(f"An epoch is a number of at least 0, found {epoch!r}.")
-        if self.schedule is not None and self.schedule.needs_learning_rate and learning_rate is None:
+        if self._schedule is not None and self._schedule.needs_learning_rate and learning_rate is None:
             if epoch > 0:
                 raise ValueError(
                     f"The schedule follows the learning rate: give it beside the epoch, as a part of that which the "
                     f"optimizer was given, such as move_to({epoch}, learning_rate=scheduler.get_last_lr()[0] / 1e-3)."
                 )
             learning_rate = 1.0  # before a training has begun
-        self.position = (float(epoch), learning_rate)
-        wanted = self._at(self._given, self.position)
-        if wanted == self._current:
-            return False
-        self._check_total(wanted)
-        self._apply(wanted)
-        return True
+        position = (float(epoch), learning_rate)
+        self._names.check_totals(_overlaid(self._given, self._schedule, position))
+        self._position = position
+        self._take_up()
 
-    # --- what is known of them ---
-
-    @property
-    def weighted(self) -> dict[str, float]:
-        """Given coefficients of the components that are in the weighted sum now."""
-        return {name: coeff for name in self._entries if (coeff := self._current[name]) is not None}
-
-    @property
-    def ever_weighted(self) -> set[str]:
-        """Components that are in the weighted sum now, or will be at some time."""
-        driven = self.schedule.names if self.schedule is not None else ()
-        return set(self.weighted) | {name for name in driven if name in self._entries}
-
-    @property
-    def type_weights(self) -> dict[str, float]:
-        """Weights of all types of the components in which any is given or driven, as fractions of their sum."""
-        keys = (*self._current, *(self.schedule.names if self.schedule is not None else ()))
-        named = {self._type_keys[key][0] for key in keys if key in self._type_keys}
-        weights = self._weights(self._current, named)
-        return {
-            key: weights[name][index] / sum(weights[name])
-            for key, (name, index) in self._type_keys.items()
-            if name in weights
-        }
-
-    def _is_known(self, name: str) -> bool:
-        return name in self._entries or name in self._type_keys
-
-    def _hint(self, unknown: str) -> str:
-        """The name that may be meant, or what weights of types need where the name of a component stands before."""
-        if any(str(unknown).startswith(f"{component}_") for component in self._entries):
-            return "Weights of atom types need a component with `per_type: true` (per_type_forces_coeffs). "
-        return did_you_mean(unknown, (*self._entries, *self._type_keys))
-
-    def _valid_names(self) -> str:
-        text = f"Valid names: {', '.join(self._entries)}"
-        return f"{text}; and of atom types: {', '.join(self._type_keys)}." if self._type_keys else f"{text}."
+    def weigh_by(self, weighting: Weighting) -> None:
+        """Let learnt parameters change the coefficients on the device, from those given or scheduled."""
+        weighting.prepare([entry.name for entry in self._order])
+        self.weighting = weighting
 
     # --- checkpoints ---
 
-    def state(self) -> dict[str, Any]:
-        """What a restart needs: numbers and strings only."""
+    def _coefficient_state(self) -> dict[str, Any]:
+        """State of the coefficients for a checkpoint: numbers and strings only."""
         return {
             "given": dict(self._given),
             "configured": dict(self._configured),
-            "schedule": None if self.schedule is None else repr(self.schedule),
-            "position": list(self.position),
+            "schedule": None if self._schedule is None else repr(self._schedule),
+            "position": list(self._position),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def _restore_coefficients(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, unless the configuration has changed since: then that wins, with a warning."""
-        schedule = None if self.schedule is None else repr(self.schedule)
+        schedule = None if self._schedule is None else repr(self._schedule)
         if dict(state["configured"]) == self._configured:
             self._given = dict(state["given"])
         elif dict(state["given"]) != self._given:
@@ -188,68 +331,127 @@ class Coefficients:
                 stacklevel=4,
             )
         epoch, learning_rate = state["position"]
-        if learning_rate is None and self.schedule is not None and self.schedule.needs_learning_rate:
+        if learning_rate is None and self._schedule is not None and self._schedule.needs_learning_rate:
             learning_rate = 1.0  # of a checkpoint of another schedule; the next epoch or step brings the right one
-        self.position = (epoch, learning_rate)
-        self._apply(self._at(self._given, self.position))
+        self._position = (epoch, learning_rate)
+        self._take_up()
 
     # --- inside ---
 
-    def _flat(self, coeffs: Given) -> dict[str, float | None]:
-        """Checked numbers by flat name."""
-        flat: dict[str, float | None] = {}
+    @property
+    def _current(self) -> Flat:
+        """Coefficients of the moment by flat name, before normalisation."""
+        return _overlaid(self._given, self._schedule, self._position)
+
+    def _check(self, given: Flat, schedule: Schedule | None, position: Position) -> None:
+        epoch, rate = position
+        rate = 1.0 if rate is None and schedule and schedule.needs_learning_rate else rate
+        self._names.check_totals(_overlaid(given, schedule, (epoch, rate)), f" at epoch {epoch:g}" if schedule else "")
+
+    def _take_up(self) -> None:
+        """Make the snapshot of the moment; the one before stays if its numbers are the same."""
+        snapshot = self._snapshot()
+        if snapshot != self.coefficients:
+            self.coefficients = snapshot
+
+    def _snapshot(self) -> Coefficients:
+        current = self._current
+        total = sum(coeff for name in self._components if (coeff := current[name]) is not None)
+        weights = self._names.weights_of_types(current)
+        return Coefficients(
+            tuple(None if (coeff := current[entry.name]) is None else coeff / total for entry in self._order),
+            tuple(
+                weight
+                for entry in self._order
+                for weight in weights.get(entry.name) or [1.0] * entry.num_slots(self.type_names)
+            ),
+        )
+
+
+class _Names:
+    """Names of the coefficients and weights of a set of components, and checks of numbers by these names."""
+
+    def __init__(self, components: Iterable[MetricEntry], type_names: tuple[str, ...]) -> None:
+        entries = list(components)
+        self.components = [entry.name for entry in entries]
+        self.types = {
+            key: (entry.name, index) for entry in entries for index, key in enumerate(entry.type_keys(type_names))
+        }
+        self._num_types = len(type_names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.components or name in self.types
+
+    def hint(self, unknown: str) -> str:
+        """Suggest a similar name, or ``per_type`` for a name that looks like the weight of a type."""
+        if any(str(unknown).startswith(f"{component}_") for component in self.components):
+            return "Weights of atom types need a component with `per_type: true` (per_type_forces_coeffs). "
+        return did_you_mean(unknown, (*self.components, *self.types))
+
+    def valid(self) -> str:
+        """List of all names, for messages."""
+        text = f"Valid names: {', '.join(self.components)}"
+        return f"{text}; and of atom types: {', '.join(self.types)}." if self.types else f"{text}."
+
+    def flatten(self, coeffs: Given) -> Flat:
+        """Checked numbers by flat name.
+
+        Raises:
+            KeyError: an unknown name; the valid ones are listed.
+            TypeError, ValueError: no number, or one that is negative or not finite.
+        """
+        flat: Flat = {}
         for name, value in coeffs.items():
             by_type = isinstance(value, Mapping)
             numbers = {f"{name}_{key}": each for key, each in value.items()} if by_type else {name: value}  # type: ignore[union-attr]
             for key, number in numbers.items():
-                if not self._is_known(key):
-                    raise KeyError(f"Unknown component {key!r}. {self._hint(key)}{self._valid_names()}")
+                if key not in self:
+                    raise KeyError(f"Unknown component {key!r}. {self.hint(key)}{self.valid()}")
                 flat[key] = check_coeff(number, key)
-                if number is None and key in self._type_keys:
+                if number is None and key in self.types:
                     raise ValueError(f"The weight of the atom type {key!r} is a number, found null; 0 leaves it out.")
         return flat
 
-    def _at(self, given: Mapping[str, float | None], position: tuple[float, float | None]) -> dict[str, float | None]:
-        if self.schedule is None:
-            return dict(given)
-        return {**given, **self.schedule(*position)}
+    def check_totals(self, flat: Flat, when: str = "") -> None:
+        """Refuse coefficients, or weights of types, that no average can be made of.
 
-    def _check(self, given: Mapping[str, float | None], position: tuple[float, float | None]) -> None:
-        rate = 1.0 if position[1] is None and self.schedule and self.schedule.needs_learning_rate else position[1]
-        self._check_total(self._at(given, (position[0], rate)), f" at epoch {position[0]:g}" if self.schedule else "")
-
-    def _check_total(self, flat: Mapping[str, float | None], when: str = "") -> None:
-        """Refuse what no average can be made of."""
-        weighted = {name: coeff for name in self._entries if (coeff := flat[name]) is not None}
+        Raises:
+            ValueError: their sum is 0 or not finite.
+        """
+        weighted = {name: coeff for name in self.components if (coeff := flat[name]) is not None}
         total = sum(weighted.values())
         if weighted and not 0 < total < math.inf:
             raise ValueError(
                 f"The coefficients {weighted} sum to {total}{when}; at least one must be above 0. To leave a component "
                 f"out of the weighted sum, set its coefficient to null."
             )
-        for name, weights in self._weights(flat).items():
+        for name, weights in self.weights_of_types(flat).items():
             if not 0 < sum(weights) < math.inf:
                 raise ValueError(
                     f"The weights of the atom types in {name!r} sum to {sum(weights)}{when}; at least one must be "
                     f"above 0."
                 )
 
-    def _weights(self, flat: Mapping[str, float | None], named: Collection[str] = ()) -> dict[str, tuple[float, ...]]:
+    def weights_of_types(self, flat: Flat, named: Collection[str] = ()) -> dict[str, tuple[float, ...]]:
         """Weights of all types of the components for which any is given, and of those named; 1 for the others."""
         weights: dict[str, list[float]] = {}
-        for key, (name, index) in self._type_keys.items():
+        for key, (name, index) in self.types.items():
             if key in flat or name in named:
-                num_types = sum(component == name for component, _ in self._type_keys.values())
-                each = weights.setdefault(name, [1.0] * num_types)
-                each[index] = (flat[key] or 0.0) if key in flat else 1.0
-        return {name: tuple(each) for name, each in weights.items()}
+                of_component = weights.setdefault(name, [1.0] * self._num_types)
+                of_component[index] = (flat[key] or 0.0) if key in flat else 1.0
+        return {name: tuple(of_component) for name, of_component in weights.items()}
 
-    def _apply(self, flat: dict[str, float | None]) -> None:
-        self._current = flat
-        total = sum(self.weighted.values())
-        weights = self._weights(flat)
-        for name, entry in self._entries.items():
-            coeff = flat[name]
-            entry.given_coeff = coeff
-            entry.coeff = None if coeff is None else coeff / total
-            entry.per_type_coeffs = weights.get(name)  # a schedule may end before the training
+    def fractions_of_types(self, flat: Flat, driven: Collection[str]) -> dict[str, float]:
+        """Weights of types as fractions of their sum in a component, for components with any given or driven one."""
+        weighed = {self.types[key][0] for key in (*flat, *driven) if key in self.types}
+        weights = self.weights_of_types(flat, weighed)
+        return {
+            key: weights[name][index] / sum(weights[name])
+            for key, (name, index) in self.types.items()
+            if name in weights
+        }
+
+
+def _overlaid(given: Flat, schedule: Schedule | None, position: Position) -> Flat:
+    """Coefficients that were given, overlaid with the schedule's at a position."""
+    return dict(given) if schedule is None else {**given, **schedule(*position)}

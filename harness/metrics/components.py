@@ -1,21 +1,30 @@
-"""Components as users write them: a list of dictionaries, checked and read into entries."""
+"""Components as users write them: a list of dictionaries, checked and parsed into entries, and looked up by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.metric import CompositionalMetric
 
 from harness.fields import FieldModifier, as_modifier
 from harness.metrics.errors import ErrorMetric, MeanSquaredError
+from harness.metrics.torchmetrics_private import default_states, is_composition
+from harness.support.text import did_you_mean
 
-__all__ = ["WEIGHTED_SUM", "MetricEntry", "check_coeff", "check_type_names", "parse_entries"]
+__all__ = [
+    "WEIGHTED_SUM",
+    "ComponentMapping",
+    "MetricEntry",
+    "WeightedEntry",
+    "check_coeff",
+    "check_type_names",
+    "parse_entries",
+]
 
 WEIGHTED_SUM = "weighted_sum"
 
@@ -23,19 +32,18 @@ _KEYS = ("metric", "field", "coeff", "name", "per_type", "per_type_coeffs", "ign
 _EVERY_METRIC_HAS = frozenset(vars(MeanSquaredError()))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class MetricEntry:
-    """One component: what it reads, how it is reduced, and its weight in the sum.
+    """One component as the user wrote it.
 
     Attributes:
         name: the component's name.
         metric: the metric that measures it.
-        field: what it reads; None for the two whole dictionaries.
+        field: modifier that reads prediction and target; None for the two whole dictionaries.
         per_type: one value for each atom type.
         per_type_coeffs: weights of the types in the order of ``type_names``; None for equal ones.
         ignore_nan: elements whose target is NaN are left out.
-        given_coeff: the coefficient as the user gave it; None if the component is not in the sum.
-        coeff: the coefficient normalised over all components; None if the component is not in the sum.
+        given_coeff: coefficient before normalisation; None if the component is not in the weighted sum.
     """
 
     name: str
@@ -45,14 +53,17 @@ class MetricEntry:
     per_type_coeffs: tuple[float, ...] | None = None
     ignore_nan: bool = False
     given_coeff: float | None = None
-    coeff: float | None = dataclasses.field(default=None, init=False)
+
+    def num_slots(self, type_names: Sequence[str]) -> int:
+        """Number of values that the component is the mean of: the number of types, or 1."""
+        return len(type_names) if self.per_type else 1
 
     def type_keys(self, type_names: Sequence[str]) -> list[str]:
         """Names of the component's per-type values, in the order of the types; none if it is not per type."""
         return [f"{self.name}_{type_name}" for type_name in type_names] if self.per_type else []
 
     def describe(self) -> str:
-        """What the component's part of a row means; rows are only merged between equal descriptions."""
+        """Describe the component's part of a row; only rows of equal descriptions are merged."""
         metric = self.metric
         parameters = {
             key: value.tolist() if isinstance(value, Tensor) else value
@@ -70,8 +81,60 @@ class MetricEntry:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightedEntry(MetricEntry):
+    """A component with its coefficients of the moment, which NequIP's callbacks read as ``loss.entries[name].coeff``.
+
+    ``given_coeff`` and ``per_type_coeffs`` are those of the moment too: given, scheduled, or set since.
+
+    Attributes:
+        coeff: coefficient normalised over all components; None if the component is not in the weighted sum.
+    """
+
+    coeff: float | None = None
+
+
+class ComponentMapping:
+    """Mapping from names to metrics, in the user's order, as NequIP's module and callbacks expect of a loss.
+
+    No ``collections.abc.Mapping``, whose ``==`` compares contents and makes a module unhashable.
+    """
+
+    _components: dict[str, MetricEntry]
+
+    def __getitem__(self, name: str) -> Metric:
+        try:
+            return self._components[name].metric
+        except KeyError:
+            raise KeyError(
+                f"Unknown component {name!r}. {did_you_mean(name, self._components)}Valid names: "
+                f"{', '.join(self._components)}."
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._components
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._components)
+
+    def __len__(self) -> int:
+        return len(self._components)
+
+    def keys(self) -> list[str]:
+        """Names of the components."""
+        return list(self._components)
+
+    def values(self) -> list[Metric]:
+        """Metrics of the components."""
+        return [entry.metric for entry in self._components.values()]
+
+    def items(self) -> list[tuple[str, Metric]]:
+        """Names and metrics of the components."""
+        return [(name, entry.metric) for name, entry in self._components.items()]
+
+
 def field_label(field: object) -> str:
-    """Name of a modifier, the same in every process: its class's where it has no text of its own."""
+    """Name of a modifier, the same in every process: its class's name if it defines neither ``str`` nor ``repr``."""
     kind = type(field)
     plain = kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
     return kind.__name__ if plain else str(field)
@@ -192,7 +255,7 @@ def _check_metric(metric: object, where: str) -> Metric:
             ) from error
     if isinstance(metric, Metric):
         children = [type(each).__name__ for each in metric.modules() if each is not metric and isinstance(each, Metric)]
-        if isinstance(metric, CompositionalMetric) or children or not metric._defaults:
+        if is_composition(metric) or children or not default_states(metric):
             inner = f"holds other metrics ({', '.join(children)})" if children else "has no states of its own"
             raise ValueError(
                 f"{where}: {type(metric).__name__} {inner}, and what it has seen cannot be merged over batches and "

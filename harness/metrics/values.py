@@ -16,7 +16,7 @@ __all__ = ["Evaluated", "Report", "Values"]
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of one step or epoch, as Python numbers.
+    """Values of one step or epoch with coefficients, contributions and counts, as Python numbers.
 
     Attributes:
         values: components, per-type values, and ``weighted_sum`` if any component has a coefficient; NaN without data.
@@ -44,7 +44,7 @@ class Values:
         coeffs: float64 ``[num_components]``: the normalised coefficients that made ``weighted_sum``; 0 outside of it.
         weighted: positions of the components in the weighted sum.
         counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.metrics.layout`.
-        counted: for each name, which slots of sums its elements are in.
+        counted: slots of sums that the elements of a value are in, by its name.
     """
 
     names: tuple[str, ...]

@@ -142,7 +142,7 @@ class GradientMeter:
         """The components' gradients if the step is an n-th one and whole, else None; all ranks must call it."""
         if (trainer.global_step + 1) % self.every_n_steps:
             return None
-        if step.window is None or step.window.num_done == 1:
+        if step.window.num_done == 1:
             self._parts = None
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)  # of float16, whose gradients would vanish
         parts = local_gradients(

@@ -133,7 +133,7 @@ class ForceFieldModule(LightningModule):
         self._preempt_requests = DelayedScalar()
         self._warned_of_rate = False
         self._position: tuple[float, float | None] = (0.0, None)  # epoch and learning rate that the weights are of
-        self._window: Window | None = None  # the micro-batches of the step in progress, if it has several
+        self._window: Window | None = None  # of the step in progress, if it has several micro-batches
         self._observers: list[StepObserver] = []
         self._work: Tensor | None = None  # structures, atoms and edges of all ranks so far
 
@@ -318,7 +318,7 @@ class ForceFieldModule(LightningModule):
         self._work = signals[1:] if self._work is None else self._work + signals[1:]
         if values[0].weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
-        is_whole = window is None or window.is_complete
+        is_whole = window.is_complete
         for observer in self._observers:
             observer.on_train_values(
                 self.trainer, self, Step(batch, predictions, values[0], batch_idx, is_whole, window)
@@ -392,15 +392,15 @@ class ForceFieldModule(LightningModule):
         """
         return self._preempt_requests.read() > 0
 
-    def _place_in_step(self, batch: Batch, batch_idx: int) -> tuple[Batch, Window | None]:
-        """The batch as its model is to see it, and the micro-batches of its step; None if it is the only one."""
+    def _place_in_step(self, batch: Batch, batch_idx: int) -> tuple[Batch, Window]:
+        """The batch without the labels of upcoming ones, and the accumulation window that it is in."""
         following = batch.get(UPCOMING_LABELS) if isinstance(batch, Mapping) else None
         if following is not None:
             batch = {name: value for name, value in batch.items() if name != UPCOMING_LABELS}
         k = self.trainer.accumulate_grad_batches
         if k == 1:
             self._window = None
-            return batch, None
+            return batch, self.loss.window()
         # The trainer's steps end at multiples of k and with the epoch, wherever this training began.
         num_left = int(min(k - batch_idx % k, self.trainer.num_training_batches - batch_idx))
         in_progress = self._window is not None and batch_idx % k != 0
@@ -412,7 +412,7 @@ class ForceFieldModule(LightningModule):
             as_expected = num_announced == num_left
         else:  # it is the loader that knows where the last step ends
             as_expected = 0 < num_announced <= num_left
-        if not as_expected or (following is not None and in_progress):
+        if window is None or not as_expected or (following is not None and in_progress):
             found = "nothing" if following is None else f"a step of {len(following) + 1} micro-batches"
             raise ValueError(
                 f"Batch {batch_idx} is one of accumulate_grad_batches={k} micro-batches, with {num_left} to come in "

@@ -29,7 +29,7 @@ class Step:
         values: of the loss, with their graph, merged over the ranks.
         batch_idx: number of the batch in its epoch.
         is_whole: whether the batch is all of a step of the optimizer, or the last of its micro-batches.
-        window: the micro-batches of the step; None if it is the only one.
+        window: accumulation window of the step; of one micro-batch if the batch is all of it.
     """
 
     batch: Batch
@@ -37,7 +37,7 @@ class Step:
     values: Values
     batch_idx: int
     is_whole: bool
-    window: Window | None
+    window: Window
 
 
 @runtime_checkable
