@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any
 
 from harness.metrics.components import MetricEntry, check_coeff
-from harness.schedules import Schedule, as_schedule
+from harness.schedules import Interval, Schedule, as_schedule, check_interval, described
 from harness.support.text import did_you_mean
 
 __all__ = ["Coefficients"]
@@ -31,6 +31,7 @@ class Coefficients:
 
     Attributes:
         schedule: what drives some of them, or None.
+        interval: how often a training moves on along the schedule.
         position: epoch and relative learning rate that the schedule was moved to last.
     """
 
@@ -46,6 +47,7 @@ class Coefficients:
             if entry.per_type_coeffs is not None:
                 self._given |= dict(zip(entry.type_keys(type_names), entry.per_type_coeffs, strict=True))
         self.schedule: Schedule | None = None
+        self.interval: Interval = "epoch"
         self.position: tuple[float, float | None] = (0.0, None)
         self._check_total(self._given)
         self._apply(self._given)
@@ -72,14 +74,15 @@ class Coefficients:
         self._given = given
         self._apply(self._at(given, self.position))
 
-    def follow(self, schedule: Schedule | None) -> None:
+    def follow(self, schedule: Schedule | None, interval: Interval = "epoch") -> None:
         """Let a schedule drive them from now on; None for none.
 
         Raises:
             TypeError: no schedule.
-            ValueError: a name in it that there is no component or type for, or an epoch at which nothing is left.
+            ValueError: a name in it that there is no component or type for, an epoch at which nothing is left, or an
+                unknown interval.
         """
-        chosen = None if schedule is None else as_schedule(schedule)
+        chosen, interval = None if schedule is None else as_schedule(schedule), check_interval(interval)
         unknown = [name for name in (chosen.names if chosen else ()) if not self._is_known(name)]
         if unknown:
             raise ValueError(
@@ -88,12 +91,13 @@ class Coefficients:
             )
         before, self.schedule = self.schedule, chosen
         try:
-            for epoch in (0.0, *(chosen.boundaries if chosen else ())):
+            for epoch in (0.0, *(chosen.breakpoints if chosen else ())):
                 for rate in (1.0, 0.0) if chosen and chosen.needs_learning_rate else (None,):
                     self._check(self._given, (epoch, rate))
         except ValueError:
             self.schedule = before
             raise
+        self.interval = interval
         epoch, rate = self.position
         self.move_to(epoch, 1.0 if rate is None and chosen and chosen.needs_learning_rate else rate)
 
@@ -166,13 +170,13 @@ class Coefficients:
         return {
             "given": dict(self._given),
             "configured": dict(self._configured),
-            "schedule": None if self.schedule is None else repr(self.schedule),
+            "schedule": None if self.schedule is None else described(self.schedule, self.interval),
             "position": list(self.position),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, unless the configuration has changed since: then that wins, with a warning."""
-        schedule = None if self.schedule is None else repr(self.schedule)
+        schedule = None if self.schedule is None else described(self.schedule, self.interval)
         if dict(state["configured"]) == self._configured:
             self._given = dict(state["given"])
         elif dict(state["given"]) != self._given:

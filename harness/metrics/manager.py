@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, global_rank
+from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, rank_in_group
 from harness.fields import ATOM_TYPES, Batch, get_field
 from harness.metrics.accumulation import Window
 from harness.metrics.adapters import DeferredMetric, Part, detached, labelled_rows, whole_batches
@@ -26,7 +26,7 @@ from harness.metrics.errors import ErrorMetric, check_same_shape, is_linear
 from harness.metrics.layout import Layout, Reading, modifier_key
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
 from harness.metrics.values import Evaluated, Values
-from harness.schedules import Schedule
+from harness.schedules import Interval, Schedule, check_interval
 from harness.support.device import to_device
 from harness.support.text import did_you_mean
 
@@ -77,6 +77,8 @@ class MetricsManager(nn.Module):
             * ``ignore_nan``: leave out elements whose target is NaN.
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
+        schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at
+            every ``step``, with fractions of epochs.
         sync_on_step: merge over the ranks in every step, also where no gradients flow.
 
     Raises:
@@ -97,6 +99,7 @@ class MetricsManager(nn.Module):
         type_names: Sequence[str] | None = None,
         *,
         schedule: Schedule | None = None,
+        schedule_interval: Interval = "epoch",
         sync_on_step: bool = False,
     ) -> None:
         super().__init__()
@@ -114,8 +117,9 @@ class MetricsManager(nn.Module):
         self._checked_accumulation: set[str] | None = None  # components that gradients may be accumulated of
         self._coeffs = Coefficients(self.entries, self.type_names)
         self._coefficients_changed()
+        check_interval(schedule_interval, "`schedule_interval`")
         if schedule is not None:
-            self.follow(schedule)
+            self.follow(schedule, schedule_interval)
         self._local: Row | None = None
         self._merged: Row | None = None
         self._before_step: tuple[Row | None, Row | None] = (None, None)
@@ -229,18 +233,29 @@ class MetricsManager(nn.Module):
         return self._coeffs.schedule
 
     @property
+    def schedule_interval(self) -> Interval:
+        """How often a training moves on along the schedule: ``epoch`` or ``step``."""
+        return self._coeffs.interval
+
+    @property
     def position(self) -> tuple[float, float | None]:
         """Epoch, and relative learning rate where it matters, that the schedule was moved to last."""
         return self._coeffs.position
 
-    def follow(self, schedule: Schedule | None) -> None:
+    def follow(self, schedule: Schedule | None, interval: Interval = "epoch") -> None:
         """Let a schedule drive coefficients from now on, in place of the one before; None for none.
+
+        Args:
+            schedule: coefficients as a function of the epoch.
+            interval: how often a training moves on: at the start of every ``epoch``, or at every ``step``, with
+                fractions of epochs.
 
         Raises:
             TypeError: no schedule.
-            ValueError: it names a component or type that there is not, or leaves nothing at some epoch.
+            ValueError: it names a component or type that there is not, or leaves nothing at some epoch; or an unknown
+                interval.
         """
-        self._coeffs.follow(schedule)
+        self._coeffs.follow(schedule, interval)
         self._coefficients_changed()
 
     def move_to(self, epoch: float, learning_rate: float | None = None) -> None:
@@ -668,7 +683,7 @@ class MetricsManager(nn.Module):
         missing = [key for key in type_keys if not present[key]]
         if missing and any(present.values()):
             self._warned_types = True
-            if global_rank(self.process_group) == 0:
+            if rank_in_group(self.process_group) == 0:
                 warnings.warn(
                     f"No data in the whole epoch for {', '.join(missing)}: NaN there, and left out of the averages.",
                     stacklevel=3,
