@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
+
+from harness.support.configs import unwrapped
 
 __all__ = [
     "ATOM_TYPES",
@@ -311,8 +312,7 @@ def as_modifier(field: object) -> tuple[FieldModifier, Level]:
         TypeError: neither a name nor a callable with a ``level`` (or NequIP's ``type``).
         ValueError: the modifier's level is none of graph, node, edge.
     """
-    if OmegaConf.is_config(field):  # hydra.utils.instantiate wraps dataclasses that stand in lists or dictionaries
-        field = OmegaConf.to_object(field)
+    field = unwrapped(field)
     modifier = PlainField(field) if isinstance(field, str) else field
     level = getattr(modifier, "level", None) or getattr(modifier, "type", None)
     if not callable(modifier) or isinstance(modifier, type) or level is None:

@@ -1,7 +1,22 @@
 """Ready-made managers for the common trainings: energy, forces and stress, as loss and as metrics.
 
-Every function returns a plain :class:`~harness.metrics.MetricsManager`; the names of the components are given in each
-docstring, and are what schedules, sweeps and log keys refer to. Names and defaults follow NequIP's simplified wrappers.
+Every function returns a plain :class:`~harness.metrics.MetricsManager`. The names of the components are those that
+schedules, sweeps and log keys refer to. Names and defaults follow NequIP's simplified wrappers. The functions take
+those of these arguments that their signatures show:
+
+- ``coeffs``: of a loss, ``{field: weight}``, by default 1 for every field; null leaves a field out of the sum. Of
+  metrics, ``{component: weight}`` in the monitored ``weighted_sum``, by default 1 for ``total_energy_rmse``,
+  ``forces_rmse`` and ``stress_rmse``; if given, components that are not named stay out of the sum.
+- ``per_atom_energy``: divide energies by the number of atoms, (eV/atom)², instead of eV².
+- ``per_type_forces_coeffs``: ``{type: weight}``; the force error becomes the weighted mean over the atom types.
+- ``type_names``: names of the atom types.
+- ``ignore_nan``: ``{field: true}`` leaves out NaN labels of a field.
+- ``extra_metrics``: further components, as :class:`~harness.metrics.MetricsManager` takes them.
+- ``schedule``: drives coefficients by epoch, see :mod:`harness.schedules`.
+- ``schedule_interval``: ``epoch`` or ``step``, how often a training moves on along the schedule.
+
+The fields are ``total_energy``, ``forces`` and ``stress``, as far as the function has them. An unknown key of
+``coeffs`` or ``ignore_nan`` is a ``ValueError`` that lists the valid ones.
 """
 
 from __future__ import annotations
@@ -18,7 +33,7 @@ from harness.metrics import (
     MetricsManager,
     RootMeanSquaredError,
 )
-from harness.schedules import Schedule
+from harness.schedules import Interval, Schedule
 
 __all__ = [
     "EnergyForceLoss",
@@ -54,31 +69,13 @@ def EnergyForceLoss(
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
+    schedule_interval: Interval = "epoch",
 ) -> MetricsManager:
-    """Loss of energy and force mean squared errors: ``per_atom_energy_mse`` (or ``total_energy_mse``), ``forces_mse``.
-
-    Args:
-        coeffs: weights of ``total_energy`` and ``forces``; 1 for one that is not named, null leaves it out of the sum.
-        per_atom_energy: divide energies by the number of atoms, (eV/atom)², instead of eV².
-        per_type_forces_coeffs: ``{type: weight}``; the force error becomes the weighted mean over the atom types.
-        type_names: names of the atom types.
-        ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy`` or ``forces``.
-        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
-        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
-
-    Raises:
-        ValueError: an unknown key; the valid ones are listed.
-    """
-    return _loss(
-        ("total_energy", "forces"),
-        coeffs,
-        per_atom_energy,
-        per_type_forces_coeffs,
-        type_names,
-        ignore_nan,
-        extra_metrics,
-        schedule,
+    """Loss of energy and forces: ``per_atom_energy_mse`` (or ``total_energy_mse``) and ``forces_mse``."""
+    metrics = _errors_of_loss(
+        ("total_energy", "forces"), coeffs, ignore_nan, extra_metrics, per_atom_energy, per_type_forces_coeffs
     )
+    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
 
 
 def EnergyForceStressLoss(
@@ -89,32 +86,13 @@ def EnergyForceStressLoss(
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
+    schedule_interval: Interval = "epoch",
 ) -> MetricsManager:
-    """Loss of energy, force and stress mean squared errors: as :func:`EnergyForceLoss`, and ``stress_mse``.
-
-    Args:
-        coeffs: weights of ``total_energy``, ``forces`` and ``stress``; 1 for one that is not named, null leaves it out
-            of the sum.
-        per_atom_energy: divide energies by the number of atoms, (eV/atom)², instead of eV².
-        per_type_forces_coeffs: ``{type: weight}``; the force error becomes the weighted mean over the atom types.
-        type_names: names of the atom types.
-        ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy``, ``forces`` or ``stress``.
-        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
-        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
-
-    Raises:
-        ValueError: an unknown key; the valid ones are listed.
-    """
-    return _loss(
-        ("total_energy", "forces", "stress"),
-        coeffs,
-        per_atom_energy,
-        per_type_forces_coeffs,
-        type_names,
-        ignore_nan,
-        extra_metrics,
-        schedule,
+    """Loss of energy, forces and stress: as :func:`EnergyForceLoss`, and ``stress_mse``."""
+    metrics = _errors_of_loss(
+        ("total_energy", "forces", "stress"), coeffs, ignore_nan, extra_metrics, per_atom_energy, per_type_forces_coeffs
     )
+    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
 
 
 def EnergyOnlyLoss(
@@ -124,21 +102,14 @@ def EnergyOnlyLoss(
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
+    schedule_interval: Interval = "epoch",
 ) -> MetricsManager:
-    """Loss of the energy mean squared error alone: ``per_atom_energy_mse`` (or ``total_energy_mse``).
+    """Loss of the energy alone: ``per_atom_energy_mse`` (or ``total_energy_mse``).
 
-    Args:
-        per_atom_energy: divide energies by the number of atoms, (eV/atom)², instead of eV².
-        coeffs: weight of ``total_energy``; matters only beside extra metrics that have a coefficient.
-        type_names: names of the atom types.
-        ignore_nan: ``{total_energy: true}`` leaves out NaN labels.
-        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
-        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
-
-    Raises:
-        ValueError: an unknown key; the valid ones are listed.
+    The coefficient matters only beside extra metrics that have one.
     """
-    return _loss(("total_energy",), coeffs, per_atom_energy, None, type_names, ignore_nan, extra_metrics, schedule)
+    metrics = _errors_of_loss(("total_energy",), coeffs, ignore_nan, extra_metrics, per_atom_energy)
+    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
 
 
 def EnergyForceMetrics(
@@ -147,25 +118,14 @@ def EnergyForceMetrics(
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
+    schedule_interval: Interval = "epoch",
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_``, ``per_atom_energy_`` and ``forces_``.
 
     Units: eV, eV/atom, eV/Å.
-
-    Args:
-        coeffs: weights of the components in the monitored ``weighted_sum``. Default: 1 for ``total_energy_rmse`` and
-            ``forces_rmse``; if given, components that are not named stay out of the sum.
-        type_names: names of the atom types.
-        ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy`` or ``forces``.
-        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
-        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
-
-    Raises:
-        ValueError: an unknown key; the valid ones are listed.
     """
-    return _monitor(
-        ("total_energy", "per_atom_energy", "forces"), coeffs, type_names, ignore_nan, extra_metrics, schedule
-    )
+    metrics = _errors_to_monitor(("total_energy", "per_atom_energy", "forces"), coeffs, ignore_nan, extra_metrics)
+    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
 
 
 def EnergyForceStressMetrics(
@@ -174,21 +134,11 @@ def EnergyForceStressMetrics(
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
+    schedule_interval: Interval = "epoch",
 ) -> MetricsManager:
-    """Errors of energy, forces and stress: as :func:`EnergyForceMetrics`, and ``stress_`` × the same errors in eV/Å³.
-
-    Args:
-        coeffs: weights of the components in the monitored ``weighted_sum``. Default: 1 for ``total_energy_rmse``,
-            ``forces_rmse`` and ``stress_rmse``; if given, components that are not named stay out of the sum.
-        type_names: names of the atom types.
-        ignore_nan: ``{field: true}`` leaves out NaN labels of ``total_energy``, ``forces`` or ``stress``.
-        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
-        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
-
-    Raises:
-        ValueError: an unknown key; the valid ones are listed.
-    """
-    return _monitor(tuple(_MONITORED), coeffs, type_names, ignore_nan, extra_metrics, schedule)
+    """Errors of energy, forces and stress: as :func:`EnergyForceMetrics`, and those of ``stress_`` in eV/Å³."""
+    metrics = _errors_to_monitor(tuple(_MONITORED), coeffs, ignore_nan, extra_metrics)
+    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
 
 
 def EnergyOnlyMetrics(
@@ -197,33 +147,22 @@ def EnergyOnlyMetrics(
     ignore_nan: Mapping[str, bool] | None = None,
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
+    schedule_interval: Interval = "epoch",
 ) -> MetricsManager:
-    """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_`` (eV) and ``per_atom_energy_`` (eV/atom).
-
-    Args:
-        coeffs: weights of the components in the monitored ``weighted_sum``. Default: 1 for ``total_energy_rmse``; if
-            given, components that are not named stay out of the sum.
-        type_names: names of the atom types.
-        ignore_nan: ``{total_energy: true}`` leaves out NaN labels.
-        extra_metrics: further components, as :class:`~harness.metrics.MetricsManager` takes them.
-        schedule: drives coefficients by epoch, see :mod:`harness.schedules`.
-
-    Raises:
-        ValueError: an unknown key; the valid ones are listed.
-    """
-    return _monitor(("total_energy", "per_atom_energy"), coeffs, type_names, ignore_nan, extra_metrics, schedule)
+    """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_`` (eV) and ``per_atom_energy_`` (eV/atom)."""
+    metrics = _errors_to_monitor(("total_energy", "per_atom_energy"), coeffs, ignore_nan, extra_metrics)
+    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
 
 
-def _loss(
+def _errors_of_loss(
     fields: tuple[str, ...],
     coeffs: Coeffs | None,
-    per_atom_energy: bool,
-    per_type_forces_coeffs: Mapping[str, float] | None,
-    type_names: Sequence[str] | None,
     ignore_nan: Mapping[str, bool] | None,
     extra_metrics: Extra | None,
-    schedule: Schedule | None,
-) -> MetricsManager:
+    per_atom_energy: bool,
+    per_type_forces_coeffs: Mapping[str, float] | None = None,
+) -> list[Mapping[str, Any]]:
+    """Mean squared error of every field, and the extra metrics."""
     weights = {**dict.fromkeys(fields, 1.0), **_checked(coeffs, fields, "coeffs")}
     masked = _checked(ignore_nan, fields, "ignore_nan")
     metrics: list[Mapping[str, Any]] = []
@@ -241,17 +180,16 @@ def _loss(
                 "per_type_coeffs": per_type_forces_coeffs if per_type else None,
             }
         )
-    return MetricsManager([*metrics, *(extra_metrics or ())], type_names, schedule=schedule)
+    return [*metrics, *(extra_metrics or ())]
 
 
-def _monitor(
+def _errors_to_monitor(
     prefixes: tuple[str, ...],
     coeffs: Coeffs | None,
-    type_names: Sequence[str] | None,
     ignore_nan: Mapping[str, bool] | None,
     extra_metrics: Extra | None,
-    schedule: Schedule | None,
-) -> MetricsManager:
+) -> list[Mapping[str, Any]]:
+    """The three errors of every prefix, and the extra metrics."""
     names = {f"{prefix}_{error}": (prefix, error) for prefix in prefixes for error in _ERRORS}
     default: Coeffs = {f"{prefix}_rmse": 1.0 for prefix in prefixes if prefix != "per_atom_energy"}
     weights = default if coeffs is None else _checked(coeffs, tuple(names), "coeffs")
@@ -268,7 +206,7 @@ def _monitor(
                 "ignore_nan": masked.get(key),
             }
         )
-    return MetricsManager([*metrics, *(extra_metrics or ())], type_names, schedule=schedule)
+    return [*metrics, *(extra_metrics or ())]
 
 
 def _checked(given: Mapping[str, Any] | None, valid: tuple[str, ...], what: str) -> dict[str, Any]:

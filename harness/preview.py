@@ -31,7 +31,7 @@ from rich.table import Table
 
 from harness.config.explain import BAD_INPUT, HINT, explain, message
 from harness.config.resolvers import config_folder
-from harness.job import follow_schedule
+from harness.job import follow_schedule, read_schedule
 from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -116,12 +116,12 @@ class _Preview:
             type_names=self._type_names,
         )
         if config.schedule:
-            follow_schedule(self.loss, instantiate(config.schedule))
+            follow_schedule(self.loss, *read_schedule(config.schedule))
         driving = _driving_callbacks(config)
         self._refuse_several([config.callbacks[name] for name in driving])
         self.schedule: Schedule | None = self.loss.schedule
-        self.boundaries = () if self.schedule is None else self.schedule.boundaries
-        self.by_steps = self.schedule is not None and self.schedule.interval == "step"
+        self.breakpoints = () if self.schedule is None else self.schedule.breakpoints
+        self.by_steps = self.schedule is not None and self.loss.schedule_interval == "step"
         self.end = self._num_epochs()
         self.last = float(self.end if self.by_steps else self.end - 1)
         names = () if self.schedule is None else self.schedule.names
@@ -175,9 +175,11 @@ class _Preview:
         if isinstance(number, bool) or not isinstance(number, int) or (number < 1 and number != -1):
             raise ValueError(f"max_epochs is a whole number, at least 1, or -1 for no limit, found {number!r}.")
         if number == -1:
-            number = max(math.ceil(1.25 * max(self.boundaries, default=0)), 10)
+            number = max(math.ceil(1.25 * max(self.breakpoints, default=0)), 10)
             self.notes.append(f"max_epochs=-1 has no end: shown are the first {number} epochs.")
-        beyond = [f"{each:g}" for each in unreached(self.loss.schedule, number)] if self.loss.schedule else []
+        beyond: list[str] = []
+        if self.schedule is not None:
+            beyond = [f"{epoch:g}" for epoch in unreached(self.schedule, number, self.loss.schedule_interval)]
         if beyond:
             self.notes.append(
                 f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "
@@ -228,8 +230,8 @@ class _Preview:
         return math.ceil(num_batches / self.config.trainer.get("accumulate_grad_batches", 1))
 
     def _begins(self) -> list[float]:
-        """Epochs at which what a boundary brings is first there."""
-        begins = self.boundaries if self.by_steps else map(math.ceil, self.boundaries)
+        """Epochs at which the coefficients behind a breakpoint first hold."""
+        begins = self.breakpoints if self.by_steps else map(math.ceil, self.breakpoints)
         return [float(epoch) for epoch in begins if epoch <= self.last]
 
     def move_to(self, epoch: float) -> float | None:

@@ -21,17 +21,22 @@ are the steps within an epoch.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+from harness.support.checks import is_number
+from harness.support.configs import unwrapped
 
 __all__ = [
     "Constant",
     "Cosine",
     "Exponential",
+    "Interval",
     "Join",
     "LearningRateCoupled",
     "Linear",
@@ -41,22 +46,24 @@ __all__ = [
     "Schedule",
     "Together",
     "as_schedule",
+    "check_interval",
+    "described",
     "unreached",
 ]
 
-Coefficients = Mapping[str, float]
-"""Coefficients by flat name."""
-Given = Mapping[str, float | Mapping[str, float]]
-"""Coefficients as users write them: by component, or by component and atom type."""
+Coefficients = Mapping[str, Any]
+"""Coefficients by component, or by component and atom type; a schedule that is made has numbers by flat name."""
 
 Interval = Literal["epoch", "step"]
+"""How often a training moves its coefficients on: at the start of every epoch, or at every step, with fractions of
+epochs. It belongs to what follows a schedule, such as :meth:`harness.metrics.MetricsManager.follow`."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
 class _Frozen(Mapping[Key, Value], Generic[Key, Value]):
-    """A mapping that nobody changes; its text, as its equality, does not depend on the order of its keys."""
+    """Mapping that cannot be changed; its text, as its equality, does not depend on the order of its keys."""
 
     def __init__(self, content: Mapping[Key, Value]) -> None:
         self._content = dict(content)
@@ -70,6 +77,9 @@ class _Frozen(Mapping[Key, Value], Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._content)
 
+    def __hash__(self) -> int:
+        return hash(frozenset(self._content.items()))
+
     def __repr__(self) -> str:
         return repr(dict(sorted(self._content.items())))  # keys are all text or all numbers
 
@@ -77,27 +87,35 @@ class _Frozen(Mapping[Key, Value], Generic[Key, Value]):
 class Schedule(ABC):
     """Coefficients as a function of the epoch; base of all schedules, and of your own.
 
-    A schedule does not change once it is made. Its text, made of its arguments, is its identity in checkpoints. One of
-    your own defines :meth:`__call__` and :attr:`names`, and hands its arguments on by name to become its attributes:
-    ``super().__init__(interval=interval, period=period)``.
+    A schedule is a frozen dataclass: its text, made of its arguments, is its identity in checkpoints. One of your own
+    defines :meth:`__call__` and :attr:`names`:
 
-    Args:
-        interval: how often a training moves on: at the start of every ``epoch``, or at every ``step``, with fractions
-            of epochs. Read from the outermost schedule only; inside of another it has no effect.
-        arguments: all other arguments of the subclass.
+        >>> @dataclass(frozen=True)
+        ... class Pulse(Schedule):
+        ...     name: str
+        ...
+        ...     def __call__(self, epoch, learning_rate=None):
+        ...         return {self.name: float(epoch % 2 < 1)}
+        ...
+        ...     @property
+        ...     def names(self):
+        ...         return (self.name,)
+        >>> Scale(Constant({"forces_mse": 10}), by=Pulse("forces_mse"))(3)
+        {'forces_mse': 0.0}
 
-    Raises:
-        ValueError: an unknown interval.
+    Hydra hands dataclasses that stand in lists through OmegaConf, which knows ``Mapping`` and ``Sequence`` in
+    annotations of fields, but not ``tuple[Schedule, ...]``.
     """
 
-    # Not a dataclass: OmegaConf would make configs of those that stand in its lists, as schedules of schedules do.
-
-    interval: Interval = "epoch"
-
-    def __init__(self, *, interval: Interval = "epoch", **arguments: object) -> None:
-        if interval not in ("epoch", "step"):
-            raise ValueError(f"{type(self).__name__}: `interval` is epoch or step, found {interval!r}.")
-        vars(self).update(arguments, interval=interval)
+    def __new__(cls, *args: object, **arguments: object) -> Schedule:
+        """Refuse ``interval``, a key of a config's outermost schedule that never arrives here."""
+        if "interval" in arguments and "interval" not in inspect.signature(cls.__init__).parameters:
+            raise TypeError(
+                f"{cls.__name__} has no `interval`, which belongs to what follows the schedule. Expected `interval: "
+                f"{arguments['interval']}` in the outermost schedule of a config, or the argument schedule_interval="
+                f"{arguments['interval']!r} of a loss or metrics."
+            )
+        return super().__new__(cls)
 
     @abstractmethod
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
@@ -116,41 +134,26 @@ class Schedule(ABC):
 
     @property
     def needs_learning_rate(self) -> bool:
-        """Whether the coefficients depend on the learning rate."""
+        """True if the coefficients depend on the learning rate."""
         return any(part.needs_learning_rate for part in self._parts)
 
     @property
-    def boundaries(self) -> tuple[float, ...]:
+    def breakpoints(self) -> tuple[float, ...]:
         """Epochs where something begins or ends, sorted."""
-        return tuple(sorted({boundary for part in self._parts for boundary in part.boundaries}))
+        return tuple(sorted({breakpoint for part in self._parts for breakpoint in part.breakpoints}))
 
     @property
-    def _parts(self) -> tuple[Schedule, ...]:
+    def _parts(self) -> Sequence[Schedule]:
         """Schedules that this one is made of."""
         return ()
 
-    @property
-    def _arguments(self) -> dict[str, object]:
-        """What makes an equal schedule."""
-        return vars(self)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other._arguments == self._arguments
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    def __repr__(self) -> str:
-        told = {name: value for name, value in self._arguments.items() if (name, value) != ("interval", "epoch")}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"A schedule does not change: make another {type(self).__name__} with another {name}.")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"A schedule does not change: {name} stays.")
+    def _set(self, **fields: object) -> None:
+        """Checked fields in the place of those given, once, in ``__post_init__``."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
 
+@dataclass(frozen=True)
 class Constant(Schedule):
     r"""The same coefficients at all times; without any, those that the loss was given.
 
@@ -158,7 +161,6 @@ class Constant(Schedule):
 
     Args:
         coeffs: coefficients by component, or by component and atom type.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: a mistake in the coefficients, with its name and what is valid.
@@ -174,11 +176,8 @@ class Constant(Schedule):
 
     coeffs: Coefficients
 
-    def __init__(self, coeffs: Given, *, interval: Interval = "epoch") -> None:
-        super().__init__(
-            coeffs=_coefficients(coeffs, "Constant: `coeffs`", may_be_empty=True),
-            interval=interval,
-        )
+    def __post_init__(self) -> None:
+        self._set(coeffs=_coefficients(self.coeffs, "Constant: `coeffs`", may_be_empty=True))
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """The coefficients."""
@@ -190,6 +189,7 @@ class Constant(Schedule):
         return tuple(self.coeffs)
 
 
+@dataclass(frozen=True)
 class PiecewiseConstant(Schedule):
     r"""For each name the coefficient of the last milestone so far that names it.
 
@@ -200,7 +200,6 @@ class PiecewiseConstant(Schedule):
 
     Args:
         milestones: ``{epoch: coefficients}``, in any order; epochs may be written as text, as in YAML.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: a mistake in the milestones, with the epoch and what is valid.
@@ -216,21 +215,21 @@ class PiecewiseConstant(Schedule):
     a component that a milestone does not name.
     """
 
-    milestones: Mapping[float, Coefficients]
+    milestones: Mapping[Any, Coefficients]
 
-    def __init__(self, milestones: Mapping[float | str, Given], *, interval: Interval = "epoch") -> None:
+    def __post_init__(self) -> None:
         what = "PiecewiseConstant: `milestones`"
-        if not isinstance(milestones, Mapping) or not milestones:
+        if not isinstance(self.milestones, Mapping) or not self.milestones:
             raise TypeError(
-                f"{what} maps epochs to coefficients, such as {{0: {{forces_mse: 10}}}}, found {milestones!r}."
+                f"{what} maps epochs to coefficients, such as {{0: {{forces_mse: 10}}}}, found {self.milestones!r}."
             )
         read: dict[float, Coefficients] = {}
-        for key, coeffs in milestones.items():
+        for key, coeffs in self.milestones.items():
             epoch = _epoch(_number_of(key), f"{what}: a milestone")
             if epoch in read:
                 raise ValueError(f"{what}: epoch {epoch:g} stands there twice. Join the two into one.")
             read[epoch] = _coefficients(coeffs, f"{what}: epoch {epoch:g}")
-        super().__init__(milestones=_Frozen(dict(sorted(read.items()))), interval=interval)
+        self._set(milestones=_Frozen(dict(sorted(read.items()))))
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """Coefficients of the last milestones."""
@@ -246,11 +245,12 @@ class PiecewiseConstant(Schedule):
         return _union(self.milestones.values())
 
     @property
-    def boundaries(self) -> tuple[float, ...]:
+    def breakpoints(self) -> tuple[float, ...]:
         """The milestones."""
         return tuple(self.milestones)
 
 
+@dataclass(frozen=True)
 class Ramp(Schedule):
     """From some coefficients to others between two epochs; base of ramps, and of your own, which define the curve.
 
@@ -259,7 +259,6 @@ class Ramp(Schedule):
         end: coefficients from ``end_epoch`` on, of the same names.
         start_epoch: where the ramp begins.
         end_epoch: where it ends.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
@@ -270,16 +269,13 @@ class Ramp(Schedule):
     start_epoch: float
     end_epoch: float
 
-    def __init__(
-        self, start: Given, end: Given, start_epoch: float, end_epoch: float, *, interval: Interval = "epoch"
-    ) -> None:
+    def __post_init__(self) -> None:
         name = type(self).__name__
-        super().__init__(
-            start=_coefficients(start, f"{name}: `start`"),
-            end=_coefficients(end, f"{name}: `end`"),
-            start_epoch=_epoch(start_epoch, f"{name}: `start_epoch`"),
-            end_epoch=_epoch(end_epoch, f"{name}: `end_epoch`"),
-            interval=interval,
+        self._set(
+            start=_coefficients(self.start, f"{name}: `start`"),
+            end=_coefficients(self.end, f"{name}: `end`"),
+            start_epoch=_epoch(self.start_epoch, f"{name}: `start_epoch`"),
+            end_epoch=_epoch(self.end_epoch, f"{name}: `end_epoch`"),
         )
         _check_same_names(name, start=self.start, end=self.end)
         if not self.start_epoch < self.end_epoch:
@@ -311,11 +307,12 @@ class Ramp(Schedule):
         return tuple(self.start)
 
     @property
-    def boundaries(self) -> tuple[float, ...]:
+    def breakpoints(self) -> tuple[float, ...]:
         """Start and end of the ramp."""
         return (self.start_epoch, self.end_epoch)
 
 
+@dataclass(frozen=True)
 class Linear(Ramp):
     r"""Along a straight line from some coefficients to others.
 
@@ -330,7 +327,6 @@ class Linear(Ramp):
         end: coefficients from ``end_epoch`` on, of the same names.
         start_epoch: where the ramp begins.
         end_epoch: where it ends.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
@@ -347,6 +343,7 @@ class Linear(Ramp):
         return (1 - progress) * start + progress * end
 
 
+@dataclass(frozen=True)
 class Cosine(Ramp):
     r"""Along half a cosine from some coefficients to others: slowly at both ends.
 
@@ -358,7 +355,6 @@ class Cosine(Ramp):
         end: coefficients from ``end_epoch`` on, of the same names.
         start_epoch: where the ramp begins.
         end_epoch: where it ends.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
@@ -375,6 +371,7 @@ class Cosine(Ramp):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
+@dataclass(frozen=True)
 class Exponential(Ramp):
     r"""By the same factor in every epoch from some coefficients to others: a straight line of their logarithms.
 
@@ -386,7 +383,6 @@ class Exponential(Ramp):
         end: coefficients from ``end_epoch`` on, of the same names, above 0.
         start_epoch: where the ramp begins.
         end_epoch: where it ends.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: a mistake in the coefficients or epochs, with what is valid.
@@ -398,10 +394,8 @@ class Exponential(Ramp):
     As ``optax.exponential_decay`` (https://optax.readthedocs.io), with the end in the place of a rate.
     """
 
-    def __init__(
-        self, start: Given, end: Given, start_epoch: float, end_epoch: float, *, interval: Interval = "epoch"
-    ) -> None:
-        super().__init__(start, end, start_epoch, end_epoch, interval=interval)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for what, coeffs in (("start", self.start), ("end", self.end)):
             zeros = [name for name, value in coeffs.items() if value == 0]
             if zeros:
@@ -415,6 +409,7 @@ class Exponential(Ramp):
         return float(start ** (1 - progress) * end**progress)
 
 
+@dataclass(frozen=True)
 class Join(Schedule):
     r"""One schedule after the other; at a boundary the later one holds.
 
@@ -427,7 +422,6 @@ class Join(Schedule):
     Args:
         schedules: in the order of time.
         boundaries: epochs between them, one less than there are schedules, rising.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError, ValueError: something that is no schedule, or boundaries that do not fit.
@@ -441,31 +435,27 @@ class Join(Schedule):
     are those of MACE: Batatia et al., NeurIPS 2022.
     """
 
-    schedules: tuple[Schedule, ...]
-    switches: tuple[float, ...]
-    """The boundaries as given; :attr:`boundaries` are those of the schedules too."""
+    schedules: Sequence[Schedule]
+    boundaries: Sequence[float]
 
-    def __init__(
-        self, schedules: Sequence[Schedule], boundaries: Sequence[float], *, interval: Interval = "epoch"
-    ) -> None:
-        if not isinstance(boundaries, Sequence) or isinstance(boundaries, str):
-            raise TypeError(f"Join: `boundaries` is a list of epochs, found {boundaries!r}.")
-        super().__init__(
-            schedules=_schedules(schedules, "Join"),
-            switches=tuple(_epoch(each, f"Join: `boundaries[{i}]`") for i, each in enumerate(boundaries)),
-            interval=interval,
+    def __post_init__(self) -> None:
+        if not isinstance(self.boundaries, Sequence) or isinstance(self.boundaries, str):
+            raise TypeError(f"Join: `boundaries` is a list of epochs, found {self.boundaries!r}.")
+        self._set(
+            schedules=_schedules(self.schedules, "Join"),
+            boundaries=tuple(_epoch(epoch, f"Join: `boundaries[{i}]`") for i, epoch in enumerate(self.boundaries)),
         )
-        if len(self.switches) != len(self.schedules) - 1:
+        if len(self.boundaries) != len(self.schedules) - 1:
             raise ValueError(
                 f"Join: {len(self.schedules)} schedules have {len(self.schedules) - 1} boundaries between them, found "
-                f"{len(self.switches)}: {list(self.switches)}."
+                f"{len(self.boundaries)}: {list(self.boundaries)}."
             )
-        if any(later <= earlier for earlier, later in zip(self.switches, self.switches[1:], strict=False)):
-            raise ValueError(f"Join: `boundaries` rise strictly, found {list(self.switches)}.")
+        if any(later <= earlier for earlier, later in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError(f"Join: `boundaries` rise strictly, found {list(self.boundaries)}.")
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """Coefficients of the schedule that holds."""
-        return self.schedules[bisect_right(self.switches, epoch)](epoch, learning_rate)
+        return self.schedules[bisect_right(self.boundaries, epoch)](epoch, learning_rate)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -473,26 +463,23 @@ class Join(Schedule):
         return _union(schedule.names for schedule in self.schedules)
 
     @property
-    def boundaries(self) -> tuple[float, ...]:
+    def breakpoints(self) -> tuple[float, ...]:
         """The boundaries, and those of each schedule while it holds."""
-        begins, ends = (-math.inf, *self.switches), (*self.switches, math.inf)
+        begins, ends = (-math.inf, *self.boundaries), (*self.boundaries, math.inf)
         inner = {
-            boundary
+            breakpoint
             for schedule, begin, end in zip(self.schedules, begins, ends, strict=True)
-            for boundary in schedule.boundaries
-            if begin <= boundary < end
+            for breakpoint in schedule.breakpoints
+            if begin <= breakpoint < end
         }
-        return tuple(sorted({*self.switches, *inner}))
+        return tuple(sorted({*self.boundaries, *inner}))
 
     @property
-    def _parts(self) -> tuple[Schedule, ...]:
+    def _parts(self) -> Sequence[Schedule]:
         return self.schedules
 
-    @property
-    def _arguments(self) -> dict[str, object]:
-        return {"schedules": self.schedules, "boundaries": self.switches, "interval": self.interval}
 
-
+@dataclass(frozen=True)
 class Scale(Schedule):
     r"""A schedule times the factors that another one gives for some of its names.
 
@@ -504,7 +491,6 @@ class Scale(Schedule):
     Args:
         schedule: gives coefficients.
         by: gives factors, at least 0, for some of the same names.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError: one of the two is no schedule.
@@ -523,11 +509,10 @@ class Scale(Schedule):
     schedule: Schedule
     by: Schedule
 
-    def __init__(self, schedule: Schedule, by: Schedule, *, interval: Interval = "epoch") -> None:
-        super().__init__(
-            schedule=as_schedule(schedule, "Scale: `schedule`"),
-            by=as_schedule(by, "Scale: `by`"),
-            interval=interval,
+    def __post_init__(self) -> None:
+        self._set(
+            schedule=as_schedule(self.schedule, "Scale: `schedule`"),
+            by=as_schedule(self.by, "Scale: `by`"),
         )
         unknown = [name for name in self.by.names if name not in self.schedule.names]
         if unknown:
@@ -549,10 +534,11 @@ class Scale(Schedule):
         return self.schedule.names
 
     @property
-    def _parts(self) -> tuple[Schedule, ...]:
+    def _parts(self) -> Sequence[Schedule]:
         return (self.schedule, self.by)
 
 
+@dataclass(frozen=True)
 class Together(Schedule):
     r"""Several schedules at the same time, each of other names.
 
@@ -560,7 +546,6 @@ class Together(Schedule):
 
     Args:
         schedules: no two of them set the same name.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`.
 
     Raises:
         TypeError: something that is no schedule.
@@ -576,10 +561,10 @@ class Together(Schedule):
     its own.
     """
 
-    schedules: tuple[Schedule, ...]
+    schedules: Sequence[Schedule]
 
-    def __init__(self, schedules: Sequence[Schedule], *, interval: Interval = "epoch") -> None:
-        super().__init__(schedules=_schedules(schedules, "Together"), interval=interval)
+    def __post_init__(self) -> None:
+        self._set(schedules=_schedules(self.schedules, "Together"))
         owner: dict[str, int] = {}
         for position, schedule in enumerate(self.schedules):
             for name in schedule.names:
@@ -603,10 +588,11 @@ class Together(Schedule):
         return _union(schedule.names for schedule in self.schedules)
 
     @property
-    def _parts(self) -> tuple[Schedule, ...]:
+    def _parts(self) -> Sequence[Schedule]:
         return self.schedules
 
 
+@dataclass(frozen=True)
 class LearningRateCoupled(Schedule):
     r"""From some coefficients to others as the learning rate falls.
 
@@ -618,8 +604,6 @@ class LearningRateCoupled(Schedule):
     Args:
         start: coefficients at the learning rate that the optimizer was given.
         limit: coefficients that are approached as the learning rate falls to 0, of the same names.
-        interval: ``epoch`` or ``step``, see :class:`Schedule`. ``step`` follows a learning rate that changes within
-            epochs.
 
     Raises:
         TypeError, ValueError: a mistake in the coefficients; when called, no learning rate.
@@ -634,11 +618,10 @@ class LearningRateCoupled(Schedule):
     start: Coefficients
     limit: Coefficients
 
-    def __init__(self, start: Given, limit: Given, *, interval: Interval = "epoch") -> None:
-        super().__init__(
-            start=_coefficients(start, "LearningRateCoupled: `start`"),
-            limit=_coefficients(limit, "LearningRateCoupled: `limit`"),
-            interval=interval,
+    def __post_init__(self) -> None:
+        self._set(
+            start=_coefficients(self.start, "LearningRateCoupled: `start`"),
+            limit=_coefficients(self.limit, "LearningRateCoupled: `limit`"),
         )
         _check_same_names("LearningRateCoupled", start=self.start, limit=self.limit)
 
@@ -674,26 +657,52 @@ def as_schedule(value: object, what: str = "`schedule`") -> Schedule:
     """The value, if it is a schedule.
 
     Args:
-        value: what was found.
-        what: what it is to be called in messages.
+        value: a schedule, or the config that OmegaConf has made of one.
+        what: name of the value in messages.
 
     Raises:
         TypeError: it is something else.
     """
-    if isinstance(value, Schedule):
-        return value
+    schedule = unwrapped(value)
+    if isinstance(schedule, Schedule):
+        return schedule
     hint = " Is `_target_` missing, or was the config not instantiated?" if isinstance(value, Mapping) else ""
-    valid = ", ".join(name for name in __all__ if name not in ("Ramp", "Schedule", "as_schedule"))
+    valid = ", ".join(name for name in __all__ if name[0].isupper() and name not in ("Interval", "Ramp", "Schedule"))
     raise TypeError(
         f"{what} is a schedule, one of {valid} of harness.schedules; found {value!r} ({type(value).__name__}).{hint}"
     )
 
 
-def unreached(schedule: Schedule, num_epochs: int) -> list[float]:
-    """Epochs at which a schedule does something that a training of ``num_epochs`` epochs does not come to."""
+def check_interval(interval: object, what: str = "`interval`") -> Interval:
+    """The value, if it is an interval.
+
+    Raises:
+        ValueError: it is neither ``epoch`` nor ``step``.
+    """
+    if interval not in get_args(Interval):
+        raise ValueError(f"{what} is epoch or step, found {interval!r}.")
+    return interval  # type: ignore[return-value]
+
+
+def described(schedule: Schedule, interval: Interval) -> str:
+    """Text by which a checkpoint knows a schedule and how it is followed.
+
+    The interval stands where it was an argument of the schedule, so that checkpoints of then go on.
+    """
+    return repr(schedule) if interval == "epoch" else f"{repr(schedule)[:-1]}, interval={interval!r})"
+
+
+def unreached(schedule: Schedule, num_epochs: int, interval: Interval = "epoch") -> list[float]:
+    """Epochs at which a schedule does something that a training of ``num_epochs`` epochs does not come to.
+
+    Args:
+        schedule: the schedule.
+        num_epochs: number of epochs of the training.
+        interval: how often the training moves on.
+    """
     # within the last epoch nothing moves any more, unless it does by steps
-    last = num_epochs - 1 if schedule.interval == "epoch" else num_epochs
-    return [each for each in schedule.boundaries if each > last and each != num_epochs]
+    last = num_epochs - 1 if interval == "epoch" else num_epochs
+    return [epoch for epoch in schedule.breakpoints if epoch > last and epoch != num_epochs]
 
 
 def _schedules(values: object, what: str) -> tuple[Schedule, ...]:
@@ -701,7 +710,7 @@ def _schedules(values: object, what: str) -> tuple[Schedule, ...]:
         raise TypeError(f"{what}: `schedules` is a list of schedules, found {values!r} ({type(values).__name__}).")
     if not values:
         raise ValueError(f"{what}: `schedules` is empty; expected at least one. Constant({{}}) changes nothing.")
-    return tuple(as_schedule(each, f"{what}: schedules[{position}]") for position, each in enumerate(values))
+    return tuple(as_schedule(value, f"{what}: schedules[{position}]") for position, value in enumerate(values))
 
 
 def _coefficients(coeffs: object, what: str, may_be_empty: bool = False) -> _Frozen[str, float]:
@@ -741,7 +750,7 @@ def _check_key(key: object, what: str) -> None:
 def _coefficient(value: object, what: str) -> float:
     if value is None:
         raise TypeError(f"{what} is null; expected a number. 0 keeps the component in the sum, without weight.")
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{what} is a number, found {value!r} ({type(value).__name__}).")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{what} must be finite and not negative, found {value}.")
@@ -749,7 +758,7 @@ def _coefficient(value: object, what: str) -> float:
 
 
 def _epoch(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{what} is a number of epochs, found {value!r} ({type(value).__name__}).")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{what} is a finite number of epochs, at least 0, found {value}.")
@@ -777,5 +786,5 @@ def _check_same_names(what: str, **two: Coefficients) -> None:
 
 
 def _union(several: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """All names, each once, in order."""
+    """All names in order, without repetitions."""
     return tuple(dict.fromkeys(name for names in several for name in names))

@@ -159,6 +159,16 @@ def test_what_cannot_be_foreseen_is_said(overrides: list[str], note: str, show: 
         assert len({tuple(row.items()) for row in shown.rows.values()}) == 1  # nothing moves
 
 
+@pytest.mark.parametrize(
+    "interval", ["+loss.schedule.interval=step", "+loss.schedule_interval=step"], ids=["in the schedule", "beside it"]
+)
+def test_a_schedule_of_the_loss_has_an_interval(interval: str, show: Show) -> None:
+    linear = "{_target_: harness.schedules.Linear, start: {forces_mse: 0}, end: {forces_mse: 4}, start_epoch: 0, "
+    by_step = show(f"+loss.schedule={linear} end_epoch: '${{max_epochs}}'}}", interval, "max_epochs=4", TYPES)
+    assert "at every step" in by_step.text
+    assert by_step.rows[4]["forces_mse"][0] == 4
+
+
 def test_a_loss_may_have_a_schedule_of_its_own(show: Show) -> None:
     shown = show("+loss.schedule={_target_: harness.schedules.Constant, coeffs: {forces_mse: 30}}", TYPES)
     assert shown.rows[0] == {"per_atom_energy_mse": (10, 0.25), "forces_mse": (30, 0.75)}
@@ -174,10 +184,19 @@ MISTAKES = [
         ["'forces_mse_H'", "Weights of atom types need a component with `per_type: true`"],
     ),
     (["schedule=linear", "schedule.start_epoch=-4"], ["`start_epoch`", "at least 0", "-4"]),
-    (["+schedule.start=3"], ["Constant takes no argument 'start'", "It takes coeffs, interval."]),
-    (["+schedule.intervall=step"], ["Constant takes no argument 'intervall'. Did you mean interval?"]),
+    (["+schedule.start=3"], ["Constant takes no argument 'start'", "It takes coeffs."]),
+    (["+schedule.intervall=step"], ["Constant takes no argument 'intervall'. It takes coeffs."]),
     (["schedule=linear", "~schedule.end"], ["Linear is not given end. It takes start, end, start_epoch"]),
     (["schedule=linear", "schedule.intervall=step"], ["Did you mean schedule.interval?"]),
+    (["schedule=linear", "schedule.interval=batch"], ["`interval` is epoch or step, found 'batch'"]),
+    (
+        ["schedule=nested", "+schedule.schedules.0.by.interval=step"],
+        ["Linear has no `interval`", "`interval: step` in the outermost schedule of a config"],
+    ),
+    (
+        ["schedule=linear", "schedule_interval=step"],
+        ["no setting schedule_interval", "Did you mean schedule.interval?"],
+    ),
     (
         ["schedule=linear", "schedule.start={forces_mse: 1, stress_mse: 5}"],
         [

@@ -6,6 +6,8 @@ import copy
 import doctest
 import math
 import pickle
+import warnings
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.commands import ROOT
 
-from harness import schedules
-from harness.job import follow_schedule
+from harness import EnergyForceLoss, MeanSquaredError, MetricsManager, schedules
+from harness.job import follow_schedule, read_schedule
 from harness.schedules import (
     Constant,
     Cosine,
@@ -33,6 +35,8 @@ from harness.schedules import (
     Schedule,
     Together,
     as_schedule,
+    described,
+    unreached,
 )
 
 RAMPS = (Linear, Cosine, Exponential)
@@ -95,13 +99,13 @@ def test_milestones_keep_what_they_do_not_name() -> None:
     assert schedule(100) == {"a": 1.0, "b": 2.0, "c": 3.0}
     assert schedule(1e6) == {"a": 1.0, "b": 0.0, "c": 3.0}
     assert schedule.names == ("a", "b", "c")
-    assert schedule.boundaries == (0.0, 7.5, 100.0, 200.0)
+    assert schedule.breakpoints == (0.0, 7.5, 100.0, 200.0)
     assert PiecewiseConstant({3: {"a": 1}})(2.9) == {}  # the loss's own
 
 
 def test_a_schedule_without_coefficients_names_nothing() -> None:
     assert Constant({})(5) == {}
-    assert Constant({}).names == Constant({}).boundaries == ()
+    assert Constant({}).names == Constant({}).breakpoints == ()
 
 
 def test_per_type_weights_go_by_the_names_of_the_values() -> None:
@@ -118,9 +122,10 @@ def test_at_a_boundary_the_later_schedule_holds() -> None:
     assert schedule(5) == schedule(9.9) == {}
     assert schedule(10) == {"b": 2.5}  # epochs are those of the training
     assert schedule.names == ("a", "b")
-    assert schedule.boundaries == (5.0, 10.0, 25.0)  # where the ramp begins, another schedule holds
+    assert schedule.boundaries == (5.0, 10.0)
+    assert schedule.breakpoints == (5.0, 10.0, 25.0)  # where the ramp begins, another schedule holds
     assert Join([Constant({"a": 1})], [])(3) == {"a": 1.0}
-    assert Join([Linear({"a": 0}, {"a": 1}, 5, 30), Constant({})], [10]).boundaries == (5.0, 10.0)  # it never ends
+    assert Join([Linear({"a": 0}, {"a": 1}, 5, 30), Constant({})], [10]).breakpoints == (5.0, 10.0)  # it never ends
 
 
 def test_a_factor_multiplies_what_is_set() -> None:
@@ -160,7 +165,7 @@ def test_nested_schedules_in_closed_form() -> None:
             expected = {"a": 100 ** (1 - np.clip((epoch - 20) / 20, 0, 1))}
         assert NESTED(epoch, 0.3) == pytest.approx(expected, rel=1e-12)
     assert NESTED.names == ("a", "b", "c_H", "c_O", "d")
-    assert NESTED.boundaries == (0.0, 1.0, 3.0, 5.0, 8.0, 16.5, 20.0, 40.0)
+    assert NESTED.breakpoints == (0.0, 1.0, 3.0, 5.0, 8.0, 16.5, 20.0, 40.0)
 
 
 # --- laws ---
@@ -219,13 +224,13 @@ def test_what_is_set_is_named_and_valid(schedule: Schedule, epoch: float) -> Non
     assert set(found) <= set(schedule.names)
     assert len(set(schedule.names)) == len(schedule.names)
     assert all(type(value) is float and 0 <= value < math.inf for value in found.values())
-    assert list(schedule.boundaries) == sorted(set(schedule.boundaries))
+    assert list(schedule.breakpoints) == sorted(set(schedule.breakpoints))
 
 
 @given(trees, epochs, epochs)
-def test_nothing_is_named_anew_between_boundaries(schedule: Schedule, one: float, other: float) -> None:
+def test_nothing_is_named_anew_between_breakpoints(schedule: Schedule, one: float, other: float) -> None:
     low, high = sorted((one, other))
-    if not any(low < boundary <= high for boundary in schedule.boundaries):
+    if not any(low < breakpoint <= high for breakpoint in schedule.breakpoints):
         assert set(schedule(low)) == set(schedule(high))
 
 
@@ -269,6 +274,7 @@ def test_copies_are_equal(schedule: Schedule) -> None:
     for other in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule)), eval(repr(schedule))):
         assert other == schedule
         assert repr(other) == repr(schedule)
+        assert hash(other) == hash(schedule)
 
 
 # --- identity ---
@@ -278,13 +284,12 @@ def test_text_and_equality_are_those_of_the_content() -> None:
     one, other = Constant({"a": 1, "b": np.float32(2)}), Constant(OmegaConf.create({"b": 2, "a": 1.0}))
     assert one == other
     assert repr(one) == repr(other) == "Constant(coeffs={'a': 1.0, 'b': 2.0})"
-    assert one != Constant({"a": 1, "b": 2}, interval="step")
     assert one != Constant({"a": 1, "b": 3})
     assert PiecewiseConstant({5: {"a": 1}, "0": {"a": 2}}) == PiecewiseConstant({0.0: {"a": 2}, 5: {"a": 1}})
     assert Join([one, other], [3]) != Join([one, other], [4])
     assert len({one, other, Constant({}), Together([Constant({})])}) == 3
-    assert repr(Join([Constant({})] * 2, [5], interval="step")) == (
-        "Join(schedules=(Constant(coeffs={}), Constant(coeffs={})), boundaries=(5.0,), interval='step')"
+    assert repr(Join([Constant({})] * 2, [5])) == (
+        "Join(schedules=(Constant(coeffs={}), Constant(coeffs={})), boundaries=(5.0,))"
     )
     assert pickle.loads(pickle.dumps(NESTED)) == copy.deepcopy(NESTED) == eval(repr(NESTED)) == NESTED
 
@@ -294,25 +299,24 @@ def test_nothing_can_be_changed() -> None:
     schedule = Constant(given)
     given["a"] = 2.0
     assert schedule(0) == {"a": 1.0}
-    with pytest.raises(AttributeError, match="make another Constant with another coeffs"):
-        schedule.coeffs = {"a": 3}
-    with pytest.raises(AttributeError, match="coeffs stays"):
-        del schedule.coeffs
+    with pytest.raises(FrozenInstanceError, match="coeffs"):
+        schedule.coeffs = {"a": 3}  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError, match="coeffs"):
+        del schedule.coeffs  # type: ignore[misc]
     with pytest.raises(TypeError):
         schedule.coeffs["a"] = 3  # type: ignore[index]
 
 
 def test_a_schedule_of_ones_own_nests() -> None:
+    @dataclass(frozen=True)
     class Pulse(Schedule):
         """On in even epochs."""
 
         name: str
-
-        def __init__(self, name: str, **options: Any) -> None:
-            super().__init__(name=name, **options)
+        interval: int = 2  # an argument of its own
 
         def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
-            return {self.name: float(int(epoch) % 2 == 0)}
+            return {self.name: float(int(epoch) % self.interval == 0)}
 
         @property
         def names(self) -> tuple[str, ...]:
@@ -320,9 +324,8 @@ def test_a_schedule_of_ones_own_nests() -> None:
 
     schedule = Join([Scale(Constant({"a": 3}), by=Pulse("a")), Pulse("b")], [2])
     assert [schedule(epoch) for epoch in (0, 1.5, 2.5)] == [{"a": 3.0}, {"a": 0.0}, {"b": 1.0}]
-    assert schedule.boundaries == (2.0,)
-    with pytest.raises(ValueError, match="Pulse: `interval` is epoch or step, found 'batch'"):
-        Pulse("a", interval="batch")  # type: ignore[arg-type]
+    assert schedule.breakpoints == (2.0,)
+    assert Pulse("a") == Pulse("a", interval=2) != Pulse("b")
 
 
 # --- mistakes ---
@@ -344,7 +347,7 @@ MISTAKES: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: Constant({"": 1}), TypeError, ["component is text", "''"]),
     (lambda: Constant({3: 1}), TypeError, ["component is text", "found 3."]),
     (lambda: Constant({"a": {"H": 1}, "a_H": 2}), ValueError, ["sets a_H twice", "{component}_{type}"]),
-    (lambda: Constant({}, interval="batch"), ValueError, ["`interval` is epoch or step", "'batch'"]),  # type: ignore[arg-type]
+    (lambda: Constant({}, interval="step"), TypeError, ["Constant has no `interval`", "schedule_interval='step'"]),  # type: ignore[call-arg]
     # milestones
     (lambda: PiecewiseConstant({}), TypeError, ["maps epochs to coefficients", "{}"]),
     (lambda: PiecewiseConstant([1]), TypeError, ["maps epochs to coefficients", "[1]"]),  # type: ignore[arg-type]
@@ -392,7 +395,11 @@ MISTAKES: list[tuple[Any, type[Exception], list[str]]] = [
     (lambda: LearningRateCoupled({"a": 1}, {"a": 2})(0), ValueError, ["needs the learning rate", "None"]),
     (lambda: LearningRateCoupled({"a": 1}, {"a": 2})(0, math.nan), ValueError, ["finite number", "nan"]),
     (lambda: LearningRateCoupled({"a": 1}, {"a": 2})(0, -0.5), ValueError, ["at least 0", "-0.5"]),
-    (lambda: as_schedule(None), TypeError, ["`schedule` is a schedule, one of Constant, Cosine", "found None"]),
+    (
+        lambda: as_schedule(None),
+        TypeError,
+        ["one of Constant, Cosine, Exponential, Join, L", "Together of", "found None"],
+    ),
     (lambda: as_schedule(Constant), TypeError, ["found <class"]),
 ]
 
@@ -420,7 +427,6 @@ schedules:
         - {_target_: harness.schedules.Cosine, start: {b: 1}, end: {b: 2}, start_epoch: 50, end_epoch: 60}
     by: {_target_: harness.schedules.Constant, coeffs: {b: "${factor}"}}
 boundaries: ["${begin}"]
-interval: step
 """
 
 
@@ -435,9 +441,8 @@ def test_nested_configs_are_instantiated() -> None:
             ),
         ],
         [50],
-        interval="step",
     )
-    for convert in ("none", "partial", "all"):
+    for convert in ("none", "partial", "all", "object"):
         made = as_schedule(instantiate(config.schedule, _convert_=convert))
         assert made == expected
         assert repr(made) == repr(expected)
@@ -460,10 +465,11 @@ def test_every_file_fits_the_losses(loss: str) -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = compose("train", [f"loss={loss}", f"schedule={choice}", "max_epochs=40"])
         manager = instantiate(config.loss, type_names=["H", "O"])
-        schedule = made[choice] = as_schedule(instantiate(config.schedule))
-        assert schedule.interval == "epoch"
+        schedule, interval = read_schedule(config.schedule)
+        made[choice] = schedule
+        assert interval == "epoch"
         given = dict(manager.given_coeffs)
-        follow_schedule(manager, schedule)  # which refuses names that the loss does not have
+        follow_schedule(manager, schedule, interval)  # which refuses names that the loss does not have
         for epoch in range(41):
             manager.move_to(epoch, 1 - epoch / 40)
             assert manager.given_coeffs == {**given, **schedule(epoch, 1 - epoch / 40)}
@@ -476,7 +482,84 @@ def test_every_file_fits_the_losses(loss: str) -> None:
     assert made["deepmd"](0, 1.0) == {"per_atom_energy_mse": 0.02, "forces_mse": 1000.0}
     assert made["nested"](2) == pytest.approx({"per_atom_energy_mse": 1.0, "forces_mse": 5.5})
     assert made["nested"](28) == pytest.approx({"per_atom_energy_mse": 10.0, "forces_mse": 5.5})
-    assert made["nested"].boundaries == (0.0, 4.0, 20.0, 36.0)
+    assert made["nested"].breakpoints == (0.0, 4.0, 20.0, 36.0)
+
+
+# --- how often ---
+
+RAMP_IN_A_LOSS = {
+    "_target_": "harness.schedules.Linear",
+    "start": {"forces_mse": 0},
+    "end": {"forces_mse": 1},
+    "start_epoch": 0,
+    "end_epoch": 4,
+}
+
+
+def test_the_interval_is_that_of_what_follows() -> None:
+    ramp = instantiate(RAMP_IN_A_LOSS)
+    for loss in (
+        EnergyForceLoss(schedule=ramp, schedule_interval="step"),
+        MetricsManager(
+            [
+                {"field": "forces", "metric": MeanSquaredError, "coeff": 1, "name": "forces_mse"},
+                {"field": "total_energy", "metric": MeanSquaredError, "coeff": 1},
+            ],
+            schedule=ramp,
+            schedule_interval="step",
+        ),
+        instantiate({"_target_": "harness.EnergyForceLoss", "schedule": RAMP_IN_A_LOSS, "schedule_interval": "step"}),
+    ):
+        assert loss.schedule_interval == "step"
+        assert copy.deepcopy(loss).schedule_interval == "step"
+        loss.follow(ramp)
+        assert loss.schedule_interval == "epoch"
+        with pytest.raises(ValueError, match="`interval` is epoch or step, found 'batch'"):
+            loss.follow(ramp, "batch")
+        assert loss.schedule_interval == "epoch"
+    with pytest.raises(ValueError, match="`schedule_interval` is epoch or step, found 'batch'"):
+        EnergyForceLoss(schedule_interval="batch")  # type: ignore[arg-type]
+
+
+def test_the_interval_of_a_config_is_a_key_of_its_outermost_section() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", ["schedule=nested", "schedule.interval=step", "max_epochs=40"])
+        plain = compose("train", ["schedule=nested", "max_epochs=40"])
+    schedule, interval = read_schedule(config.schedule)
+    assert interval == "step"
+    assert config.schedule.interval == "step"  # what was composed stays as it is
+    assert (schedule, "epoch") == read_schedule(plain.schedule)
+    with pytest.raises(InstantiationException) as raised:
+        instantiate({"_target_": "harness.EnergyForceLoss", "schedule": {**RAMP_IN_A_LOSS, "interval": "step"}})
+    for words in ("Linear has no `interval`", "in the outermost schedule of a config", "schedule_interval='step' of a"):
+        assert words in str(raised.value.__cause__)
+
+
+def test_a_training_by_steps_reaches_more() -> None:
+    ramp = Linear({"a": 0}, {"a": 1}, 0, 9.5)
+    assert unreached(ramp, 10) == [9.5]
+    assert unreached(ramp, 10, "step") == unreached(ramp, 11) == []
+    assert unreached(ramp, 9, "step") == [9.5]
+
+
+def test_checkpoints_know_schedules_as_in_version_0_1_0() -> None:
+    """There, the interval was the last argument of a schedule, shown unless it was ``epoch``."""
+    ramp = Linear({"forces_mse": 0}, {"forces_mse": 1}, 0, 4)
+    text = "Linear(start={'forces_mse': 0.0}, end={'forces_mse': 1.0}, start_epoch=0.0, end_epoch=4.0)"
+    assert described(ramp, "epoch") == text
+    assert described(ramp, "step") == f"{text[:-1]}, interval='step')"
+    assert EnergyForceLoss(schedule=ramp).get_extra_state()["coeffs"]["schedule"] == text
+    by_step = EnergyForceLoss(schedule=ramp, schedule_interval="step")
+    by_step.move_to(3)
+    state = by_step.get_extra_state()
+    assert state["coeffs"]["schedule"] == described(ramp, "step")
+    continued = EnergyForceLoss(schedule=ramp, schedule_interval="step")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        continued.set_extra_state(state)
+    assert continued.given_coeffs["forces_mse"] == 0.75
+    with pytest.warns(UserWarning, match=r"made with the schedule Linear.*interval='step'"):
+        EnergyForceLoss(schedule=ramp).set_extra_state(state)
 
 
 def test_examples_of_the_docstrings_run() -> None:

@@ -54,8 +54,7 @@ class CoefficientCurve(Callback):
             return
         if not isinstance(pl_module, ForceFieldModule):
             return
-        schedule = pl_module.loss.schedule
-        if schedule is None or schedule.interval != "step":
+        if pl_module.loss.schedule is None or pl_module.loss.schedule_interval != "step":
             return
         position = trainer.current_epoch + batch_idx / trainer.num_training_batches
         self._points.append((position, pl_module.loss.effective_coeffs()))

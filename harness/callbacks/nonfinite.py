@@ -27,7 +27,7 @@ from harness.callbacks.nonfinite_diagnosis import (
     nonfinite_components,
     weights_of,
 )
-from harness.distributed import gather_objects, global_rank
+from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.loggers import WandbLogger
 from harness.metrics import Values
@@ -287,8 +287,8 @@ class NonFiniteGuard(Callback):
         components = nonfinite_components(module.loss, values)
         evidence = gather_objects(self._gather(trainer, module, seen, list(components), trained))
         at_fault = [rank for rank, each in enumerate(evidence) if each.culprits] or list(range(len(evidence)))
-        if global_rank() in at_fault:
-            self._write_batch(seen, evidence[global_rank()])
+        if rank_in_group() in at_fault:
+            self._write_batch(seen, evidence[rank_in_group()])
         several = f", in {len(seen.batches)} micro-batches" if len(seen.batches) > 1 else ""
         message = explain(
             f"step {seen.step} of epoch {seen.epoch} (batch {seen.batch_idx} of it{several}; all counted from 0)",
@@ -359,7 +359,7 @@ class NonFiniteGuard(Callback):
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(content, self._file(seen, f"_rank{global_rank()}.pt"))
+            torch.save(content, self._file(seen, f"_rank{rank_in_group()}.pt"))
         except (OSError, RuntimeError) as error:
             print(f"warning: the batch that is not finite cannot be written: {error}", flush=True)
 

@@ -15,7 +15,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from harness.distributed import ProcessGroup, gather_objects, global_rank
+from harness.distributed import ProcessGroup, gather_objects, rank_in_group
 from harness.loggers import WandbLogger
 from harness.support.files import try_write
 
@@ -122,7 +122,7 @@ class ParityPlot(Callback):
 
     def _start(self, module: LightningModule) -> None:
         self._sets, self.files = {}, []
-        self._random = np.random.default_rng((self.seed, global_rank(_group(module))))
+        self._random = np.random.default_rng((self.seed, rank_in_group(_group(module))))
 
     def _add(self, outputs: Any, batch: Mapping[str, Tensor], index: int) -> None:
         if not isinstance(outputs, Mapping):

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from harness.checkpoints import newest_valid
-from harness.distributed import gather_objects, global_rank
+from harness.distributed import gather_objects, rank_in_group
 from harness.module import ForceFieldModule
 from harness.runs.exits import Preempted
 
@@ -241,7 +241,7 @@ class ResumeCheckpoint(Checkpoint):
         """Remember this rank's random state."""
         states = checkpoint.get(_RANDOM_STATES) or []
         # on another number of ranks there is no right one
-        self._random_state = states[global_rank()] if len(states) == trainer.world_size else None
+        self._random_state = states[rank_in_group()] if len(states) == trainer.world_size else None
 
     def _restore_random_state(self) -> None:
         """Once everything that a start draws has been drawn, such as the seeds of the data loaders' workers."""

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from harness.distributed import gather_objects, global_rank, max_over_ranks
+from harness.distributed import gather_objects, max_over_ranks, rank_in_group
 
 __all__ = ["CountsWork", "ThroughputMonitor"]
 
@@ -127,7 +127,7 @@ class ThroughputMonitor(Callback):
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
             memory = torch.cuda.max_memory_allocated(module.device) / 2**30
-        work = module.read_work() if isinstance(module, CountsWork) and global_rank() == 0 else {}
+        work = module.read_work() if isinstance(module, CountsWork) and rank_in_group() == 0 else {}
         now = time.perf_counter()
         return _Reading(step, now - self._validating.total, self._waiting.total, work, memory)
 

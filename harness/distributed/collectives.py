@@ -16,12 +16,12 @@ __all__ = [
     "ProcessGroup",
     "data_parallel_size",
     "gather_objects",
-    "global_rank",
     "gradient_scale",
     "is_distributed",
     "known_backends",
     "max_over_ranks",
     "merge_over_ranks",
+    "rank_in_group",
     "sum_over_ranks",
 ]
 
@@ -38,7 +38,7 @@ def data_parallel_size(group: ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if is_distributed() else 1
 
 
-def global_rank(group: ProcessGroup | None = None) -> int:
+def rank_in_group(group: ProcessGroup | None = None) -> int:
     """Rank of this process in ``group``, or in the world, or 0 without a process group."""
     return dist.get_rank(group) if is_distributed() else 0
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable
 from threading import Thread
 from typing import Any, cast
 
 import torch.distributed as dist
-from torch.distributed.elastic.timer.file_based_local_timer import FileTimerClient
 
-from harness.distributed.rendezvous import _attempt, _job_store, is_launched_by_torchrun
+from harness.distributed.rendezvous import is_launched_by_torchrun, job_store, start_prefix
+from harness.distributed.torch_private import TIMER_FILE, request_kill
 
 __all__ = ["Board", "is_lost_connection", "keep_alive"]
 
@@ -41,7 +40,7 @@ class Board:
     """
 
     def __init__(self, limit: float = 3.0) -> None:
-        self._store, self._prefix, self._limit = _job_store(), _attempt(), limit
+        self._store, self._prefix, self._limit = job_store(), start_prefix(), limit
         self.is_lost = False
 
     def put(self, key: str, value: str) -> None:
@@ -95,13 +94,7 @@ def keep_alive(seconds: float) -> None:
     A stopped process cannot leave by itself. torchrun can do it if it was started with
     ``TORCHELASTIC_ENABLE_FILE_TIMER=1``, as the scripts in ``launch/`` do; without that, nothing happens.
     """
-    path = os.environ.get("TORCHELASTIC_TIMER_FILE")
-    # no file: the launcher is leaving itself, and torch would tell so by a traceback
-    if not path or not is_launched_by_torchrun() or not os.path.exists(path):
-        return
-    timer: Any = FileTimerClient(path)
-    with contextlib.suppress(OSError, RuntimeError):  # likewise
-        if seconds > 0:
-            timer.acquire("harness", time.time() + seconds)
-        else:
-            timer.release("harness")
+    file = os.environ.get(TIMER_FILE)
+    # without the file torchrun is leaving, and torch would print a traceback
+    if file and is_launched_by_torchrun() and os.path.exists(file):
+        request_kill(file, seconds)

@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
-from torch.distributed.rendezvous import rendezvous
 
 from harness.distributed.collectives import is_distributed
+from harness.distributed.torch_private import launcher_store, set_default_timeout
 
 __all__ = [
     "START_LIMIT",
@@ -86,7 +85,7 @@ def agree(key: str, proposal: str) -> str:
     """
     if launched_ranks() == 1:
         return proposal
-    return cast(bytes, _job_store().compare_set(f"harness/{key}", "", proposal)).decode()
+    return cast(bytes, job_store().compare_set(f"harness/{key}", "", proposal)).decode()
 
 
 def join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
@@ -102,9 +101,8 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     """
     if launched_ranks() == 1 or is_distributed():
         return
-    # of groups that are made later without a limit of their own: meshes of devices, DeepSpeed's
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"{_attempt()}/group", _job_store())  # type: ignore[attr-defined]
+    set_default_timeout(timeout)
+    store = dist.PrefixStore(f"{start_prefix()}/group", job_store())  # type: ignore[attr-defined]
     to_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
     dist.init_process_group(
         backend, store=store, rank=launched_rank(), world_size=launched_ranks(), timeout=timeout, **to_device
@@ -123,7 +121,7 @@ def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
         return value
     shared = _moment(key)
     if launched_rank() == 0:
-        _job_store().set(shared, value)
+        job_store().set(shared, value)
         return value
     return _answer(shared, f"rank 0 to arrive at {key!r}", timeout)
 
@@ -139,7 +137,7 @@ def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: 
     """
     if launched_ranks() == 1:
         return decision([value])
-    store, prefix = _job_store(), _moment(key)
+    store, prefix = job_store(), _moment(key)
     keys = [f"{prefix}/{rank}" for rank in range(launched_ranks())]
     if launched_rank() != 0:
         store.set(keys[launched_rank()], value)
@@ -175,10 +173,10 @@ def is_launched_by_torchrun() -> bool:
 
 
 @cache
-def _job_store() -> Any:
+def job_store() -> Any:
     """Where the ranks of a launcher meet; kept for the life of the process, which may serve it to the others."""
     try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=START_LIMIT)))
+        return launcher_store(START_LIMIT)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if launched_rank() == 0 and not is_launched_by_torchrun():  # it keeps the store itself
@@ -188,11 +186,10 @@ def _job_store() -> Any:
             f"Rank {launched_rank()} could not reach the store of the job at {where}: {str(error).splitlines()[0]}. "
             f"Has rank 0 been started, and can this host reach that address?"
         ) from None
-    return store
 
 
 @cache
-def _attempt() -> str:
+def start_prefix() -> str:
     """Prefix of the keys of this start of the job, on which all its ranks have agreed.
 
     The store outlives restarts, and nothing that a launcher tells its ranks is both new at each start and the same on
@@ -200,7 +197,7 @@ def _attempt() -> str:
     and rank 0 answers each number with the prefix that it has drawn; whoever waits for an answer to a new number is not
     misled by what an earlier start has left.
     """
-    store, arrivals, rank = _job_store(), "harness/arrivals", launched_rank()
+    store, arrivals, rank = job_store(), "harness/arrivals", launched_rank()
     if rank != 0:
         number = f"{rank}-{uuid.uuid4().hex}"
         store.append(arrivals, f"{number},")
@@ -228,7 +225,7 @@ def _attempt() -> str:
 def _moment(key: str) -> str:
     """Prefix of the keys of one call: every rank makes the same calls in the same order."""
     number = _CALLS[key] = _CALLS.get(key, -1) + 1
-    return f"{_attempt()}/{key}/{number}"
+    return f"{start_prefix()}/{key}/{number}"
 
 
 _CALLS: dict[str, int] = {}
@@ -240,8 +237,8 @@ def _listed(store: Any, key: str) -> list[str]:
 
 def _answer(key: str, awaited: str, timeout: timedelta) -> str:
     try:
-        _job_store().wait([key], timeout)
-        return cast(bytes, _job_store().get(key)).decode()
+        job_store().wait([key], timeout)
+        return cast(bytes, job_store().get(key)).decode()
     except dist.DistError:
         raise RankAbsentError(_waited(awaited, timeout)) from None
 

@@ -46,10 +46,11 @@ from harness.job.preflight import (
 from harness.loggers import WandbLogger
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
-from harness.schedules import Schedule, as_schedule
+from harness.schedules import Interval, Schedule, as_schedule
 from harness.strategies import check_strategy, cluster_plugins, connect, load_weights
+from harness.support.configs import take_out
 
-__all__ = ["Job", "build_module", "execute", "follow_schedule", "prepare", "train"]
+__all__ = ["Job", "build_module", "execute", "follow_schedule", "prepare", "read_schedule", "train"]
 
 
 @dataclass
@@ -212,12 +213,18 @@ def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFi
         num_test_sets=len(getattr(datamodule, "test_sets", [None])),
     )
     if config.schedule:
-        follow_schedule(module.loss, instantiate(config.schedule))
+        follow_schedule(module.loss, *read_schedule(config.schedule))
     return module
 
 
-def follow_schedule(loss: MetricsManager, schedule: Schedule) -> None:
-    """Let the schedule of a config drive the loss, unless it says nothing.
+def read_schedule(section: DictConfig) -> tuple[Schedule, Interval]:
+    """The schedule of a config's section, and its ``interval``: an argument of what follows, not of the schedule."""
+    arguments, interval = take_out(section, "interval", "epoch")
+    return as_schedule(instantiate(arguments)), interval
+
+
+def follow_schedule(loss: MetricsManager, schedule: Schedule, interval: Interval = "epoch") -> None:
+    """Let the schedule of a config drive the loss, unless it names nothing.
 
     Raises:
         ValueError: the loss has a schedule of its own.
@@ -229,7 +236,7 @@ def follow_schedule(loss: MetricsManager, schedule: Schedule) -> None:
             f"Both `schedule` ({type(schedule).__name__}) and `loss.schedule` ({type(loss.schedule).__name__}) would "
             f"drive the coefficients. Leave one of them out: schedule=constant, or no `schedule` in the loss."
         )
-    loss.follow(schedule)
+    loss.follow(schedule, interval)
 
 
 def _best_monitor(callbacks: list[Callback]) -> ModelCheckpoint | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.metrics.components import ComponentMapping, MetricEntry, WeightedEntry, check_coeff
-from harness.schedules import Schedule, as_schedule
+from harness.schedules import Interval, Schedule, as_schedule, check_interval, described
 from harness.support.device import to_device
 from harness.support.text import did_you_mean
 
@@ -149,6 +149,7 @@ class WeightedComponents(ComponentMapping, nn.Module):
                 self._given |= dict(zip(entry.type_keys(type_names), entry.per_type_coeffs, strict=True))
         self._configured = dict(self._given)
         self._schedule: Schedule | None = None
+        self._schedule_interval: Interval = "epoch"
         self._position: Position = (0.0, None)
         self._names.check_totals(self._given)
         self.coefficients = self._snapshot()
@@ -248,28 +249,39 @@ class WeightedComponents(ComponentMapping, nn.Module):
         return self._schedule
 
     @property
+    def schedule_interval(self) -> Interval:
+        """``epoch`` or ``step``: how often a training moves on along the schedule."""
+        return self._schedule_interval
+
+    @property
     def position(self) -> Position:
         """Epoch, and relative learning rate where it matters, that the schedule was moved to last."""
         return self._position
 
-    def follow(self, schedule: Schedule | None) -> None:
+    def follow(self, schedule: Schedule | None, interval: Interval = "epoch") -> None:
         """Let a schedule drive coefficients from now on, in place of the one before; None for none.
+
+        Args:
+            schedule: coefficients as a function of the epoch.
+            interval: how often a training moves on: at the start of every ``epoch``, or at every ``step``, with
+                fractions of epochs.
 
         Raises:
             TypeError: no schedule.
-            ValueError: a name in it is no component or type, or all coefficients are 0 at some epoch.
+            ValueError: a name in it is no component or type, all coefficients are 0 at some epoch, or the interval is
+                unknown.
         """
-        chosen = None if schedule is None else as_schedule(schedule)
+        chosen, interval = None if schedule is None else as_schedule(schedule), check_interval(interval)
         unknown = [name for name in (chosen.names if chosen else ()) if name not in self._names]
         if unknown:
             raise ValueError(
                 f"The schedule names {', '.join(map(repr, unknown))}, which this set of components does not have. "
                 f"{self._names.hint(unknown[0])}{self._names.valid()}"
             )
-        for epoch in (0.0, *(chosen.boundaries if chosen else ())):
+        for epoch in (0.0, *(chosen.breakpoints if chosen else ())):
             for rate in (1.0, 0.0) if chosen and chosen.needs_learning_rate else (None,):
                 self._check(self._given, chosen, (epoch, rate))
-        self._schedule = chosen
+        self._schedule, self._schedule_interval = chosen, interval
         epoch, rate = self._position
         self.move_to(epoch, 1.0 if rate is None and chosen and chosen.needs_learning_rate else rate)
 
@@ -309,13 +321,13 @@ class WeightedComponents(ComponentMapping, nn.Module):
         return {
             "given": dict(self._given),
             "configured": dict(self._configured),
-            "schedule": None if self._schedule is None else repr(self._schedule),
+            "schedule": self._described_schedule,
             "position": list(self._position),
         }
 
     def _restore_coefficients(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, unless the configuration has changed since: then that wins, with a warning."""
-        schedule = None if self._schedule is None else repr(self._schedule)
+        schedule = self._described_schedule
         if dict(state["configured"]) == self._configured:
             self._given = dict(state["given"])
         elif dict(state["given"]) != self._given:
@@ -337,6 +349,10 @@ class WeightedComponents(ComponentMapping, nn.Module):
         self._take_up()
 
     # --- inside ---
+
+    @property
+    def _described_schedule(self) -> str | None:
+        return None if self._schedule is None else described(self._schedule, self._schedule_interval)
 
     @property
     def _current(self) -> Flat:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, global_rank
+from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.metrics.accumulation import Window, check_linear
 from harness.metrics.adapters import GatheredAdapter, Part, detached
@@ -25,7 +25,7 @@ from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
 from harness.metrics.row import Row, merge_rows_over_ranks
 from harness.metrics.values import Values
-from harness.schedules import Schedule
+from harness.schedules import Interval, Schedule, check_interval
 
 __all__ = ["MetricsManager", "compute_together", "merge_accumulated", "step_together"]
 
@@ -57,6 +57,8 @@ class MetricsManager(WeightedComponents):
             * ``ignore_nan``: leave out elements whose target is NaN.
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
+        schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at
+            every ``step``, with fractions of epochs.
         sync_on_step: merge over the ranks in every step, also where no gradients flow.
 
     Raises:
@@ -77,6 +79,7 @@ class MetricsManager(WeightedComponents):
         type_names: Sequence[str] | None = None,
         *,
         schedule: Schedule | None = None,
+        schedule_interval: Interval = "epoch",
         sync_on_step: bool = False,
     ) -> None:
         names = check_type_names(type_names)
@@ -91,8 +94,9 @@ class MetricsManager(WeightedComponents):
         self._metrics = nn.ModuleList(entry.metric for entry in components.values())
         self._layout = layout
         self._reader = BatchReader(layout.components, layout.merged, names)
+        check_interval(schedule_interval, "`schedule_interval`")
         if schedule is not None:
-            self.follow(schedule)
+            self.follow(schedule, schedule_interval)
         self._local: Row | None = None
         self._merged: Row | None = None
         self._before_step: tuple[Row | None, Row | None] = (None, None)
@@ -323,7 +327,7 @@ class MetricsManager(WeightedComponents):
         missing = [key for key in type_keys if not present[key]]
         if missing and any(present.values()):
             self._warned_types = True
-            if global_rank(self.process_group) == 0:
+            if rank_in_group(self.process_group) == 0:
                 warnings.warn(
                     f"No data in the whole epoch for {', '.join(missing)}: NaN there, and left out of the averages.",
                     stacklevel=3,

@@ -46,6 +46,7 @@ from harness.strategies import (
     shard_root,
     splits_parameters,
 )
+from harness.support.configs import take_out
 from harness.support.device import DelayedScalar, to_device
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
@@ -141,7 +142,7 @@ class ForceFieldModule(LightningModule):
         if isinstance(source, MetricsManager):
             return source
         if isinstance(source, Mapping):
-            manager = instantiate(source, type_names=self.type_names)
+            manager = _manager_of(source, self.type_names)
         elif callable(source):
             manager = source(type_names=self.type_names)
         else:
@@ -198,7 +199,7 @@ class ForceFieldModule(LightningModule):
         number = self.trainer.max_epochs
         for manager in self._train_managers:
             if manager.schedule is not None and number is not None and number > 0:
-                late = unreached(manager.schedule, number)
+                late = unreached(manager.schedule, number, manager.schedule_interval)
                 if late:
                     rank_zero_warn(
                         f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "
@@ -289,7 +290,7 @@ class ForceFieldModule(LightningModule):
         for schedule in self._accumulation_schedules:
             k = schedule.get_accumulate_grad_batches(self.trainer.current_epoch)
             self.trainer.accumulate_grad_batches = k
-        by_step = any(each.schedule is not None and each.schedule.interval == "step" for each in self._train_managers)
+        by_step = any(each.schedule is not None and each.schedule_interval == "step" for each in self._train_managers)
         if by_step and not math.isfinite(self.trainer.num_training_batches):
             raise ValueError(
                 "A schedule with `interval: step` needs to know how many batches an epoch has, and the training data "
@@ -351,7 +352,7 @@ class ForceFieldModule(LightningModule):
             if schedule is None or batch_idx % self.trainer.accumulate_grad_batches:
                 continue
             epoch = float(self.trainer.current_epoch)
-            if schedule.interval == "step":
+            if manager.schedule_interval == "step":
                 epoch += batch_idx / self.trainer.num_training_batches
             # a checkpoint in mid-epoch has the learning rate that the epoch began with
             if batch_idx == 0 or manager.position[0] != epoch:
@@ -661,6 +662,15 @@ class ForceFieldModule(LightningModule):
 
 
 _WORK = ("structures", "atoms", "edges")
+
+
+def _manager_of(source: Mapping[str, Any], type_names: list[str] | None) -> Any:
+    """The manager of a config; ``interval``, in the section of its schedule, is an argument of the manager's own."""
+    rest, schedule = take_out(source, "schedule")
+    if not isinstance(schedule, Mapping) or "interval" not in schedule:
+        return instantiate(source, type_names=type_names)
+    schedule, interval = take_out(schedule, "interval")
+    return instantiate(rest, type_names=type_names, schedule=schedule, schedule_interval=interval)
 
 
 def _work_of(batch: Batch) -> list[float]:

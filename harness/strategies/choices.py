@@ -8,15 +8,10 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.distributed import (
-    launched_ranks,
-)
+from harness.distributed import launched_ranks
 from harness.strategies.deepspeed import ZeroStrategy
 from harness.strategies.fsdp import FullyShardedStrategy
 

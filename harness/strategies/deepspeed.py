@@ -5,23 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-)
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from harness.distributed import (
-    merge_over_ranks,
-)
-from harness.strategies.weights import _copy, _gathered, load_weights, refuse_folder
+from harness.distributed import sum_over_ranks
+from harness.strategies.deepspeed_private import Shard, check_private, optimizer_state_of, refresh_weights, relink
+from harness.strategies.weights import WholeCheckpoints, copy_to_cpu, gathered, load_weights
 
 __all__ = ["AccumulatesInWindows", "ZeroStrategy", "keep_whole"]
 
@@ -57,7 +53,7 @@ class AccumulatesInWindows:
         return cast(Tensor, done)
 
 
-class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[misc]
+class ZeroStrategy(AccumulatesInWindows, WholeCheckpoints, DeepSpeedStrategy):  # type: ignore[misc]
     """Lightning's ``DeepSpeedStrategy`` with whole checkpoints in one file, and labels in the dtype that they have.
 
     DeepSpeed's own checkpoints are folders that only the same number of ranks continues, and that are unpickled without
@@ -95,18 +91,22 @@ class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[mis
     ) -> Any:
         if optimizer is not None:
             self._parameters = [list(group["params"]) for group in optimizer.param_groups]
-        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        engine, sharded = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        if optimizer is not None:
+            every = [parameter for parameters in self._parameters for parameter in parameters]
+            check_private(engine.optimizer, every, 3 if self.zero_stage_3 else 2)
+        return engine, sharded
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights; with stage 3 on rank 0 only, empty elsewhere."""
         if not self.zero_stage_3:
             return super().lightning_module_state_dict()
-        with _gathered(cast(nn.Module, self.lightning_module)):
+        with gathered(cast(nn.Module, self.lightning_module)):
             if not self.is_global_zero:
                 return {}
             state = super().lightning_module_state_dict()
             # the gathered parameters are given up at the end of this block
-            return {key: _copy(value) for key, value in state.items()}
+            return {key: copy_to_cpu(value) for key, value in state.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Whole state of the optimizer in the form of torch's ``Optimizer.state_dict``, on rank 0; empty elsewhere."""
@@ -114,13 +114,13 @@ class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[mis
         groups: list[dict[str, Any]] = []
         number = 0
         for index, (parameters, group) in enumerate(zip(self._parameters, optimizer.param_groups, strict=True)):
-            shards = [_Shard.of(optimizer, parameter, index) for parameter in parameters]
-            of_flat = optimizer.optimizer.state.get(shards[0].flat, {}) if shards else {}
+            shards = [Shard.of(optimizer, parameter, index) for parameter in parameters]
+            of_flat = optimizer_state_of(optimizer, shards[0]) if shards else {}
             for key, value in of_flat.items():
                 if key == "step" or not isinstance(value, Tensor) or value.shape != shards[0].flat.shape:
-                    wholes = [_copy(value) for _ in parameters]
+                    wholes = [copy_to_cpu(value) for _ in parameters]
                 else:
-                    wholes = _gather(shards, [optimizer.optimizer.state[shard.flat][key] for shard in shards])
+                    wholes = _gather(shards, [optimizer_state_of(optimizer, shard)[key] for shard in shards])
                 for offset, whole in enumerate(wholes):
                     state.setdefault(number + offset, {})[key] = whole
             others = {key: value for key, value in group.items() if key != "params"}
@@ -132,21 +132,11 @@ class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[mis
         """Write the checkpoint from rank 0, in one file."""
         super(DeepSpeedStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """True: the optimizer's state comes from the checkpoint that the trainer has read."""
-        return True
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint: weights and optimizer are taken from it later."""
-        refuse_folder(checkpoint_path)
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, and DeepSpeed's shards of them."""
         load_weights(cast(nn.Module, self.lightning_module), checkpoint["state_dict"], strict)
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
-            self.deepspeed_engine.optimizer.refresh_fp32_params()
+            refresh_weights(self.deepspeed_engine.optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load the optimizer's state, each rank its shard.
@@ -168,18 +158,18 @@ class ZeroStrategy(AccumulatesInWindows, DeepSpeedStrategy):  # type: ignore[mis
         ):
             group.update({key: value for key, value in of_group.items() if key != "params"})
             for number, parameter in zip(of_group["params"], parameters, strict=True):
-                shard = _Shard.of(optimizer, parameter, index)
+                shard = Shard.of(optimizer, parameter, index)
                 for key, value in saved["state"].get(number, {}).items():
-                    state = optimizer.optimizer.state[shard.flat]
+                    state = optimizer_state_of(optimizer, shard)
                     if key == "step" or not isinstance(value, Tensor) or value.shape != shard.shape:
-                        state[key] = _copy(value)
+                        state[key] = copy_to_cpu(value)
                     else:
                         if key not in state:
                             state[key] = torch.zeros_like(shard.flat)
                         part = value.flatten()[shard.first : shard.first + shard.length]
                         state[key].detach()[shard.start : shard.start + shard.length].copy_(part)
-        if not self.zero_stage_3:  # DeepSpeed's own views of the states are made anew after the next step
-            optimizer._hp_optimizer_states_linked = False
+        if not self.zero_stage_3:
+            relink(optimizer)
 
 
 class _Unrounded(DeepSpeedPrecision):
@@ -189,43 +179,15 @@ class _Unrounded(DeepSpeedPrecision):
         return data
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Which elements of a parameter are with this rank, and where in a flat tensor of several parameters."""
-
-    flat: Tensor
-    start: int
-    first: int
-    length: int
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, optimizer: Any, parameter: Any, group: int) -> _Shard:
-        """Shard of a parameter in the optimizer of DeepSpeed's that has it, in the group of that number."""
-        if hasattr(parameter, "ds_id"):  # stage 3
-            part, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            first = length * optimizer._get_param_partition_rank(parameter)
-            rest = max(parameter.ds_numel - first, 0)  # the last shard is padded
-            return cls(
-                optimizer.fp32_partitioned_groups_flat[part], start, first, min(length, rest), parameter.ds_shape
-            )
-        flat, mapping = optimizer.single_partition_of_fp32_groups[group], parameter._hp_mapping
-        if mapping is None:  # all of it is with other ranks
-            return cls(flat, 0, 0, 0, parameter.shape)
-        place, source = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return cls(flat, place.start, source.start, place.numel, parameter.shape)
-
-
 @torch.no_grad()
-def _gather(shards: list[_Shard], states: list[Tensor]) -> list[Tensor]:
+def _gather(shards: list[Shard], states: list[Tensor]) -> list[Tensor]:
     """Whole states from the shards of all ranks over one sum: an element is with one rank, and 0 with the others."""
     sizes = [shard.shape.numel() for shard in shards]
     wholes = states[0].new_zeros(sum(sizes))
     for shard, state, whole in zip(shards, states, torch.split(wholes, sizes), strict=True):
         part = state[shard.start : shard.start + shard.length]
         whole[shard.first : shard.first + shard.length].copy_(part)
-    merged, _ = merge_over_ranks(wholes, wholes.new_empty(0))
-    parts = torch.split(merged.cpu(), sizes)
+    parts = torch.split(sum_over_ranks(wholes).cpu(), sizes)
     return [part.reshape(shard.shape).clone() for shard, part in zip(shards, parts, strict=True)]
 
 

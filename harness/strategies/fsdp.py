@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from lightning.pytorch.strategies import (
-    ModelParallelStrategy,
-)
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from harness.distributed import (
-    shard_parameters,
-    sharded_parts,
-)
-from harness.strategies.weights import _like, _whole, load_weights, refuse_folder
+from harness.distributed import shard_parameters, sharded_parts
+from harness.strategies.weights import WholeCheckpoints, join_whole, load_weights, split_as
 
 __all__ = ["FullyShardedStrategy", "shard_root"]
 
 
-class FullyShardedStrategy(ModelParallelStrategy):
+class FullyShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` with all ranks in the data-parallel group, and checkpoints in one file.
 
     :class:`~harness.module.ForceFieldModule` shards its model at the root in ``configure_model``.
@@ -61,7 +56,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights on rank 0; empty elsewhere."""
         state = {
-            key: _whole(value, self.is_global_zero)
+            key: join_whole(value, self.is_global_zero)
             for key, value in cast(nn.Module, self.lightning_module).state_dict().items()
         }
         return state if self.is_global_zero else {}
@@ -70,23 +65,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Whole state of the optimizer in the form of torch's ``Optimizer.state_dict``, on rank 0; empty elsewhere."""
         state = getattr(optimizer, "optimizer", optimizer).state_dict()
         whole = {
-            number: {key: _whole(value, self.is_global_zero) for key, value in values.items()}
+            number: {key: join_whole(value, self.is_global_zero) for key, value in values.items()}
             for number, values in state["state"].items()
         }
         return {"state": whole, "param_groups": state["param_groups"]} if self.is_global_zero else {}
-
-    # Lightning loads weights and optimizer before the module has seen the checkpoint, which may have other metrics.
-    # Here a checkpoint is read, shown to the module and then loaded, as with every other strategy.
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """True: the optimizer's state comes from the checkpoint that the trainer has read."""
-        return True
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint: weights and optimizer are taken from it later."""
-        refuse_folder(checkpoint_path)
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, each rank its shard."""
@@ -97,7 +79,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             sharded = {
-                number: {key: _like(value, parameters[number], key) for key, value in values.items()}
+                number: {key: split_as(value, parameters[number], key) for key, value in values.items()}
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({"state": sharded, "param_groups": state["param_groups"]})

@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import (
 from harness.distributed import (
     ProcessGroup,
     data_parallel_size,
-    global_rank,
     join,
     launched_ranks,
+    rank_in_group,
 )
 
 __all__ = ["connect", "data_parallel_group", "data_parallel_ranks", "splits_parameters"]
@@ -60,4 +60,4 @@ def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
         trainer: what trains; without one, all ranks of the process group share a batch.
     """
     ranks = None if trainer is None else getattr(trainer.strategy, "distributed_sampler_kwargs", None)
-    return (ranks["rank"], ranks["num_replicas"]) if ranks else (global_rank(), data_parallel_size())
+    return (ranks["rank"], ranks["num_replicas"]) if ranks else (rank_in_group(), data_parallel_size())

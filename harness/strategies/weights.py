@@ -1,4 +1,4 @@
-"""Whole weights of a model that may be split over the ranks: gather, load."""
+"""Whole weights of a model that may be split over the ranks, and checkpoints in one file: gather, read, load."""
 
 from __future__ import annotations
 
@@ -9,43 +9,61 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from harness.distributed import (
-    join_shards,
-    split_like,
-)
+from harness.distributed import join_shards, split_like
+from harness.strategies.deepspeed_private import is_split
 
-__all__ = ["load_weights", "refuse_folder"]
+__all__ = ["WholeCheckpoints", "load_weights", "refuse_folder"]
 
 
-def _whole(value: Any, keep: bool) -> Any:
-    """What may be split over the ranks, joined, on the CPU; None where it is not kept. All ranks must call it."""
+class WholeCheckpoints:
+    """Mixin for strategies that split parameters: reads checkpoints in one file, as every other strategy does.
+
+    Lightning's own strategies load weights and optimizer before the module has seen the checkpoint, which may have
+    other metrics. Here a checkpoint is read, shown to the module and then loaded.
+    """
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: the optimizer's state comes from the checkpoint that the trainer has read."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint: weights and optimizer are taken from it later."""
+        refuse_folder(checkpoint_path)
+        read = self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)  # type: ignore[attr-defined]
+        return cast(dict[str, Any], read)
+
+
+def join_whole(value: Any, keep: bool) -> Any:
+    """Whole of a value that may be split over the ranks, on the CPU; None without ``keep``. All ranks must call it."""
     joined = join_shards(value) if isinstance(value, Tensor) else value
-    return _copy(joined) if keep else None
+    return copy_to_cpu(joined) if keep else None
 
 
-def _copy(value: Any) -> Any:
+def copy_to_cpu(value: Any) -> Any:
+    """Copy of a tensor on the CPU; any other value as it is."""
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """Load whole weights into a module that may be sharded; every rank calls it with all of them."""
-    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):  # ZeRO stage 3
-        with _gathered(module, modifier_rank=0):
+    if any(is_split(parameter) for parameter in module.parameters()):
+        with gathered(module, modifier_rank=0):
             module.load_state_dict(state_dict, strict=strict)
         return
     own = dict(module.named_parameters(remove_duplicate=False))  # a parameter may have several names
-    sharded = {key: _like(value, own.get(key), key) for key, value in state_dict.items()}
+    sharded = {key: split_as(value, own.get(key), key) for key, value in state_dict.items()}
     module.load_state_dict(sharded, strict=strict)
 
 
-def _gathered(module: nn.Module, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+def gathered(module: nn.Module, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
     """Context in which parameters that ZeRO stage 3 has split are whole."""
     from deepspeed.runtime.zero import GatheredParameters
 
     return cast(AbstractContextManager[Any], GatheredParameters(list(module.parameters()), modifier_rank=modifier_rank))
 
 
-def _like(value: Any, parameter: Tensor | None, key: str) -> Any:
+def split_as(value: Any, parameter: Tensor | None, key: str) -> Any:
     """A whole tensor, split over the ranks as a parameter is; anything else, such as a number of steps, as it is."""
     return (
         value if parameter is None or not isinstance(value, Tensor) or key == "step" else split_like(value, parameter)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -35,7 +34,7 @@ from harness.callbacks import (
     ResumeCheckpoint,
 )
 from harness.data import EmbeddedAlloyDataModule, look_ahead
-from harness.job import follow_schedule
+from harness.job import follow_schedule, read_schedule
 from harness.loggers import CSVLogger as CSVFile
 from harness.loggers import WandbLogger
 from harness.metrics import MetricsManager
@@ -281,12 +280,14 @@ def data() -> EmbeddedAlloyDataModule:
     return alloy()
 
 
-def build(data: EmbeddedAlloyDataModule, schedule: Any = None, **options: Any) -> ForceFieldModule:
+def build(
+    data: EmbeddedAlloyDataModule, schedule: Any = None, interval: Any = "epoch", **options: Any
+) -> ForceFieldModule:
     model = schnet_force_field(
         data.statistics, cutoff=4.0, hidden_channels=8, num_filters=8, num_interactions=1, num_gaussians=8, seed=3
     ).double()
     settings = {
-        "loss": functools.partial(harness.EnergyForceLoss, schedule=schedule),
+        "loss": functools.partial(harness.EnergyForceLoss, schedule=schedule, schedule_interval=interval),
         "type_names": data.type_names,
         "optimizer": functools.partial(torch.optim.Adam, lr=4e-3),
         "lr_scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
@@ -342,8 +343,8 @@ def adds_up(row: dict[str, float], what: str, contribution: str, coeff: str) -> 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_a_training_follows_by_epoch_or_by_step(interval: Any, data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
-    ramp = Linear({FORCES: 0, ENERGY: 4}, {FORCES: 4, ENERGY: 0}, start_epoch=0, end_epoch=2, interval=interval)
-    _, rows = fit(tmp_path, build(data, ramp), data)
+    ramp = Linear({FORCES: 0, ENERGY: 4}, {FORCES: 4, ENERGY: 0}, start_epoch=0, end_epoch=2)
+    _, rows = fit(tmp_path, build(data, ramp, interval), data)
     steps = steps_of(rows)
     assert [row["step"] for row in steps] == list(range(12))
     for number, row in enumerate(steps):
@@ -397,9 +398,9 @@ def test_a_schedule_follows_a_learning_rate_from_its_own_start(
     scheduler: Any, ratio: Any, interval: Any, data: EmbeddedAlloyDataModule, tmp_path: Path
 ) -> None:
     """Of lr and the group's initial_lr, which a warm-up begins below and a cycle chooses by itself."""
-    coupled = LearningRateCoupled({ENERGY: 2, FORCES: 10}, {ENERGY: 1, FORCES: 1}, interval=interval)
+    coupled = LearningRateCoupled({ENERGY: 2, FORCES: 10}, {ENERGY: 1, FORCES: 1})
     rate = {"scheduler": scheduler, "interval": "step"}
-    _, rows = fit(tmp_path, build(data, coupled, lr_scheduler=rate), data)
+    _, rows = fit(tmp_path, build(data, coupled, interval, lr_scheduler=rate), data)
     steps = steps_of(rows)
     assert len(steps) == 12
     for number, row in enumerate(steps):
@@ -410,9 +411,9 @@ def test_a_schedule_follows_a_learning_rate_from_its_own_start(
 
 
 def test_coefficients_hold_for_all_micro_batches_of_a_step(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
-    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=1, interval="step")
+    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=1)
     loader = look_ahead(data.train_dataloader(), 2)
-    _, rows = fit(tmp_path, build(data, ramp), loader, accumulate_grad_batches=2, max_epochs=1)
+    _, rows = fit(tmp_path, build(data, ramp, "step"), loader, accumulate_grad_batches=2, max_epochs=1)
     forces = [given / (1 + given) for given in (0.0, 2.0)]  # at batches 0 and 2 of 4
     assert [row[f"loss_coeff_step/{FORCES}"] for row in steps_of(rows)] == pytest.approx(forces)
     for row in steps_of(rows):
@@ -423,9 +424,9 @@ def test_coefficients_hold_for_all_micro_batches_of_a_step(data: EmbeddedAlloyDa
 def test_every_choice_of_schedule_trains(choice: str, data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train", [f"schedule={choice}", "max_epochs=5", "output_dir=somewhere"])
-    schedule = instantiate(config.schedule)
+    schedule, interval = read_schedule(config.schedule)
     module = build(data)
-    follow_schedule(module.loss, schedule)
+    follow_schedule(module.loss, schedule, interval)
     _, rows = fit(tmp_path, module, data, max_epochs=5)
     epochs = [row for row in rows if f"loss_coeff/{FORCES}" in row]
     assert len(epochs) == 5
@@ -444,9 +445,9 @@ class Endless:
 
 
 def test_steps_of_an_epoch_without_an_end_are_refused(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
-    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=1, interval="step")
+    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=1)
     with pytest.raises(ValueError, match=r"interval: step.*no length"):
-        fit(tmp_path, build(data, ramp), Endless(data.train_dataloader()))
+        fit(tmp_path, build(data, ramp, "step"), Endless(data.train_dataloader()))
 
 
 def test_a_restart_in_mid_epoch_has_the_coefficients_of_its_start(
@@ -578,9 +579,9 @@ class FailAt(Callback):
 def test_the_curve_of_steps_and_types_and_of_a_training_that_fails(
     data: EmbeddedAlloyDataModule, tmp_path: Path
 ) -> None:
-    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=2, interval="step")
+    ramp = Linear({FORCES: 0}, {FORCES: 4}, start_epoch=0, end_epoch=2)
     curve = CoefficientCurve(tmp_path / "steps")
-    _, rows = fit(tmp_path / "a", build(data, ramp), data, callbacks=[curve], max_epochs=2, log_every_n_steps=2)
+    _, rows = fit(tmp_path / "a", build(data, ramp, "step"), data, callbacks=[curve], max_epochs=2, log_every_n_steps=2)
     logged = [row[f"loss_coeff_step/{FORCES}"] for row in steps_of(rows)]
     points = curve.state_dict()["points"]
     assert [position for position, _ in points] == [0.25, 0.75, 1.25, 1.75]  # steps 1, 3, 5 and 7 of 4 an epoch
@@ -664,11 +665,11 @@ def test_epochs_and_learning_rates_that_are_none() -> None:
 
 
 def test_a_learning_rate_beyond_its_start_is_told(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
-    coupled = LearningRateCoupled({ENERGY: 0.02, FORCES: 1000}, {ENERGY: 1, FORCES: 1}, interval="step")
+    coupled = LearningRateCoupled({ENERGY: 0.02, FORCES: 1000}, {ENERGY: 1, FORCES: 1})
     cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=4e-3, total_steps=9)
     scheduler = {"scheduler": cycle, "interval": "step"}
     with pytest.warns(UserWarning, match="times that which the schedule of the coefficients starts with") as told:
-        fit(tmp_path, build(data, coupled, lr_scheduler=scheduler), data, max_epochs=2)
+        fit(tmp_path, build(data, coupled, "step", lr_scheduler=scheduler), data, max_epochs=2)
     assert len([each for each in told if "starts with" in str(each.message)]) == 1
 
 
@@ -708,7 +709,7 @@ def same_trainings(found: list[dict[str, float]], expected: list[dict[str, float
 def train_a_ramp(folder: Path, data: EmbeddedAlloyDataModule, **options: Any) -> list[dict[str, float]]:
     ramp = Linear({FORCES: 0}, {FORCES: 9}, start_epoch=0.5, end_epoch=3)
     coupled = LearningRateCoupled({ENERGY: 9}, {ENERGY: 1})
-    module = build(data, Together([ramp, coupled], interval="step"), val_metrics=harness.EnergyForceMetrics)
+    module = build(data, Together([ramp, coupled]), "step", val_metrics=harness.EnergyForceMetrics)
     return fit(folder, module, data, **{"logger": CSVFile(folder, name="", version="csv"), **options})[1]
 
 
