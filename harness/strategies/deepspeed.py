@@ -22,6 +22,7 @@ from harness.distributed import (
     merge_over_ranks,
 )
 from harness.strategies.weights import _copy, _gathered, load_weights, refuse_folder
+from harness.support.lightning_private import is_mid_accumulation
 
 __all__ = ["AccumulatesInWindows", "ZeroStrategy", "keep_whole"]
 
@@ -48,7 +49,7 @@ class AccumulatesInWindows:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass, whose gradients DeepSpeed keeps for itself until the last micro-batch of the step."""
         engine, trainer = self.model, self.lightning_module.trainer  # type: ignore[attr-defined]
-        engine.set_gradient_accumulation_boundary(not trainer.fit_loop._should_accumulate())
+        engine.set_gradient_accumulation_boundary(not is_mid_accumulation(trainer))
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

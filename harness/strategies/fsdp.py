@@ -15,6 +15,7 @@ from harness.distributed import (
     sharded_parts,
 )
 from harness.strategies.weights import _like, _whole, load_weights, refuse_folder
+from harness.support.lightning_private import parallel_sizes, set_data_parallel_size
 
 __all__ = ["FullyShardedStrategy", "shard_root"]
 
@@ -48,14 +49,15 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Make the process group and the mesh of devices."""
-        if self._data_parallel_size == "auto":
+        given, together = parallel_sizes(self)
+        if given == "auto":
             # Lightning would make it the number of nodes, and let all ranks of a node work on the same batch
-            ranks, together = self.num_nodes * self.num_processes, cast(int, self._tensor_parallel_size)
+            ranks, together = self.num_nodes * self.num_processes, cast(int, together)
             if ranks % together:
                 raise ValueError(
                     f"tensor_parallel_size={together} does not divide the {ranks} ranks: all groups are of that size."
                 )
-            self._data_parallel_size = ranks // together
+            set_data_parallel_size(self, ranks // together)
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
