@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support import spawning
+from support.alloy import data  # noqa: F401 - a fixture
 
 # every run draws the same examples: a failure in CI is one that can be repeated
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)

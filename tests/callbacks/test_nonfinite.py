@@ -135,7 +135,7 @@ def test_a_late_number_is_that_of_the_right_step(
     step: int,
 ) -> None:
     guard = NonFiniteGuard(output_dir=tmp_path)
-    guard.loss.late = guard.gradient.late = True  # as on a GPU
+    guard.loss.delayed = guard.gradient.delayed = True  # as on a GPU
     weights, resume = Weights(), ResumeCheckpoint(tmp_path / "checkpoints", every_n_steps=1)
     options = {"guard": guard, "enable_checkpointing": True, "max_epochs": 3}
     message = message_of(data, tmp_path, Spoil([step]), weights, resume, **options)
@@ -373,7 +373,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     """The last gradient of a training is not finite; and an optimizer that makes weights infinite by itself."""
     frame = frames_of_epoch(data, tmp_path)[3][1]
     guard = NonFiniteGuard(output_dir=tmp_path)
-    guard.loss.late = guard.gradient.late = late
+    guard.loss.delayed = guard.gradient.delayed = late
     resume = ResumeCheckpoint(tmp_path / "checkpoints", every_n_steps=1)
     options = {"guard": guard, "enable_checkpointing": True, "max_epochs": 1}
     message = message_of(data, tmp_path, resume, module=zero_root(data, frame), **options)

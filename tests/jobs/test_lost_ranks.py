@@ -220,7 +220,7 @@ def test_ranks_on_two_hosts_start_again(tmp_path: Path) -> None:
 def test_a_rank_that_is_never_started(keeps_store: bool, tmp_path: Path) -> None:
     program = (
         "import sys\nfrom datetime import timedelta\n"
-        "import torch.distributed as dist\nimport harness.distributed as d\n"
+        "import torch.distributed as dist\nimport harness.distributed.rendezvous as d\n"
         "d.START_LIMIT = timedelta(seconds=1)\n"
         "port = int(sys.argv[1])\n"
         "agent = None if not port else dist.TCPStore('127.0.0.1', port, None, True, wait_for_workers=False)\n"

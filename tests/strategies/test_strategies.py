@@ -29,7 +29,7 @@ from harness.train import run_job
 pytestmark = pytest.mark.timeout(600)
 
 Seen = dict[str, Any]
-WORKER = ROOT / "tests" / "support.strategy_ranks.py"
+WORKER = ROOT / "tests" / "support" / "strategy_ranks.py"
 # deepspeed finds the program that compiles its small operation beside the interpreter
 SEARCH = {"PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 SPLIT = ("fsdp", "zero1", "zero2", "zero3")

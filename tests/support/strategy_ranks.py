@@ -1,6 +1,6 @@
 """Trainings of one force field under each strategy; run by torchrun, or alone, from ``test_strategies.py``.
 
-    python support.strategy_ranks.py frames.xyz folder strategy,optimizer[,precision[,option ...]] ...
+    python tests/support/strategy_ranks.py frames.xyz folder strategy,optimizer[,precision[,option ...]] ...
 
 Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
 default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``,
