@@ -14,10 +14,11 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.metrics import MetricsManager, Values
-from harness.module import ForceFieldModule, LogKeys, Step, log_to_all
+from harness.module import ForceFieldModule, LogKeys, Step, log_to_all, logged_step
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.module.log_keys import TRAIN_LOSS, Level
 from harness.schedules import PiecewiseConstant
+from harness.support.lightning_private import last_step_of_epoch
 from harness.support.text import did_you_mean
 
 __all__ = ["LinearLossCoefficientScheduler", "LossCoefficientMonitor", "LossCoefficientScheduler"]
@@ -205,15 +206,15 @@ class LossCoefficientMonitor(Callback):
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             logged_already = isinstance(pl_module, ForceFieldModule) and every and trainer.global_step % every == 0
             if not logged_already:
-                self._log(trainer, pl_module)
+                self._log(trainer, pl_module, logged_step(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the coefficients that the epoch ends with."""
         due = self.interval == "epoch" and trainer.current_epoch % self.frequency == 0
         if due and not isinstance(pl_module, ForceFieldModule):
-            self._log(trainer, pl_module)
+            self._log(trainer, pl_module, last_step_of_epoch(trainer))
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         loss = loss_of(pl_module)
         if isinstance(loss, MetricsManager):
             own = loss.effective_coeffs() if self._used is None else self._used.to_report().coeffs
@@ -221,7 +222,7 @@ class LossCoefficientMonitor(Callback):
         else:
             coeffs = {name: entry.coeff for name, entry in loss.entries.items() if entry.coeff is not None}
         level: Level = "step" if isinstance(pl_module, ForceFieldModule) else "epoch"
-        log_to_all(trainer, LogKeys(TRAIN_LOSS, level, "coefficient").row(coeffs))
+        log_to_all(trainer, LogKeys(TRAIN_LOSS, level, "coefficient").row(coeffs), step)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -23,6 +23,7 @@ __all__ = [
     "ignore_sigterm_broadcast",
     "is_mid_accumulation",
     "is_validated_next",
+    "last_step_of_epoch",
     "logged_step",
     "parallel_sizes",
     "process_group_settings",
@@ -79,11 +80,16 @@ def _gone(owner: Any, name: str) -> str:
 def logged_step(trainer: Trainer) -> int:
     """Number of the optimizer step that values belong to, from 0: the ``step`` of every row for a logger.
 
-    Within a step it is the number of that step. From its end to the begin of the next (``on_train_batch_end``,
-    validation, the end of an epoch) it is still that number, which ``trainer.global_step`` is one ahead of by then. In
-    a test it is the number of steps that were made.
+    Within a step it is the number of that step, and still in ``on_train_batch_end`` and in a validation after it, where
+    ``trainer.global_step`` is one ahead. From ``on_train_epoch_end`` on, and in a test, it is the number of steps that
+    were made; values of a training epoch belong to the one before, see :func:`last_step_of_epoch`.
     """
     return int(_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped"))
+
+
+def last_step_of_epoch(trainer: Trainer) -> int:
+    """Number of an epoch's last step in ``on_train_epoch_end``, which Lightning logs values of the epoch at."""
+    return logged_step(trainer) - 1
 
 
 def is_mid_accumulation(trainer: Trainer) -> bool:
