@@ -86,6 +86,7 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
     from harness import job
     from harness.config.resolvers import config_folder
     from harness.module import ForceFieldModule
+    from harness.module.step import StepSumsOfAll
 
     file = folder / f"{num_types}.xyz"
     write_frames(file, num_types, 132, arguments.atoms)
@@ -99,9 +100,11 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
             self.kind, self.upcoming, self.start = "with everything", "with everything", 0.0
             self.callbacks: list[Callback] = []
             self.observers: list[Any] = []
+            self.sums: Any = None
 
         def on_train_start(self, trainer: Trainer, pl_module: ForceFieldModule) -> None:
             self.callbacks, self.observers = list(trainer.callbacks), list(pl_module._observers)
+            self.sums = pl_module._step_sums
 
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             now = time.perf_counter()
@@ -115,6 +118,7 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
             monitored = self.upcoming != "without"
             trainer.callbacks = self.callbacks if monitored else [self]
             pl_module._observers = self.observers if monitored else []
+            pl_module._step_sums = self.sums if monitored else StepSumsOfAll()
 
         def draw(self, trainer: Trainer) -> str:
             if (trainer.global_step + 1) % LOG_EVERY == 0:

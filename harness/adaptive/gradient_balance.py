@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.adaptive.set_point import SetPoint
-from harness.module import ForceFieldModule, Step
+from harness.module import ForceFieldModule, Step, log_to_all
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.module.gradients import GradientMeter
 
@@ -116,9 +116,8 @@ class GradientBalance(Callback):
         if measured is None:
             return
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if trainer.is_global_zero and not any(getattr(each, "logs_gradients", False) for each in others):
-            for logger in trainer.loggers:
-                logger.log_metrics({**measured.to_log(), "epoch": trainer.current_epoch}, step=trainer.global_step)
+        if not any(getattr(callback, "logs_gradients", False) for callback in others):
+            log_to_all(trainer, measured.to_log())
         norms = dict(zip(measured.names, measured.norms.tolist(), strict=True))
         point = self._set_point
         moved = balanced_factors(point.coeffs, point.factors, norms, self.target, self.rate, self.limit)

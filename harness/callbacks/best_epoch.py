@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.loggers import WandbLogger
-from harness.module import ForceFieldModule, logged_step
+from harness.loggers import wandb_loggers
+from harness.module import ForceFieldModule, LogKeys, logged_step
+from harness.module.log_keys import TRAINING_STAGES
 
 __all__ = ["BestEpoch"]
 
@@ -44,21 +45,21 @@ class BestEpoch(Callback):
         self.best[f"best/{self.monitor}"] = value
         for stage, report in pl_module.reports.items():
             if stage.startswith("val"):
-                self.best |= {f"best/{stage}_epoch/{name}": each for name, each in report.values.items()}
+                self.best |= {f"best/{key}": value for key, value in LogKeys(stage).row(report.values).items()}
         self._send(trainer)
 
     def _monitored(self, trainer: Trainer, module: ForceFieldModule) -> float:
-        stage, _, name = self.monitor.partition("_epoch/")
-        reports = module.reports | module.training_so_far() if stage.startswith("train") else module.reports
-        if stage in reports:
-            return reports[stage].values.get(name, math.nan)
+        found = LogKeys.of_error(self.monitor)
+        if found is not None:
+            keys, name = found
+            reports = module.reports | module.training_so_far() if keys.stage in TRAINING_STAGES else module.reports
+            if keys.stage in reports:
+                return reports[keys.stage].values.get(name, math.nan)
         return float(trainer.callback_metrics.get(self.monitor, math.nan))
 
     def _send(self, trainer: Trainer) -> None:
-        if not self.best or not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+        if self.best:
+            for logger in wandb_loggers(trainer):
                 logger.log_summary(self.best)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.loggers import WandbLogger
-from harness.module import ForceFieldModule
+from harness.loggers import log_image
+from harness.module import ForceFieldModule, LogKeys
+from harness.module.log_keys import TRAIN, TRAIN_LOSS
 from harness.support.files import try_write
 
 __all__ = ["CoefficientCurve"]
@@ -81,15 +82,12 @@ class CoefficientCurve(Callback):
         if not try_write(path, self._draw):
             return
         self.file = path
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                when = {"step": trainer.global_step, "epoch": max(self._history)}
-                logger.log_image("train_report/coefficients", [str(self.file)], **when)
+        log_image(trainer, LogKeys(TRAIN, section="report").key("coefficients"), path, epoch=max(self._history))
 
     def _take_note(self, epoch: int, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, ForceFieldModule):
             return
-        report = pl_module.reports.get("train_loss")
+        report = pl_module.reports.get(TRAIN_LOSS)
         if report is None or epoch < 0 or epoch in self._history:
             return
         total = sum(report.contributions.values())

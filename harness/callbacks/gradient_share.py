@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.module import ForceFieldModule, Step
+from harness.module import ForceFieldModule, Step, log_to_all
 from harness.module.gradients import GradientMeter
 
 __all__ = ["GradientShare"]
@@ -65,7 +65,5 @@ class GradientShare(Callback):
     def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:
         """Measure and log on an n-th step."""
         measured = self._meter.measure(trainer, pl_module, step)
-        if measured is None or not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics({**measured.to_log(), "epoch": trainer.current_epoch}, step=trainer.global_step)
+        if measured is not None:
+            log_to_all(trainer, measured.to_log())

@@ -14,9 +14,11 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.metrics import MetricsManager, Values
-from harness.module import ForceFieldModule, Step
+from harness.module import ForceFieldModule, LogKeys, Step, log_to_all, logged_step
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
+from harness.module.log_keys import TRAIN_LOSS, Level
 from harness.schedules import PiecewiseConstant
+from harness.support.lightning_private import last_step_of_epoch
 from harness.support.text import did_you_mean
 
 __all__ = ["LinearLossCoefficientScheduler", "LossCoefficientMonitor", "LossCoefficientScheduler"]
@@ -204,14 +206,13 @@ class LossCoefficientMonitor(Callback):
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             logged_already = isinstance(pl_module, ForceFieldModule) and every and trainer.global_step % every == 0
             if not logged_already:
-                # the module has logged before the optimizer's step, of which the counter is one ahead by now
-                self._log(trainer, pl_module, trainer.global_step - 1)
+                self._log(trainer, pl_module, logged_step(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the coefficients that the epoch ends with."""
         due = self.interval == "epoch" and trainer.current_epoch % self.frequency == 0
         if due and not isinstance(pl_module, ForceFieldModule):
-            self._log(trainer, pl_module, trainer.global_step - 1)
+            self._log(trainer, pl_module, last_step_of_epoch(trainer))
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         loss = loss_of(pl_module)
@@ -220,11 +221,8 @@ class LossCoefficientMonitor(Callback):
             coeffs: dict[str, float] = own | loss.type_weights
         else:
             coeffs = {name: entry.coeff for name, entry in loss.entries.items() if entry.coeff is not None}
-        key = "loss_coeff_step" if isinstance(pl_module, ForceFieldModule) else "loss_coeff"
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                row = {f"{key}/{name}": coeff for name, coeff in coeffs.items()}
-                logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=step)
+        level: Level = "step" if isinstance(pl_module, ForceFieldModule) else "epoch"
+        log_to_all(trainer, LogKeys(TRAIN_LOSS, level, "coefficient").row(coeffs), step)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

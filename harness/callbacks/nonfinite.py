@@ -29,9 +29,9 @@ from harness.callbacks.nonfinite_diagnosis import (
 )
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
-from harness.loggers import WandbLogger
+from harness.loggers import wandb_loggers
 from harness.metrics import Values
-from harness.module import AxesLogger, ForceFieldModule, Step
+from harness.module import ForceFieldModule, Step, define_axes, log_to_all, logged_step
 from harness.strategies import splits_parameters
 from harness.support.device import DelayedScalar
 
@@ -159,9 +159,7 @@ class NonFiniteGuard(Callback):
         """Refuse what cannot be skipped; tell the loggers what may come."""
         self.check(trainer.strategy, trainer.optimizers)
         if self.action == "skip":
-            for logger in trainer.loggers:
-                if isinstance(logger, AxesLogger):
-                    logger.define_axes(epoch=[], step=[SKIPPED], minimised=[])
+            define_axes(trainer, step=[SKIPPED])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what is trained, if its gradients are those that the optimizer will see, the same on all ranks."""
@@ -174,7 +172,8 @@ class NonFiniteGuard(Callback):
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         """Keep what belongs to the step, and start to copy its loss to the host."""
         if step.window.num_done == 1 or not self._seen:
-            self._seen = [*self._seen[-1:], _Seen(trainer.current_epoch, trainer.global_step, step.batch_idx)]
+            kept = self._seen[-1:] if self.loss.is_delayed or step.window.num_micro_batches > 1 else []
+            self._seen = [*kept, _Seen(trainer.current_epoch, logged_step(trainer), step.batch_idx)]
         seen = self._seen[-1]
         seen.batches.append((step.batch, {name: value.detach() for name, value in step.predictions.items()}))
         if step.is_whole:  # then it is the loss of all micro-batches
@@ -262,9 +261,7 @@ class NonFiniteGuard(Callback):
                 f"{self.max_skipped} in a row end the training."
             )
             self._publish(trainer, seen, "A step is skipped", message)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics({SKIPPED: self.num_skipped, "epoch": seen.epoch}, step=seen.step)
+        log_to_all(trainer, {SKIPPED: self.num_skipped}, seen.step, seen.epoch)
 
     def _stop(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, trained: bool) -> None:
         self._ending = True
@@ -371,9 +368,8 @@ class NonFiniteGuard(Callback):
             self._file(seen, ".txt").write_text(f"{message}\n")
         except OSError as error:
             print(f"warning: {self._file(seen, '.txt')} cannot be written: {error}", flush=True)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.alert(title, message)
+        for logger in wandb_loggers(trainer):
+            logger.alert(title, message)
 
     def _file(self, seen: _Seen, ending: str) -> Path:
         return self.folder / f"epoch{seen.epoch}_step{seen.step}{ending}"

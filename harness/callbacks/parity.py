@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lightning.pytorch.loggers as lightning_loggers
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from harness.distributed import ProcessGroup, gather_objects, rank_in_group
-from harness.loggers import WandbLogger
+from harness.loggers import log_image
+from harness.module.log_keys import LogKeys, stage_of_set
 from harness.support.files import try_write
 
 __all__ = ["ParityPlot"]
@@ -87,7 +87,7 @@ class ParityPlot(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the samples of all ranks and draw."""
-        self._finish(trainer, pl_module, "parity_test{}.png", "test{}_report/parity", trainer.global_step)
+        self._finish(trainer, pl_module, "test", "parity_test{}.png")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with an empty sample, if this validation is one to draw."""
@@ -110,9 +110,7 @@ class ParityPlot(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the samples of all ranks and draw, if this validation is one to draw."""
         if self._draws_validation(trainer):
-            step = max(trainer.global_step - 1, 0)  # as Lightning counts what it logs of a validation
-            name = f"parity_val{{}}_epoch{trainer.current_epoch}.png"
-            self._finish(trainer, pl_module, name, "val{}_report/parity", step)
+            self._finish(trainer, pl_module, "val", f"parity_val{{}}_epoch{trainer.current_epoch}.png")
 
     def _draws_validation(self, trainer: Trainer) -> bool:
         every = self.validation_every_n_epochs
@@ -143,7 +141,7 @@ class ParityPlot(Callback):
             table = np.stack([keys, reference.reshape(-1), prediction.reshape(-1), np.repeat(kind, columns)], axis=1)
             quantities.setdefault(name, _Quantity()).add(table, self.max_points)
 
-    def _finish(self, trainer: Trainer, module: LightningModule, file_name: str, log_key: str, step: int) -> None:
+    def _finish(self, trainer: Trainer, module: LightningModule, kind: Literal["val", "test"], file_name: str) -> None:
         sets = _joined(self._sets, self.max_points, _group(module))
         self._sets = {}
         if not trainer.is_global_zero:
@@ -156,10 +154,7 @@ class ParityPlot(Callback):
             if not try_write(path, partial(_draw, panels=panels, type_names=type_names)):
                 continue
             self.files.append(path)
-            for logger in trainer.loggers:
-                beside = {"epoch": trainer.current_epoch} if isinstance(logger, WandbLogger) else {}
-                if isinstance(logger, lightning_loggers.WandbLogger):
-                    logger.log_image(log_key.format(index), [str(path)], step=step, **beside)
+            log_image(trainer, LogKeys(stage_of_set(kind, index), section="report").key("parity"), path)
 
 
 @dataclass

@@ -7,15 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.callbacks.tables import atoms_behind, component_unit
-from harness.loggers import WandbLogger
+from harness.loggers import WandbLogger, wandb_loggers
 from harness.metrics import MeanAbsoluteError, MetricsManager, RootMeanSquaredError
-from harness.module import ForceFieldModule, logged_step
+from harness.module import ForceFieldModule, LogKeys, logged_step
+from harness.module.log_keys import stage_of_set
 from harness.support.files import try_write
 
 __all__ = ["PerTypeReport"]
@@ -59,19 +60,18 @@ class PerTypeReport(Callback):
         """Send tables and charts of the test sets, and write them."""
         self._report(trainer, pl_module, "test")
 
-    def _report(self, trainer: Trainer, module: LightningModule, what: str) -> None:
+    def _report(self, trainer: Trainer, module: LightningModule, what: Literal["val", "test"]) -> None:
         if not trainer.is_global_zero or not isinstance(module, ForceFieldModule):
             return
         for index, manager in enumerate(module.val_metrics if what == "val" else module.test_metrics):
-            stage = f"{what}{index}"
+            stage = stage_of_set(what, index)
             if not isinstance(manager, MetricsManager) or stage not in module.reports:
                 continue
             if not any(entry.per_type for entry in manager.entries.values()):
                 continue
             table = _Table.of(manager, module.reports[stage].values, atoms_behind(manager, module.reports[stage]))
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
+            for logger in wandb_loggers(trainer):
+                self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
             if what == "test" and self.output_dir is not None:
                 try_write(self.output_dir / f"{stage}_per_type.csv", table.write)
                 picture = self.output_dir / f"per_type_{stage}.png"
@@ -80,11 +80,12 @@ class PerTypeReport(Callback):
 
     @staticmethod
     def _send(logger: WandbLogger, stage: str, table: _Table, **when: int) -> None:
-        logger.log_table(f"{stage}_report/per_type", columns=table.columns, data=table.rows, **when)
+        keys = LogKeys(stage, section="report")
+        logger.log_table(keys.key("per_type"), columns=table.columns, data=table.rows, **when)
         for name in table.charted:
             unit = f" ({table.units[name]})" if table.units[name] else ""
             logger.log_bar_chart(
-                f"{stage}_report/per_type_{name}",
+                keys.key(f"per_type_{name}"),
                 table.type_names,
                 table.values[name],
                 label_name="type",

@@ -15,11 +15,15 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from harness.checkpoints import newest_valid
 from harness.distributed import gather_objects, rank_in_group
+from harness.fields import Batch
 from harness.module import ForceFieldModule
 from harness.runs.exits import Preempted
+from harness.support.device import DelayedScalar
+from harness.support.lightning_private import ignore_sigterm_broadcast, is_validated_next
 
 __all__ = ["COMPLETE", "ResumeCheckpoint"]
 
@@ -33,10 +37,10 @@ class ResumeCheckpoint(Checkpoint):
 
     Saves ``last.ckpt`` when an epoch is complete (validation, schedulers and logs included), optionally every n steps,
     and ``previous.ckpt`` is the one before. A signal sets a flag, nothing more. The flags of all ranks are summed
-    within the all-reduce of the loss (:attr:`~harness.module.ForceFieldModule.preempted`), so that all ranks stop after
-    the same step: they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for its
-    end; a test is finished. What is resumed is bitwise what would have been trained, on the same number of ranks:
-    batches, accumulated metrics, random states, and schedulers included.
+    within the all-reduce of the loss (:class:`~harness.module.StepSums`), so that all ranks stop after the same step:
+    they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for its end; a test is
+    finished. What is resumed is bitwise what would have been trained, on the same number of ranks: batches, accumulated
+    metrics, random states, and schedulers included.
 
     Args:
         dirpath: folder of the two checkpoints.
@@ -44,6 +48,8 @@ class ResumeCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between checkpoints within an epoch; None for none.
         signals: names of the signals that mean "leave"; SLURM sends the one of ``--signal``.
     """
+
+    num_step_sums = 1
 
     def __init__(
         self,
@@ -64,6 +70,7 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.signals = [signal.Signals[name] for name in signals]
         self._told_to_leave: signal.Signals | None = None
+        self._requests = DelayedScalar()  # ranks that are requested to stop
         self._handlers: dict[signal.Signals, Any] = {}
         self._step_before = 0
         self._first_batch = True
@@ -117,16 +124,13 @@ class ResumeCheckpoint(Checkpoint):
             self._handlers = {number: signal.getsignal(number) for number in self.signals}
         if stage == "fit":
             self._told_to_leave, self._complete = None, None
+            self._requests.forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals from Lightning, whose handler calls a collective and hangs where one rank has them."""
         self._first_batch = True
         self._listen()
-        # Lightning asks all ranks in every step, by a broadcast of its own for which the host waits, whether its
-        # handler was called. It is not any more.
-        loop = trainer.fit_loop.epoch_loop
-        if hasattr(loop, "_broadcast_sigterm_tensor"):
-            loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        ignore_sigterm_broadcast(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave before a test if told to, such as in the last epoch; a test that has begun is finished.
@@ -160,8 +164,6 @@ class ResumeCheckpoint(Checkpoint):
             self._restore_random_state()
             self._first_batch = False
         self._step_before = trainer.global_step
-        if isinstance(pl_module, ForceFieldModule):
-            pl_module.preempt_requested = self._told_to_leave is not None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -169,10 +171,10 @@ class ResumeCheckpoint(Checkpoint):
         """Save every n steps, and when any rank has been told to leave."""
         if trainer.global_step == self._step_before or trainer.is_last_batch:
             return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
-        if self._is_validated_next(trainer):
+        if is_validated_next(trainer):
             return  # Lightning would leave the validation out; a signal is still there after the next step
         # in someone else's module it takes a collective of its own
-        leave = pl_module.preempted if isinstance(pl_module, ForceFieldModule) else self._is_told(trainer)
+        leave = self._requests.read() > 0 if isinstance(pl_module, ForceFieldModule) else self._is_told(trainer)
         if leave or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
         if leave:
@@ -189,11 +191,13 @@ class ResumeCheckpoint(Checkpoint):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
-    @staticmethod
-    def _is_validated_next(trainer: Trainer) -> bool:
-        """Whether a validation within the epoch (``val_check_interval``) follows this batch."""
-        validates = getattr(trainer.fit_loop.epoch_loop, "_should_check_val_fx", None)
-        return validates is not None and bool(validates(trainer.fit_loop._data_fetcher))
+    def step_numbers(self, batch: Batch) -> list[float]:
+        """1 if this rank is requested to stop, else 0."""
+        return [float(self._told_to_leave is not None)]
+
+    def on_step_sums(self, sums: Tensor) -> None:
+        """Start to copy the number of ranks that are requested to stop; on a GPU it is read a step later."""
+        self._requests.send(sums)
 
     def _listen(self) -> None:
         def note(number: int, frame: FrameType | None) -> None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from harness.distributed import gather_objects, max_over_ranks, rank_in_group
+from harness.fields import NUM_ATOMS, Batch
+from harness.module import ForceFieldModule, log_to_all
+from harness.support.lightning_private import unwatch_fetches, watch_fetches
 
 __all__ = ["CountsWork", "ThroughputMonitor"]
 
 _OF_ANY_RANK = ("data_wait_share", "gpu_memory_GiB")
-"""Values of which the largest of all ranks is told."""
+"""Values that are the largest of all ranks."""
+_WORK = ("structures", "atoms", "edges")
 
 
 @runtime_checkable
 class CountsWork(Protocol):
-    """A module that knows how much it has trained on."""
+    """A module that counts its work by itself; that of :class:`~harness.module.ForceFieldModule` is counted here."""
 
     def read_work(self) -> dict[str, float]:
         """Number of ``structures``, ``atoms`` and ``edges`` over all ranks since the training started.
@@ -33,8 +37,8 @@ class CountsWork(Protocol):
 class ThroughputMonitor(Callback):
     """Logs rates of the training since the step that was logged before.
 
-    - ``throughput/structures_per_second``, ``…/atoms_per_second``, ``…/edges_per_second``: over all ranks, of modules
-      with :meth:`CountsWork.read_work`.
+    - ``throughput/structures_per_second``, ``…/atoms_per_second``, ``…/edges_per_second``: over all ranks, of
+      :class:`~harness.module.ForceFieldModule` and of modules with :meth:`CountsWork.read_work`.
     - ``throughput/step_seconds``: mean time of an optimizer step.
     - ``throughput/data_wait_share``: part of the time in which the data loader was waited for, of the rank that waited
       most. More than a few hundredths call for more ``num_workers``.
@@ -51,6 +55,8 @@ class ThroughputMonitor(Callback):
         ValueError: a number of steps that is none.
     """
 
+    num_step_sums = len(_WORK)
+
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and (
             isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
@@ -63,23 +69,22 @@ class ThroughputMonitor(Callback):
         self._waiting = _Stopwatch()
         self._validating = _Stopwatch()
         self._batch_ended = 0.0
+        self._work: Tensor | None = None  # structures, atoms and edges of all ranks since the training started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew, and measure how long the data loader takes."""
-        self._before, self._step = None, trainer.global_step
+        self._before, self._step, self._work = None, trainer.global_step, None
         self._waiting, self._validating = _Stopwatch(), _Stopwatch()
         self._logs = any(gather_objects(trainer.is_global_zero and bool(trainer.loggers)))
         if not self._logs:
             return
-        if not isinstance(pl_module, CountsWork):
+        if not isinstance(pl_module, ForceFieldModule | CountsWork):
             rank_zero_warn(
                 f"{type(pl_module).__name__} has no method read_work(), so ThroughputMonitor cannot say how many "
-                f"structures, atoms and edges a second it is trained on; ForceFieldModule has one."
+                f"structures, atoms and edges a second it is trained on; ForceFieldModule needs none."
             )
         # where Lightning's profilers measure it: hooks of callbacks have checkpoints and transfers between them
-        loop: Any = trainer.fit_loop.epoch_loop
-        loop._on_before_fetch = _both(loop._on_before_fetch, self._waiting.start)
-        loop._on_after_fetch = _both(self._waiting.stop, loop._on_after_fetch)
+        watch_fetches(trainer, self._waiting.start, self._waiting.stop)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,11 +108,7 @@ class ThroughputMonitor(Callback):
         of_any_rank = [name for name in _OF_ANY_RANK if name in values]
         largest = max_over_ranks(torch.tensor([values[name] for name in of_any_rank], dtype=torch.float64))
         values |= dict(zip(of_any_rank, largest.tolist(), strict=True))
-        row = {f"throughput/{name}": value for name, value in values.items()}
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                step = trainer.global_step - 1  # as of the losses
-                logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=step)
+        log_to_all(trainer, {f"throughput/{name}": value for name, value in values.items()})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, as of the last batch: workers of the validation set have been started since."""
@@ -118,16 +119,35 @@ class ThroughputMonitor(Callback):
         self._validating.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the trainer as it was."""
-        for name in ("_on_before_fetch", "_on_after_fetch"):
-            vars(trainer.fit_loop.epoch_loop).pop(name, None)
+        """Restore the trainer's own hooks of the data loader."""
+        unwatch_fetches(trainer)
+
+    def step_numbers(self, batch: Batch) -> list[float]:
+        """Numbers of structures, atoms and edges of a batch, from shapes alone: the host does not wait."""
+        shapes = {name: value.shape for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+        num_structures = shapes[NUM_ATOMS][0] if NUM_ATOMS in shapes else 0
+        num_atoms = next((shapes[name][0] for name in ("pos", "atom_types", "forces") if name in shapes), 0)
+        num_edges = shapes["edge_index"][-1] if "edge_index" in shapes else 0
+        return [float(num_structures), float(num_atoms), float(num_edges)]
+
+    def on_step_sums(self, sums: Tensor) -> None:
+        """Add the numbers of all ranks, on the device."""
+        self._work = sums if self._work is None else self._work + sums
+
+    def _read_work(self, module: LightningModule) -> dict[str, float]:
+        """Numbers since the training started; makes the host wait."""
+        if isinstance(module, CountsWork):
+            return module.read_work()
+        if self._work is None:
+            return {}
+        return dict(zip(_WORK, self._work.tolist(), strict=True))
 
     def _read(self, step: int, module: LightningModule) -> _Reading:
         memory = None
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
             memory = torch.cuda.max_memory_allocated(module.device) / 2**30
-        work = module.read_work() if isinstance(module, CountsWork) and rank_in_group() == 0 else {}
+        work = self._read_work(module) if rank_in_group() == 0 else {}
         now = time.perf_counter()
         return _Reading(step, now - self._validating.total, self._waiting.total, work, memory)
 
@@ -175,11 +195,3 @@ class _Stopwatch:
         if self._started is not None:
             self.total += time.perf_counter() - self._started
         self._started = None
-
-
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
-    def call() -> None:
-        first()
-        second()
-
-    return call

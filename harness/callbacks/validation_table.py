@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from harness.callbacks.tables import COLUMNS, is_better, values_table
 from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.module import ForceFieldModule, logged_step
+from harness.module.log_keys import TRAIN_LOSS, stage_of_set
 
 __all__ = ["ValidationTable"]
 
@@ -58,9 +59,10 @@ class ValidationTable(Callback):
         prints = (trainer.current_epoch + 1) % self.every_n_epochs == 0 and trainer.is_global_zero
         console, tables = _console(), []
         for index, manager in enumerate(pl_module.val_metrics):
-            if not isinstance(manager, MetricsManager) or f"val{index}" not in pl_module.reports:
+            stage = stage_of_set("val", index)
+            if not isinstance(manager, MetricsManager) or stage not in pl_module.reports:
                 continue
-            values, best = pl_module.reports[f"val{index}"].values, self._best.setdefault(f"val{index}", {})
+            values, best = pl_module.reports[stage].values, self._best.setdefault(stage, {})
             for name in (*manager, WEIGHTED_SUM):
                 if is_better(manager, name, values.get(name, math.nan), best.get(name, (math.nan, 0))[0]):
                     best[name] = values[name], trainer.current_epoch
@@ -92,7 +94,7 @@ def _heading(trainer: Trainer, module: ForceFieldModule) -> str:
     text = f"epoch {trainer.current_epoch}, step {logged_step(trainer)}"
     if trainer.state.fn != "fit":
         return text
-    report = module.training_so_far()["train_loss"]
+    report = module.training_so_far()[TRAIN_LOSS]
     weighted = {name: coeff for name, coeff in report.coeffs.items() if coeff}
     terms = " + ".join(f"{coeff:.3g} * {report.values[name]:.3g} ({name})" for name, coeff in weighted.items())
     return f"{text}: training {WEIGHTED_SUM} {report.values.get(WEIGHTED_SUM, math.nan):.5g} = {terms}"

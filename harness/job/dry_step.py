@@ -25,6 +25,7 @@ from harness.distributed import launched_ranks
 from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
 from harness.metrics import MetricsManager, Values, step_together
 from harness.module import ForceFieldModule
+from harness.support.lightning_private import ddp_options
 
 __all__ = ["check_batch", "check_first_batch"]
 
@@ -297,7 +298,7 @@ def _waits_for_all_gradients(trainer: Trainer) -> bool:
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return False
-    return not any(strategy._ddp_kwargs.get(option) for option in ("find_unused_parameters", "static_graph"))
+    return not any(ddp_options(strategy).get(option) for option in ("find_unused_parameters", "static_graph"))
 
 
 def _on_cpu(trainer: Trainer) -> bool:

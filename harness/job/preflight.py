@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +27,7 @@ from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
 from harness.strategies import refuse_folder
+from harness.support.lightning_private import ddp_options, parallel_sizes
 
 __all__ = [
     "check_accumulation",
@@ -218,7 +219,8 @@ def check_shares(datamodule: LightningDataModule, strategy: Strategy) -> None:
         ValueError: with the numbers of frames and ranks.
     """
     if isinstance(datamodule, AtomsDataModule):
-        alike = getattr(strategy, "_tensor_parallel_size", 1)  # ranks that work on the same part of a batch
+        # ranks that work on the same part of a batch
+        alike = parallel_sizes(strategy)[1] if isinstance(strategy, ModelParallelStrategy) else 1
         if isinstance(alike, int) and launched_ranks() % alike == 0:
             datamodule.training_sampler(launched_rank() // alike, launched_ranks() // alike)
 
@@ -282,7 +284,7 @@ def check_trainer(config: DictConfig, strategy: Strategy | str) -> Trainer:
         )
     if isinstance(trainer.strategy, DDPStrategy):
         valid = set(inspect.signature(DistributedDataParallel).parameters)
-        unknown = sorted(set(trainer.strategy._ddp_kwargs) - valid)
+        unknown = sorted(set(ddp_options(trainer.strategy)) - valid)
         if unknown:  # it would hand them on when the process group has been made
             raise ValueError(
                 f"strategy has the unknown option {unknown[0]!r}; DDPStrategy and DistributedDataParallel take "

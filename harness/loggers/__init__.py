@@ -8,7 +8,8 @@ step in it once. What fails is warned about once, and the training goes on. No s
 from __future__ import annotations
 
 from harness.loggers.csv_file import CSVLogger
+from harness.loggers.of_trainer import log_image, wandb_loggers
 from harness.loggers.secrets import without_secrets
 from harness.loggers.wandb_run import WandbLogger
 
-__all__ = ["CSVLogger", "WandbLogger", "without_secrets"]
+__all__ = ["CSVLogger", "WandbLogger", "log_image", "wandb_loggers", "without_secrets"]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from harness.distributed import sum_over_ranks
 from harness.metrics import Values
 from harness.module.lightning import ForceFieldModule
-from harness.module.step import Step
+from harness.module.step import Step, is_nth_step
 from harness.strategies import splits_parameters
 
 __all__ = ["GradientMeter", "Gradients", "chosen_parameters", "compare", "local_gradients"]
@@ -140,7 +140,7 @@ class GradientMeter:
 
     def measure(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> Gradients | None:
         """The components' gradients if the step is an n-th one and whole, else None; all ranks must call it."""
-        if (trainer.global_step + 1) % self.every_n_steps:
+        if not is_nth_step(trainer, self.every_n_steps):
             return None
         if step.window.num_done == 1:
             self._parts = None

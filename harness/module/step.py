@@ -1,11 +1,12 @@
-"""A training step as callbacks and loggers see it."""
+"""A training step as callbacks see it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from harness.metrics import (
     Weighting,
     Window,
 )
+from harness.support.device import to_device
 
-__all__ = ["AxesLogger", "Step", "StepObserver", "logged_step"]
+__all__ = ["LearntWeighting", "Step", "StepObserver", "StepSums", "StepSumsOfAll", "is_nth_step"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class Step:
     """A training step, between its forward and its backward pass.
 
     Attributes:
-        batch: what the model has seen.
-        predictions: what it has made of it, with their graph.
+        batch: input of the model, and labels.
+        predictions: output of the model, with their graph.
         values: of the loss, with their graph, merged over the ranks.
         batch_idx: number of the batch in its epoch.
-        is_whole: whether the batch is all of a step of the optimizer, or the last of its micro-batches.
+        is_whole: True if the batch is all of an optimizer step, or the last of its micro-batches.
         window: accumulation window of the step; of one micro-batch if the batch is all of it.
     """
 
@@ -49,11 +51,59 @@ class StepObserver(Protocol):
 
 
 @runtime_checkable
-class AxesLogger(Protocol):
-    """A logger that wants to know beforehand which values belong to epochs and which to steps."""
+class StepSums(Protocol):
+    """A callback with numbers of every training batch that are summed over the ranks.
 
-    def define_axes(self, epoch: list[str], step: list[str], minimised: list[str]) -> None:
-        """Take note of names; of those in ``minimised``, smaller is better."""
+    The sum is part of the loss's all-reduce, so it costs no collective of its own, and the host does not wait. Every
+    rank has the same callbacks, and they have the same ``num_step_sums`` on every rank, whatever the data.
+    """
+
+    num_step_sums: int
+    """Number of the numbers."""
+
+    def step_numbers(self, batch: Batch) -> list[float]:
+        """``num_step_sums`` numbers of this rank for a batch, known to the host: flags, shapes."""
+
+    def on_step_sums(self, sums: Tensor) -> None:
+        """Take the sums over the ranks: float64 ``[num_step_sums]`` on the device, not to be changed."""
+
+
+class StepSumsOfAll:
+    """The numbers of all :class:`StepSums` among callbacks, as one vector with one copy to the device.
+
+    Args:
+        callbacks: of the trainer, in the same order on every rank.
+    """
+
+    def __init__(self, callbacks: Iterable[Any] = ()) -> None:
+        self._callbacks = [callback for callback in callbacks if isinstance(callback, StepSums)]
+
+    def collect(self, batch: Batch, device: torch.device) -> Tensor | None:
+        """Numbers of this rank: float64 ``[sum of num_step_sums]``; None if no callback has any.
+
+        Raises:
+            ValueError: a callback has another number of them than it has announced.
+        """
+        if not self._callbacks:
+            return None
+        numbers: list[float] = []
+        for callback in self._callbacks:
+            found = callback.step_numbers(batch)
+            if len(found) != callback.num_step_sums:
+                raise ValueError(
+                    f"{type(callback).__name__}.step_numbers returned {len(found)} numbers, expected as many as its "
+                    f"num_step_sums, {callback.num_step_sums}, for every batch: all ranks send vectors of one length."
+                )
+            numbers += found
+        return to_device(numbers, device)
+
+    def deliver(self, sums: Tensor | None) -> None:
+        """Hand each callback the sums of its numbers."""
+        if sums is None:
+            return
+        parts = torch.split(sums, [callback.num_step_sums for callback in self._callbacks])
+        for callback, part in zip(self._callbacks, parts, strict=True):
+            callback.on_step_sums(part)
 
 
 @runtime_checkable
@@ -64,6 +114,6 @@ class LearntWeighting(Weighting, Protocol):
         """Float64 scalar whose gradient teaches the parameters; none of it reaches the model."""
 
 
-def logged_step(trainer: Trainer) -> int:
-    """The step that a trainer logs values of an epoch with: in a training, that of the last batch before them."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+def is_nth_step(trainer: Trainer, number: int | None) -> bool:
+    """True within every n-th optimizer step, counted from 1; False if ``number`` is 0 or None."""
+    return bool(number) and (trainer.global_step + 1) % number == 0  # type: ignore[operator]

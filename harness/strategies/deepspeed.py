@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from harness.distributed import sum_over_ranks
 from harness.strategies.deepspeed_private import Shard, check_private, optimizer_state_of, refresh_weights, relink
 from harness.strategies.weights import WholeCheckpoints, copy_to_cpu, gathered, load_weights
+from harness.support.lightning_private import is_mid_accumulation
 
 __all__ = ["AccumulatesInWindows", "ZeroStrategy", "keep_whole"]
 
@@ -44,7 +45,7 @@ class AccumulatesInWindows:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass, whose gradients DeepSpeed keeps for itself until the last micro-batch of the step."""
         engine, trainer = self.model, self.lightning_module.trainer  # type: ignore[attr-defined]
-        engine.set_gradient_accumulation_boundary(not trainer.fit_loop._should_accumulate())
+        engine.set_gradient_accumulation_boundary(not is_mid_accumulation(trainer))
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from harness.distributed import shard_parameters, sharded_parts
 from harness.strategies.weights import WholeCheckpoints, join_whole, load_weights, split_as
+from harness.support.lightning_private import parallel_sizes, set_data_parallel_size
 
 __all__ = ["FullyShardedStrategy", "shard_root"]
 
@@ -43,14 +44,15 @@ class FullyShardedStrategy(WholeCheckpoints, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Make the process group and the mesh of devices."""
-        if self._data_parallel_size == "auto":
+        given, together = parallel_sizes(self)
+        if given == "auto":
             # Lightning would make it the number of nodes, and let all ranks of a node work on the same batch
-            ranks, together = self.num_nodes * self.num_processes, cast(int, self._tensor_parallel_size)
+            ranks, together = self.num_nodes * self.num_processes, cast(int, together)
             if ranks % together:
                 raise ValueError(
                     f"tensor_parallel_size={together} does not divide the {ranks} ranks: all groups are of that size."
                 )
-            self._data_parallel_size = ranks // together
+            set_data_parallel_size(self, ranks // together)
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -20,6 +18,7 @@ from harness.distributed import (
     launched_ranks,
     rank_in_group,
 )
+from harness.support.lightning_private import process_group_settings
 
 __all__ = ["connect", "data_parallel_group", "data_parallel_ranks", "splits_parameters"]
 
@@ -29,13 +28,14 @@ def connect(trainer: Trainer) -> None:
 
     See :func:`harness.distributed.join`. Strategies take a group that is there as it is.
     """
-    strategy: Any = trainer.strategy
-    if launched_ranks() == 1 or not hasattr(strategy, "_get_process_group_backend"):
+    strategy = trainer.strategy
+    settings = process_group_settings(strategy)
+    if launched_ranks() == 1 or settings is None:
         return
     device = strategy.root_device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    join(strategy._get_process_group_backend(), strategy._timeout, device)
+    join(*settings, device)
 
 
 def splits_parameters(strategy: Strategy) -> bool:
