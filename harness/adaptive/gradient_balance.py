@@ -86,17 +86,18 @@ class GradientBalance(Callback):
         self._next: dict[str, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, or is driven by something else."""
-        if stage == "fit":
-            refuse_other_controllers(self, trainer, pl_module)
-            self.check(trainer, pl_module)
+        """Refuse a training whose gradients cannot be measured, or whose coefficients another part moves."""
+        self.check_job(trainer, pl_module, stage)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a training whose gradients cannot be measured, or shares of components that there are not.
+    def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a training whose gradients cannot be measured, or whose coefficients another part moves.
 
         Raises:
-            TypeError, ValueError: with what is valid.
+            TypeError, ValueError: with the valid choices; target shares of components that do not exist, too.
         """
+        if stage != "fit":
+            return
+        refuse_other_controllers(self, trainer, pl_module)
         self._meter.check(trainer, pl_module)
         names = [name for name, coeff in loss_of(pl_module).coeffs.items() if coeff]
         if self.target is not None and set(self.target) != set(names):

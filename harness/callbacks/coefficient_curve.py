@@ -41,6 +41,11 @@ class CoefficientCurve(Callback):
         self._points: list[tuple[float, dict[str, float]]] = []  # coefficients within epochs
         self._step = 0
 
+    @property
+    def written_files(self) -> dict[str, list[Path]]:
+        """The picture, for the end of the job."""
+        return {} if self.file is None else {"coefficients": [self.file]}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count on from where the training is."""
         self._step = trainer.global_step

@@ -46,17 +46,17 @@ class GradientShare(Callback):
         self._meter = GradientMeter(every_n_steps, parameters)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured."""
-        if stage == "fit":
-            self.check(trainer, pl_module)
+        """Refuse a training whose gradients cannot be measured."""
+        self.check_job(trainer, pl_module, stage)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a training whose gradients cannot be measured.
 
         Raises:
             TypeError, ValueError: with the reason and an alternative.
         """
-        self._meter.check(trainer, pl_module)
+        if stage == "fit":
+            self._meter.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a training that ends before the first measurement."""

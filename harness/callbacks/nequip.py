@@ -37,13 +37,22 @@ class _EpochScheduler(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the names, and that nothing else moves the coefficients."""
+        self.check_job(trainer, pl_module, stage)
         if stage == "fit":
             self._epoch = None
+
+    def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse names that the loss does not have, and another part that moves the coefficients.
+
+        Raises:
+            TypeError, ValueError: with the valid names.
+        """
+        if stage == "fit":
             refuse_other_controllers(self, trainer, pl_module)
-            self.check(loss_of(pl_module))
+            self._check_loss(trainer, loss_of(pl_module))
 
     @abstractmethod
-    def check(self, loss: Any) -> None:
+    def _check_loss(self, trainer: Trainer, loss: Any) -> None:
         """Refuse names that the loss does not have, or, where it would drop them, that are left out."""
 
     @abstractmethod
@@ -79,8 +88,7 @@ class LossCoefficientScheduler(_EpochScheduler):
         super().__init__()
         self.schedule = PiecewiseConstant(cast(Any, schedule))
 
-    def check(self, loss: Any) -> None:
-        """Refuse names that the loss does not have."""
+    def _check_loss(self, trainer: Trainer, loss: Any) -> None:
         _check_names(loss, self.schedule.names)
 
     def coeffs_at(self, epoch: int) -> dict[str, float]:
@@ -133,27 +141,27 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
         return f"{type(self).__qualname__}_{self.start_epoch}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the other stages."""
-        if stage == "fit":
-            found = [each for each in _callbacks(trainer) if isinstance(each, LinearLossCoefficientScheduler)]
-            self._stages = sorted(found, key=lambda each: each.start_epoch)
-            for before, after in zip(self._stages, self._stages[1:], strict=False):
-                if after.start_epoch < before.start_epoch + before.transition_epochs:
-                    raise ValueError(
-                        f"Two stages of LinearLossCoefficientScheduler overlap: one goes from epoch "
-                        f"{before.start_epoch} to {before.start_epoch + before.transition_epochs}, and one starts at "
-                        f"{after.start_epoch}. Start it later, or shorten the first."
-                    )
+        """Check the stages; keep the coefficients that they start from."""
         super().setup(trainer, pl_module, stage)
-
-    def check(self, loss: Any) -> None:
-        """Refuse names that the loss does not have; remember what it starts with."""
-        names = dict.fromkeys(name for each in self._stages for name in each.final_coeffs)
-        _check_names(loss, tuple(names), whole=False)
-        if self._initial is None:
-            configured = {name: entry.coeff for name, entry in loss.entries.items()}
+        if stage == "fit" and self._initial is None:
+            names = dict.fromkeys(name for each in self._stages for name in each.final_coeffs)
+            configured = {name: entry.coeff for name, entry in loss_of(pl_module).entries.items()}
             self._initial = {name: coeff for name, coeff in configured.items() if coeff is not None}
             self._initial |= {name: 0.0 for name in names if name not in self._initial}
+
+    def _check_loss(self, trainer: Trainer, loss: Any) -> None:
+        """Refuse names that the loss does not have, and stages that overlap."""
+        found = [each for each in _callbacks(trainer) if isinstance(each, LinearLossCoefficientScheduler)]
+        self._stages = sorted(found, key=lambda stage: stage.start_epoch)
+        for before, after in zip(self._stages, self._stages[1:], strict=False):
+            if after.start_epoch < before.start_epoch + before.transition_epochs:
+                raise ValueError(
+                    f"Two stages of LinearLossCoefficientScheduler overlap: one goes from epoch "
+                    f"{before.start_epoch} to {before.start_epoch + before.transition_epochs}, and one starts at "
+                    f"{after.start_epoch}. Start it later, or shorten the first."
+                )
+        names = dict.fromkeys(name for each in self._stages for name in each.final_coeffs)
+        _check_names(loss, tuple(names), whole=False)
 
     def coeffs_at(self, epoch: int) -> dict[str, float]:
         """Coefficients that the stages so far have led to; the first of the callbacks sets them for all."""

@@ -125,14 +125,29 @@ class NonFiniteGuard(Callback):
     # --- before ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that does not say what its loss is made of."""
+        """Refuse a module that does not name the components of its loss."""
+        self._check_module(pl_module)
+        self._seen, self._in_a_row, self._ending = [], 0, False
+        self._forget()
+
+    def _check_module(self, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, ForceFieldModule):
             raise TypeError(
                 f"NonFiniteGuard watches the loss of a ForceFieldModule, found {type(pl_module).__name__}. Leave it "
                 f"out of the callbacks: callbacks.nonfinite=null."
             )
-        self._seen, self._in_a_row, self._ending = [], 0, False
-        self._forget()
+
+    def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that does not name the components of its loss, and to skip steps that cannot be skipped.
+
+        Raises:
+            TypeError: the module is no :class:`~harness.module.ForceFieldModule`.
+            ValueError: see :meth:`check`.
+        """
+        self._check_module(pl_module)
+        if stage == "fit" and self.action == "skip":
+            made: Any = pl_module.configure_optimizers()
+            self.check(trainer.strategy, [made["optimizer"] if isinstance(made, dict) else made])
 
     def check(self, strategy: Strategy | str, optimizers: list[Optimizer]) -> None:
         """Refuse to skip steps that cannot be skipped.

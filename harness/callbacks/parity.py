@@ -67,6 +67,11 @@ class ParityPlot(Callback):
         """Plots of the last test or validation."""
         self._sets: dict[int, dict[str, _Quantity]] = {}  # by data set and field
 
+    @property
+    def written_files(self) -> dict[str, list[Path]]:
+        """Plots of the last test or validation, for the end of the job."""
+        return {"parity plot": self.files}
+
     # --- when ---
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -47,6 +47,11 @@ class PerTypeReport(Callback):
         self.files: list[Path] = []
         """Pictures written so far."""
 
+    @property
+    def written_files(self) -> dict[str, list[Path]]:
+        """Pictures of the last test, for the end of the job."""
+        return {"atom types": self.files}
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send tables and charts of the validation sets."""
         if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0:

@@ -8,7 +8,6 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from harness.metrics import MetricsManager
 from harness.support.text import did_you_mean
 
 __all__ = ["LossProgressBar"]
@@ -41,15 +40,15 @@ class LossProgressBar(TQDMProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the names."""
         super().setup(trainer, pl_module, stage)
-        self.check(cast(Any, pl_module).loss)
+        self.check_job(trainer, pl_module, stage)
 
-    def check(self, loss: MetricsManager) -> None:
+    def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse names of values that the loss does not have.
 
         Raises:
             ValueError: with the valid names.
         """
-        valid = loss.value_names
+        valid: list[str] = cast(Any, pl_module).loss.value_names
         for name in self.components:
             if name not in valid:
                 raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase.data import atomic_numbers
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -27,7 +27,7 @@ from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_finger
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
-from harness.strategies import data_parallel_ranks
+from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
 from harness.support.checks import is_number, whole_number
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
@@ -241,6 +241,16 @@ class AtomsDataModule(LightningDataModule):
             field: (sum(value is None or bool(np.isnan(value).any()) for value in values), len(frames))
             for field, values in labels.items()
         }
+
+    def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a training with more ranks than frames in a batch, before a process group is made to find out.
+
+        Raises:
+            ValueError: with the numbers of frames and ranks.
+        """
+        ranks = launched_data_parallel_ranks(trainer.strategy)
+        if stage == "fit" and ranks is not None:
+            self.training_sampler(*ranks)
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide the batches, by name: content of the files, split, types, cutoff.

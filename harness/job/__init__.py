@@ -1,5 +1,19 @@
-"""One training: made, checked, run, ended."""
+"""One training: built, checked, run, ended."""
 
-from harness.job.job import Job, build_module, execute, follow_schedule, prepare, read_schedule, train
+from harness.job.build import Job, build, build_module, follow_schedule, read_schedule
+from harness.job.job import execute, prepare, train
+from harness.job.protocols import ChecksJob, FinishesRun, WritesFiles
 
-__all__ = ["Job", "build_module", "execute", "follow_schedule", "prepare", "read_schedule", "train"]
+__all__ = [
+    "ChecksJob",
+    "FinishesRun",
+    "Job",
+    "WritesFiles",
+    "build",
+    "build_module",
+    "execute",
+    "follow_schedule",
+    "prepare",
+    "read_schedule",
+    "train",
+]

@@ -1,4 +1,4 @@
-"""What is checked before anything is trained or written: mistakes that would cost an epoch, or be told in riddles."""
+"""Consistency of the ranks: the same versions, settings and data on all, before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -28,48 +28,51 @@ __all__ = ["MAY_DIFFER", "Facts", "difference", "facts", "refusal"]
 def refusal(
     error: str | None, facts: Facts | None = None, timeout: timedelta = START_LIMIT, stage: str = "start"
 ) -> str | None:
-    """Why the job cannot start, the same text on all ranks, or None if it can on each of them.
+    """Reason why the job cannot start, the same text on all ranks, or None if it can on each of them.
 
-    Each rank compares itself with rank 0, and tells rank 0 what is wrong, which makes one verdict of it.
+    Each rank compares its facts with those of rank 0, which then reduces the answers of all ranks to one.
 
     Args:
-        error: what is wrong on this rank.
-        facts: what this rank must have in common with the others.
+        error: message of a mistake that this rank has found.
+        facts: of this rank, see :func:`facts`.
         timeout: how long ranks wait for each other.
-        stage: name of the moment.
+        stage: name of the exchange, different from those of other exchanges.
 
     Raises:
-        RankAbsentError: some ranks did not come; they are named.
+        RankAbsentError: some ranks did not answer in time; they are named.
     """
     host = socket.gethostname()
     first_host, first_facts = json.loads(share(f"{stage}/facts", json.dumps([host, facts or {}]), timeout))
     differs = difference(first_facts, facts or {})
-    told = None
+    disagreement = None
     if differs:
-        what, name, first, own = differs
-        told = (
-            f"the ranks disagree on the {what} {name}:\n  {first} on rank 0 (host {first_host})\n"
-            f"  {own} on rank {launched_rank()} (host {host})\n{_AGREE[what]}"
+        section, name, first, own = differs
+        disagreement = (
+            f"the ranks disagree on the {section} {name}:\n  {first} on rank 0 (host {first_host})\n"
+            f"  {own} on rank {launched_rank()} (host {host})\n{_FIXES[section]}"
         )
-    return decide(stage, json.dumps([host, told, error]), _verdict, timeout) or None
+    return decide(stage, json.dumps([host, disagreement, error]), _reason, timeout) or None
 
 
-def _verdict(answers: list[str]) -> str:
-    """What rank 0 makes of ``[host, disagreement, error]`` of every rank: the disagreement may explain the error."""
-    found = [json.loads(each) for each in answers]
-    differing = [told for _, told, _ in found if told]
-    if differing:
-        count = len(differing)
-        return differing[0] + (f"\n{count} of {len(found)} ranks disagree with rank 0." if count > 1 else "")
-    wrong = [(rank, host, text) for rank, (host, _, text) in enumerate(found) if text]
-    if not wrong:
+def _reason(answers: list[str]) -> str:
+    """Text for all ranks from ``[host, disagreement, error]`` of each, on rank 0; empty if the job can start.
+
+    A disagreement comes first, since it may be the cause of an error.
+    """
+    found = [json.loads(answer) for answer in answers]
+    disagreements = [disagreement for _, disagreement, _ in found if disagreement]
+    if disagreements:
+        count = len(disagreements)
+        return disagreements[0] + (f"\n{count} of {len(found)} ranks disagree with rank 0." if count > 1 else "")
+    errors = [(rank, host, error) for rank, (host, _, error) in enumerate(found) if error]
+    if not errors:
         return ""
-    rank, host, text = wrong[0]
-    everywhere = len({text for _, _, text in wrong}) == 1 and len(wrong) == len(found)
-    return text if everywhere else f"on rank {rank} (host {host}): {text}"
+    rank, host, error = errors[0]
+    everywhere = len({error for _, _, error in errors}) == 1 and len(errors) == len(found)
+    return error if everywhere else f"on rank {rank} (host {host}): {error}"
 
 
-_AGREE = {
+_FIXES = {
     "version": "Install the same environment on all nodes, or start from one checkout that all nodes see.",
     "setting": "Start all nodes with the same command line and config directory.",
     "data": "Give all nodes the same files: a shared file system, or fresh copies.",
@@ -77,19 +80,19 @@ _AGREE = {
 
 
 MAY_DIFFER = ("output_dir", "ckpt_path", "logger.*.offline", "data.train", "data.val", "data.test", "data.cache_dir")
-"""Settings that nodes may have each their own: where rank 0 writes, whether it has a W&B key, and where files are,
+"""Settings that may differ between nodes: the output directory, offline mode for want of a W&B key, and paths of files,
 whose content is compared instead (the paths themselves, if the data module has no ``fingerprint``)."""
 
 Facts = dict[str, dict[str, str]]
-"""Section → name → value; all of it is text, so that it reads the same in a message as it compares."""
+"""Section → name → value; values are texts, compared and shown as they are."""
 
 
 def facts(config: DictConfig, datamodule: LightningDataModule | None) -> Facts:
-    """What this rank is about to do.
+    """Versions, settings and data of this rank, by section and name.
 
     Args:
-        config: its configuration.
-        datamodule: its data, set up; None if that could not be made, which then is an error of its own.
+        config: of this rank.
+        datamodule: of this rank, set up; None if it could not be made, which is an error of its own.
     """
     settings = _settings(config)
     may_differ = {name for name in settings if _may_differ(name)}
@@ -124,7 +127,8 @@ def difference(first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapp
 
 
 def _may_differ(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, each) or fnmatch.fnmatchcase(name, f"{each}.*") for each in MAY_DIFFER)
+    patterns = (pattern for key in MAY_DIFFER for pattern in (key, f"{key}.*"))
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _versions() -> dict[str, str]:
@@ -138,7 +142,7 @@ def _versions() -> dict[str, str]:
 
 
 def _sources() -> str:
-    """Checkouts of one version may have different code."""
+    """Digest of the source files: checkouts of one version may have different code."""
     folder, digest = Path(harness.__file__).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
@@ -151,7 +155,7 @@ def _settings(config: DictConfig) -> dict[str, str]:
     neutral = OmegaConf.merge(config, {"output_dir": "<output_dir>"})
     try:
         resolved = OmegaConf.to_container(neutral, resolve=True)
-    except OmegaConfBaseException:  # a value that nobody may ask for; otherwise it is told as an error of its own
+    except OmegaConfBaseException:  # of a value that no part reads; where one does, it is an error of its own
         resolved = OmegaConf.to_container(neutral)
     return {name: repr(value) for name, value in _leaves(resolved)}
 

@@ -1,8 +1,8 @@
-"""One small step on copies before a training: what would fail in the first batch is told before anything is written.
+"""One small step on copies before a training, for mistakes that would end it in the first batch.
 
 A few frames go through the model, the loss, the metrics and the backward pass, on the CPU, on every rank for itself.
-Nothing is sent, and what is trained afterwards is not touched: model and managers are copied, samplers are not asked,
-and random states are put back.
+Nothing is written or sent, and the training is the same without it: model and managers are copied, samplers are not
+used, and random states are put back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from harness.support.lightning_private import ddp_options
 
 __all__ = ["check_batch", "check_first_batch"]
 
-_NUM_FRAMES = 2  # more than one, so that a dimension of graphs is told from one of size 1
+_NUM_FRAMES = 2  # more than one, so that the dimension of graphs differs from one of size 1
 _MISTAKES = (ValueError, TypeError, KeyError)
 
 
@@ -40,10 +40,10 @@ def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule,
     two of a data set that is not :class:`~harness.data.AtomsDataset`; data without a length are not looked at).
 
     Args:
-        module: the module that is to be trained; it stays as it is.
+        module: of the training; it stays as it is.
         datamodule: its data, set up.
-        trainer: says the precision, and the strategy that parameters without a gradient matter to.
-        train: whether there is a training; otherwise only an evaluation is tried.
+        trainer: for its precision, and its strategy: DDP needs a gradient of every parameter.
+        train: try a training step, too, and not an evaluation alone.
 
     Raises:
         ValueError: with the set, what was found, what was expected, and the likely fix.
@@ -51,7 +51,7 @@ def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule,
     with isolate_rng(include_cuda=False):
         try:
             tried = copy.deepcopy(module)
-        except (RuntimeError, TypeError, NotImplementedError):  # a model of someone who never meant it to be copied
+        except (RuntimeError, TypeError, NotImplementedError):  # of a model that cannot be copied
             return
         tried.zero_grad(set_to_none=True)
         tried = trainer.precision_plugin.convert_module(tried)  # type: ignore[assignment]
@@ -65,7 +65,7 @@ def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule,
 
 
 def check_batch(batch: object, type_names: Sequence[str] | None) -> Batch:
-    """The batch, if it is a dictionary of tensors that fit each other.
+    """Return a batch that is a dictionary of tensors that fit each other.
 
     Raises:
         ValueError, TypeError: the field, what was found and what was expected.
@@ -142,7 +142,7 @@ def _check_indices(name: str, value: Tensor, limit: float, of_what: str) -> None
 
 
 def _small_batch(datamodule: LightningDataModule, name: str) -> Batch | None:
-    """Collated first samples of a set, None where they cannot be had without its loader's help."""
+    """Collated first samples of a set; None if only its loader can make them."""
     own = [getattr(datamodule, "train_set", None)] if name == "train" else list(getattr(datamodule, "val_sets", []))
     dataset = own[0] if own else None
     try:
@@ -162,7 +162,7 @@ def _small_batch(datamodule: LightningDataModule, name: str) -> Batch | None:
 def _loader_of(datamodule: LightningDataModule, name: str) -> DataLoader[Any] | None:
     try:
         loader = datamodule.train_dataloader() if name == "train" else datamodule.val_dataloader()
-    except Exception:  # it may need the trainer, which there is none yet
+    except Exception:  # it may need the trainer, to which the data module is not attached yet
         return None
     loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
     mapped = isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__") and len(loader.dataset)
@@ -186,14 +186,14 @@ def _converted(batch: Batch, trainer: Trainer) -> Batch:
 
 
 def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> None:
-    """A training step without its communication, and what it says of the model."""
+    """Try a training step without its communication; refuse gradients that are absent or not finite."""
     module.train()
     managers = [module.loss] if module.train_metrics is None else [module.loss, module.train_metrics]
     predictions, values = _forward(module, batch, "train", managers, trainer)
     weighted_sum = values[0].weighted_sum
     if weighted_sum is None:
         return
-    parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     grown = sorted(name for name, value in predictions.items() if isinstance(value, Tensor) and value.requires_grad)
     read = sorted(_fields_read(module.loss, weighted=True) & predictions.keys())
     nothing = (
@@ -208,7 +208,9 @@ def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> N
     if not [name for name in parameters if name not in unused and not name.startswith("loss.")]:
         raise ValueError(nothing)  # learnt coefficients have one all the same
     broken = [
-        name for name, each in parameters.items() if each.grad is not None and not bool(each.grad.isfinite().all())
+        name
+        for name, parameter in parameters.items()
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
     ]
     if broken:
         raise ValueError(
@@ -232,7 +234,7 @@ def _try_evaluation(module: ForceFieldModule, batch: Batch, trainer: Trainer) ->
 def _forward(
     module: ForceFieldModule, batch: Batch, name: str, managers: Sequence[MetricsManager], trainer: Trainer
 ) -> tuple[Mapping[str, Tensor], tuple[Values, ...]]:
-    """Predictions and values of a batch, all checked."""
+    """Predictions and values of a batch, all of them checked."""
     what = f"a first {_SETS[name]} batch"
     try:
         check_batch(batch, module.type_names)
@@ -261,8 +263,8 @@ def _forward(
             values = step_together(*managers, preds=predictions, target=batch)
         except (*_MISTAKES, RuntimeError, IndexError) as error:
             raise ValueError(f"In {what}: {_text(error)}") from error
-    for manager, each in zip(managers, values, strict=True):
-        _check_finite(manager, each, what)
+    for manager, of_manager in zip(managers, values, strict=True):
+        _check_finite(manager, of_manager, what)
     return predictions, values
 
 
@@ -280,7 +282,7 @@ def _check_finite(manager: MetricsManager, values: Values, what: str) -> None:
 
 
 def _guarded(function: Any, what: str) -> Any:
-    """The result of code that belongs to users, whatever it raises."""
+    """Result of a user's code; any exception of it becomes a ValueError that names it."""
     try:
         return function()
     except Exception as error:

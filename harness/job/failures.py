@@ -1,8 +1,8 @@
-"""What ranks say to each other and to the user when one of them fails in the middle of a training.
+"""One message for the user when a rank fails in the middle of a training.
 
-A rank with an error of its own posts it where all ranks can read it, before it leaves. Ranks that lose a connection
-look there before they speak, so that the cause is shown and not its consequences. Ranks that wait in vain say what for,
-and who did not answer.
+A rank with an error of its own posts it on a board that all ranks can read, before it ends. Ranks that lose a
+connection read the board before they print, so that the user sees the cause and not its consequences. Ranks that wait
+in vain print what they wait for, and which ranks did not answer.
 """
 
 from __future__ import annotations
@@ -25,48 +25,49 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from harness.distributed import Board, is_lost_connection, keep_alive, launched_rank, launched_ranks, named
 from harness.runs import JobFailed
 
-__all__ = ["TrainingPosition", "reported"]
+__all__ = ["FailureReporter", "TrainingPosition", "reported"]
 
-_LOOK = 0.5  # seconds between looks at the board
+_POLL = 0.5  # seconds between readings of the board
 _COLLECT = 3.0  # for the notes of all ranks to come in
-_SPEAK = 3.0  # for another rank to tell what has happened
-_LEAVE = 5.0  # for a rank to leave by itself
+_PRINT = 3.0  # for another rank to print its report
+_EXIT = 5.0  # for a rank to end by itself
 _STOPPED = 15.0  # beyond the time limit of collectives, until a launcher kills a rank that is stopped
 _LONGEST = 4000  # characters of an error
 
 
 class TrainingPosition(Callback):
-    """Knows where a training is. It does nothing in a step: it asks the trainer once something has failed."""
+    """Epoch, step and collective that a training is at; read from the trainer only once something has failed."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
-        self.faults: _Faults | None = None
+        self.reporter: FailureReporter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember whom to ask."""
+        """Keep the trainer."""
         self.trainer = trainer
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Post an error before the trainer tidies up, which may take long where other ranks have gone."""
         self.trainer = trainer
-        if self.faults is not None and isinstance(exception, Exception) and not _is_of_all(exception):
-            self.faults.post(exception)
+        if self.reporter is not None and isinstance(exception, Exception) and not _is_on_all_ranks(exception):
+            self.reporter.post(exception)
 
     def waited_for(self, error: BaseException) -> str:
-        """What a collective that has failed was for, from the functions that it was called in."""
+        """Purpose of a collective that has failed, from the functions on the stack of its error."""
         called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        what = next((what for name, what in _PURPOSES.items() if name in called), None)
+        purpose = next((purpose for name, purpose in _PURPOSES.items() if name in called), None)
         if self.trainer is None:
-            return what or "the start of the training"
+            return purpose or "the start of the training"
         epoch, step = self.trainer.current_epoch, self.trainer.global_step + 1
-        if what is None:
-            what = "the other ranks" if called & {"fit_loop", "advance", "training_step"} else "the start of a loop"
+        if purpose is None:
+            in_a_step = called & {"fit_loop", "advance", "training_step"}
+            purpose = "the other ranks" if in_a_step else "the start of a loop"
         if self.trainer.testing:
-            return f"{what} of the test" if what.startswith("the merge") else what
-        return f"{what}, in training step {step} of the run, epoch {epoch}"
+            return f"{purpose} of the test" if purpose.startswith("the merge") else purpose
+        return f"{purpose}, in training step {step} of the run, epoch {epoch}"
 
 
-# The first of these functions that is on the stack names the purpose, so special ones come before general ones.
+# The first of these functions that is on the stack names the purpose: special ones come before general ones.
 _PURPOSES = {
     "on_validation_epoch_end": "the end of a validation epoch",
     "on_test_epoch_end": "the end of the test",
@@ -84,36 +85,49 @@ _PURPOSES = {
 
 @contextmanager
 def reported(position: TrainingPosition, timeout: timedelta) -> Iterator[None]:
-    """Say once, and first, why a job of several ranks fails; then leave with exit code 1, on every rank.
+    """Print one report of why a job of several ranks fails, then end every rank with exit code 1.
 
-    An error of one rank is told by rank 0 with that rank's name and words; only the rank at fault shows a traceback. If
-    ranks wait in vain, the first that is there tells what they waited for and which ranks did not answer. The exception
-    goes on instead of an exit with ``HYDRA_FULL_ERROR=1``, and always on a single rank or if it is one that all ranks
-    raise alike, with an attribute ``on_all_ranks`` that is true: none of them is at fault.
+    Rank 0 prints the error of another rank, with its number and host; only the rank that failed prints a traceback. If
+    ranks wait in vain, the lowest of those that still run prints what they wait for and which ranks did not answer.
+
+    The exception itself goes on with ``HYDRA_FULL_ERROR=1``, on a single rank, and if it has an attribute
+    ``on_all_ranks`` that is true: all ranks raise the same.
 
     Args:
         position: among the callbacks of the trainer.
-        timeout: how long a collective waits.
+        timeout: of a collective.
+
+    Raises:
+        JobFailed: in the place of any other exception.
     """
     if launched_ranks() == 1:
         yield
         return
-    faults = position.faults = _Faults(position, timeout)
+    reporter = position.reporter = FailureReporter(position, timeout)
     try:
         yield
     except Exception as error:
-        if _is_of_all(error):
+        if _is_on_all_ranks(error):
             raise
-        told = faults.leave(error)
+        cause = reporter.end_with(error)
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        raise JobFailed(told) from error
+        raise JobFailed(cause) from error
     finally:
-        faults.end()
+        reporter.stop()
 
 
-class _Faults:
-    """What this rank knows, posts and says of the faults of a job; a thread looks for those of other ranks."""
+class FailureReporter:
+    """Posts this rank's failure on the board of the job, and reads there, on a thread, of those of other ranks.
+
+    Keys of the board: ``host/{rank}``, the host of a rank; ``failure``, rank, host and text of the first error that is
+    not a lost connection; ``ended``, the ranks that fail, each with a comma; ``reported``, once rank 0 has printed the
+    failure; ``done``, once the rank that failed, or reports absent ranks, has printed all.
+
+    Args:
+        position: of this rank's training.
+        timeout: of a collective.
+    """
 
     def __init__(self, position: TrainingPosition, timeout: timedelta) -> None:
         self._position, self._timeout = position, timeout.total_seconds()
@@ -121,98 +135,102 @@ class _Faults:
         self._board = Board()
         self._board.put(f"host/{self._rank}", self._host)
         self._posted: Exception | None = None
-        self._first: dict[str, Any] | None = None
-        self._telling, self._has_told = Lock(), False
-        self._leaving, self._ended = Event(), Event()
-        keep_alive(self._timeout + _STOPPED)  # here, so that it is known before the first step
-        self._watcher = Thread(target=self._watch, name="faults of other ranks", daemon=True)
+        self._first: dict[str, Any] | None = None  # failure of the job
+        self._printing, self._has_reported = Lock(), False
+        self._ending, self._stopped = Event(), Event()
+        keep_alive(self._timeout + _STOPPED)  # here, so that the launcher knows it before the first step
+        self._watcher = Thread(target=self._watch, name="failures of other ranks", daemon=True)
         self._watcher.start()
 
     def post(self, error: Exception) -> None:
-        """Note on the board that this rank fails, with its own error or since others did not answer."""
+        """Write on the board that this rank fails, with an error of its own or because others did not answer."""
         if self._posted is not None:
             return
         self._posted = error
         if not is_lost_connection(error):
             text = f"{type(error).__name__}: {error}".strip()[:_LONGEST]
-            fault = {"rank": self._rank, "host": self._host, "text": text + _advice(error)}
-            first = self._board.put_first("fault", json.dumps(fault))
-            self._first = json.loads(first) if first else fault
-        self._board.append("left", f"{self._rank},")
+            failure = {"rank": self._rank, "host": self._host, "text": text + _advice(error)}
+            first = self._board.put_first("failure", json.dumps(failure))
+            self._first = json.loads(first) if first else failure
+        self._board.append("ended", f"{self._rank},")
 
-    def leave(self, error: Exception) -> str:
-        """Say what has happened, if it is this rank that says it, and see to it that the process ends.
+    def end_with(self, error: Exception) -> str:
+        """Print the report if it is this rank's to print, and make sure that the process ends.
 
         Returns:
-            What has happened, as far as this rank knows.
+            The cause, as far as this rank knows it.
         """
         self.post(error)
-        self._leaving.set()
-        Thread(target=_end_process_after, args=(4 * _LEAVE,), daemon=True).start()
+        self._ending.set()
+        Thread(target=_end_process_after, args=(4 * _EXIT,), daemon=True).start()
         if self._first is None:
-            silent = self._wait_for_notes()
+            absent = self._absent_ranks()
             if self._first is None:
-                return self._tell_who_is_silent(error, silent)
+                return self.report_absent(error, absent)
         if self._first["rank"] != self._rank:
-            self._hear()
+            self.wait_for_report()
             return self._cause()
-        if self._rank == 0 or not self._is_noted("told", _SPEAK):
-            self._tell()
+        if self._rank == 0 or not self._is_posted("reported", _PRINT):
+            self.report()
         traceback.print_exception(error)
         sys.stderr.flush()
         self._board.put("done", "")
         if self._rank == 0:  # it may be the one that keeps the board
-            time.sleep(2 * _LOOK)
+            time.sleep(2 * _POLL)
         return self._cause()
 
-    def end(self) -> None:
-        """Stop looking."""
-        self._ended.set()
-        self._watcher.join(_LEAVE)
+    def stop(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        self._watcher.join(_EXIT)
         keep_alive(0)
 
     def _watch(self) -> None:
-        looks = 0
-        while not self._ended.wait(_LOOK):
-            if looks % 4 == 0:
+        """Read the board; end this process if another rank has failed and this one does not notice by itself."""
+        polls = 0
+        while not self._stopped.wait(_POLL):
+            if polls % 4 == 0:
                 keep_alive(self._timeout + _STOPPED)
-            looks += 1
-            if self._first is None and self._look() and self._first_rank() != self._rank:
-                self._hear()
-                # in NCCL nobody notices that another rank has gone
-                if not self._leaving.wait(_LEAVE) and not self._ended.is_set():
+            polls += 1
+            if self._first is None and self._read_failure() and self._failed_rank() != self._rank:
+                self.wait_for_report()
+                # NCCL does not notice that another rank has gone
+                if not self._ending.wait(_EXIT) and not self._stopped.is_set():
                     sys.stdout.flush()
                     sys.stderr.flush()
                     os._exit(1)
 
-    def _look(self) -> bool:
-        noted = self._board.read("fault")
-        if noted is not None:
-            self._first = json.loads(noted)
-        return noted is not None
+    def _read_failure(self) -> bool:
+        """True if the board has one."""
+        posted = self._board.read("failure")
+        if posted is not None:
+            self._first = json.loads(posted)
+        return posted is not None
 
-    def _first_rank(self) -> int | None:
+    def _failed_rank(self) -> int | None:
         return None if self._first is None else int(self._first["rank"])
 
-    def _hear(self) -> None:
-        """Another rank has failed: tell it if this is rank 0, and wait until that rank has shown all it wants to."""
+    def wait_for_report(self) -> None:
+        """Report the failure of another rank, if this is rank 0, and wait until that rank has printed all."""
         if self._rank == 0:
-            self._tell()
-        self._is_noted("done", _SPEAK + 1.0)
+            self.report()
+        self._is_posted("done", _PRINT + 1.0)
 
-    def _tell(self) -> None:
-        with self._telling:
-            if self._has_told or self._first is None:
+    def report(self) -> None:
+        """Print the failure, once."""
+        with self._printing:
+            if self._has_reported or self._first is None:
                 return
-            self._has_told = True
-            _say(self._cause())
-        self._board.put("told", "")
+            self._has_reported = True
+            _print_error(self._cause())
+        self._board.put("reported", "")
 
     def _cause(self) -> str:
         first = self._first or {}
         return f"rank {first.get('rank')} (host {first.get('host')}) failed: {first.get('text')}"
 
-    def _is_noted(self, key: str, seconds: float) -> bool:
+    def _is_posted(self, key: str, seconds: float) -> bool:
+        """Wait for a note; False if it does not come in time or the board is lost."""
         deadline = time.monotonic() + seconds
         while self._board.read(key) is None:
             if self._board.is_lost or time.monotonic() > deadline:
@@ -220,52 +238,61 @@ class _Faults:
             time.sleep(0.1)
         return True
 
-    def _wait_for_notes(self) -> list[int] | None:
-        """Ranks that leave no note; None if nobody knows since the board cannot be reached. Stops at a fault."""
+    def _absent_ranks(self) -> list[int] | None:
+        """Ranks that post nothing; None if the board cannot be reached. Returns early once a failure is posted."""
         deadline = time.monotonic() + _COLLECT
-        silent = None
-        while not self._look() and not self._board.is_lost:
-            noted = self._board.read("left")
-            if noted is not None:
-                silent = sorted(set(range(self._ranks)) - {int(each) for each in noted.split(",") if each})
-            if silent == [] or time.monotonic() > deadline:
+        absent = None
+        while not self._read_failure() and not self._board.is_lost:
+            posted = self._board.read("ended")
+            if posted is not None:
+                absent = sorted(set(range(self._ranks)) - {int(rank) for rank in posted.split(",") if rank})
+            if absent == [] or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        return None if self._board.is_lost else silent
+        return None if self._board.is_lost else absent
 
-    def _tell_who_is_silent(self, error: Exception, silent: list[int] | None) -> str:
-        first_there = next((rank for rank in range(self._ranks) if rank not in (silent or [])), self._rank)
-        if silent is not None and self._rank != first_there:
-            self._is_noted("done", _SPEAK)
-            return _one_line(error)
+    def report_absent(self, error: Exception, absent: list[int] | None) -> str:
+        """Print what the ranks waited for, and which of them did not answer, if this is the lowest that still runs.
+
+        Args:
+            error: of this rank.
+            absent: ranks that have posted nothing; None if that is not known.
+
+        Returns:
+            The report, or the first line of this rank's error where another rank prints it.
+        """
+        lowest = next((rank for rank in range(self._ranks) if rank not in (absent or [])), self._rank)
+        if absent is not None and self._rank != lowest:
+            self._is_posted("done", _PRINT)
+            return _first_line(error)
         timed_out = "imed out" in str(error)
         waited = f"waited {self._timeout:.0f} s" if timed_out else "lost a connection while it waited"
         text = f"rank {self._rank} (host {self._host}) {waited} for {self._position.waited_for(error)}. "
-        if silent is None:
+        if absent is None:
             store = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             text += (
                 f"The store of the job at {store} does not answer either, so it is not known which ranks are gone: the "
                 f"network between this host and that one is down, or the job has ended there."
             )
-        elif silent:
-            hosts = {rank: self._board.read(f"host/{rank}") for rank in silent[:8]}
+        elif absent:
+            hosts = {rank: self._board.read(f"host/{rank}") for rank in absent[:8]}
             text += (
-                f"No answer came from {named(silent, hosts)}: stopped, killed, or on a host that is down or cut off."
+                f"No answer came from {named(absent, hosts)}: stopped, killed, or on a host that is down or cut off."
             )
         else:
             text += "All ranks have noticed it and leave: a connection between their hosts was interrupted."
         if timed_out:
             text += f" trainer.timeout={self._timeout:g} is how long ranks wait for each other."
-        _say(f"{text}\n({_one_line(error)})")
+        _print_error(f"{text}\n({_first_line(error)})")
         self._board.put("done", "")
         return text
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _is_of_all(error: Exception) -> bool:
+def _is_on_all_ranks(error: Exception) -> bool:
     return getattr(error, "on_all_ranks", False) is True
 
 
@@ -275,11 +302,11 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"\nerror: {text}", file=sys.stderr, flush=True)
 
 
 def _end_process_after(seconds: float) -> None:
-    """A way out where tidying up waits for ranks that are gone."""
+    """End a process that tidies up in vain, waiting for ranks that are gone."""
     time.sleep(seconds)
     os._exit(1)

@@ -347,6 +347,17 @@ class WandbLogger(lightning_loggers.WandbLogger):
             _leave_service()
         return None if self._lost.is_set() else self._place
 
+    @property
+    def written_files(self) -> dict[str, str]:
+        """Folder or address of a run that is complete, and the command that uploads a folder."""
+        place = None if self._lost.is_set() else self._place
+        if not place:
+            return {}
+        files = {"W&B run": place}
+        if Path(place).is_dir():
+            files["upload with"] = f"wandb sync {Path(place).parent}"
+        return files
+
     # --- the thread ---
 
     def _begin(self) -> None:

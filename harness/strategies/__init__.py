@@ -11,7 +11,13 @@ from harness.strategies.choices import (
 )
 from harness.strategies.deepspeed import AccumulatesInWindows, ZeroStrategy, keep_whole
 from harness.strategies.fsdp import FullyShardedStrategy, shard_root
-from harness.strategies.groups import connect, data_parallel_group, data_parallel_ranks, splits_parameters
+from harness.strategies.groups import (
+    connect,
+    data_parallel_group,
+    data_parallel_ranks,
+    launched_data_parallel_ranks,
+    splits_parameters,
+)
 from harness.strategies.weights import load_weights, refuse_folder
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "deep_speed",
     "fully_sharded",
     "keep_whole",
+    "launched_data_parallel_ranks",
     "load_weights",
     "refuse_folder",
     "shard_root",

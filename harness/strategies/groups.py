@@ -15,12 +15,13 @@ from harness.distributed import (
     ProcessGroup,
     data_parallel_size,
     join,
+    launched_rank,
     launched_ranks,
     rank_in_group,
 )
-from harness.support.lightning_private import process_group_settings
+from harness.support.lightning_private import parallel_sizes, process_group_settings
 
-__all__ = ["connect", "data_parallel_group", "data_parallel_ranks", "splits_parameters"]
+__all__ = ["connect", "data_parallel_group", "data_parallel_ranks", "launched_data_parallel_ranks", "splits_parameters"]
 
 
 def connect(trainer: Trainer) -> None:
@@ -61,3 +62,15 @@ def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
     """
     ranks = None if trainer is None else getattr(trainer.strategy, "distributed_sampler_kwargs", None)
     return (ranks["rank"], ranks["num_replicas"]) if ranks else (rank_in_group(), data_parallel_size())
+
+
+def launched_data_parallel_ranks(strategy: Strategy) -> tuple[int, int] | None:
+    """Number of this rank among those that will share a batch, and how many they will be, before there is a group.
+
+    None if the ranks cannot be divided into groups of the strategy's size, which it refuses by itself.
+    """
+    # ranks that work on the same part of a batch
+    same_batch = parallel_sizes(strategy)[1] if isinstance(strategy, ModelParallelStrategy) else 1
+    if not isinstance(same_batch, int) or launched_ranks() % same_batch:
+        return None
+    return launched_rank() // same_batch, launched_ranks() // same_batch

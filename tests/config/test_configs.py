@@ -13,7 +13,7 @@ from support.configs import CONF, composed
 
 import harness
 from harness.job import build_module
-from harness.job.preflight import check_trainer
+from harness.job.trainer import make_trainer
 
 CHOICES = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "data")
@@ -33,7 +33,7 @@ def test_every_choice_composes_and_resolves(group: str, choice: str) -> None:
             choice == "energy"
         )
     elif group == "trainer":
-        trainer = check_trainer(composed(f"{group}={choice}", "trainer.accelerator=cpu"), "auto")
+        trainer = make_trainer(composed(f"{group}={choice}", "trainer.accelerator=cpu"), "auto")
         assert isinstance(trainer, Trainer)
         assert trainer.max_epochs == chosen.max_epochs
 

@@ -1,0 +1,138 @@
+"""Parts of a job, each made once from its section of the config; nothing is written or sent."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+
+import hydra
+import torch
+from filelock import FileLock
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+from rich.console import Console
+
+from harness.config.explain import message
+from harness.distributed import launched_rank
+from harness.job.failures import TrainingPosition
+from harness.job.trainer import make_strategy, make_trainer, withheld
+from harness.metrics import MetricsManager
+from harness.module import ForceFieldModule
+from harness.schedules import Interval, Schedule, as_schedule
+from harness.support.configs import take_out
+
+__all__ = ["Job", "build", "build_module", "follow_schedule", "read_schedule"]
+
+
+@dataclass
+class Job:
+    """Parts of a training on this rank."""
+
+    config: DictConfig
+    console: Console
+    """Silent off rank 0."""
+    datamodule: LightningDataModule
+    """Set up."""
+    module: ForceFieldModule
+    callbacks: list[Callback]
+    """As configured; those that have no use, such as a progress bar that is switched off, are not in the trainer."""
+    loggers: list[Logger]
+    trainer: Trainer
+    position: TrainingPosition
+    """In the trainer, too."""
+    device_notes: list[logging.LogRecord]
+    """Lines of Lightning about the devices, printed once the job starts."""
+    resume_from: str | None = None
+    """Checkpoint of an interrupted run in the same output directory."""
+    lock: FileLock | None = None
+    """Of the output directory, on rank 0, for the life of the process."""
+
+
+def build(config: DictConfig) -> Job:
+    """Make all parts of a job; :func:`harness.job.preflight.check` says whether they can work together.
+
+    Global random states are seeded, since weights are drawn.
+
+    Raises:
+        ValueError, TypeError, KeyError: a part that cannot be made of its section.
+        hydra.errors.InstantiationException: likewise.
+    """
+    seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    datamodule: LightningDataModule = instantiate(config.data)
+    datamodule.setup("fit")
+    module = build_module(config, datamodule)
+    callbacks: list[Callback] = [instantiate(section) for section in (config.callbacks or {}).values() if section]
+    adaptive = instantiate(config.adaptive) if config.adaptive else None
+    if isinstance(adaptive, Callback):
+        callbacks.append(adaptive)
+    elif adaptive is not None:
+        module.loss.weigh_by(adaptive)
+    loggers: list[Logger] = [instantiate(section) for section in (config.logger or {}).values() if section]
+    position = TrainingPosition()
+    with withheld() as device_notes:
+        trainer = make_trainer(config, make_strategy(config), [*callbacks, position], loggers)
+    vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
+    return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
+
+
+def _console() -> Console:
+    console = Console(quiet=launched_rank() != 0)
+    if not console.is_terminal:
+        console.width = 140  # a log file has room for every column
+    return console
+
+
+def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFieldModule:
+    """The Lightning module of a config; type names, number of sets and statistics come from the data."""
+    type_names = getattr(datamodule, "type_names", None)
+    offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
+    try:
+        # by instantiate(), which refuses targets that a config may not call; get_object() would look up anything
+        target = instantiate({"_target_": config.model._target_, "_partial_": True}).func
+    except hydra.errors.InstantiationException as error:
+        if not isinstance(error.__cause__, Exception):
+            raise
+        raise ValueError(f"model._target_={config.model._target_}: {message(error)}") from error
+    wanted = inspect.signature(target).parameters
+    model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
+    module = ForceFieldModule(
+        model=model,
+        loss=config.loss,
+        train_metrics=config.train_metrics,
+        val_metrics=config.val_metrics,
+        test_metrics=config.test_metrics,
+        optimizer=config.optimizer,
+        lr_scheduler=instantiate(config.lr_scheduler) if config.lr_scheduler else None,
+        type_names=type_names,
+        num_val_sets=len(getattr(datamodule, "val_sets", [None])),
+        num_test_sets=len(getattr(datamodule, "test_sets", [None])),
+    )
+    if config.schedule:
+        follow_schedule(module.loss, *read_schedule(config.schedule))
+    return module
+
+
+def read_schedule(section: DictConfig) -> tuple[Schedule, Interval]:
+    """The schedule of a config's section, and its ``interval``: an argument of what follows, not of the schedule."""
+    arguments, interval = take_out(section, "interval", "epoch")
+    return as_schedule(instantiate(arguments)), interval
+
+
+def follow_schedule(loss: MetricsManager, schedule: Schedule, interval: Interval = "epoch") -> None:
+    """Let the schedule of a config drive the loss, unless it names no coefficient.
+
+    Raises:
+        ValueError: the loss has a schedule of its own.
+    """
+    if not as_schedule(schedule).names:
+        return
+    if loss.schedule is not None:
+        raise ValueError(
+            f"Both `schedule` ({type(schedule).__name__}) and `loss.schedule` ({type(loss.schedule).__name__}) would "
+            f"drive the coefficients. Leave one of them out: schedule=constant, or no `schedule` in the loss."
+        )
+    loss.follow(schedule, interval)
