@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import datetime
@@ -27,16 +27,19 @@ SWEEP = "sweep.json"
 def write_plan(folder: Path, config: DictConfig) -> None:
     """Write ``sweep.json``.
 
-    Its entries are ``command``; ``swept``, the settings with several values, in order; ``planned``, the number of
-    points, null if it is not known; ``points``, the settings of each point of a grid, in the order of their numbers,
-    null for other sweeps; ``monitor``, ``objectives``, and W&B's ``project`` and ``group``; ``started``.
+    Its entries are ``command``; ``fixed``, the settings that all points share; ``swept``, those with several values, in
+    order; ``planned``, the number of points, null if it is not known; ``points``, the swept settings of each point of a
+    grid, in the order of their numbers, null for other sweeps; ``monitor``, ``objectives``, and W&B's ``project`` and
+    ``group``; ``started``.
 
     Args:
         folder: directory of the sweep.
         config: configuration of the sweep, as Hydra hands it to ``on_multirun_start``.
     """
     overrides = _overrides(config)
-    points = _grid(overrides) if OmegaConf.select(config, "hydra.runtime.choices.hydra/sweeper") == "basic" else None
+    swept = [override for override in overrides if override.is_sweep_override()]
+    fixed = [override for override in overrides if not override.is_sweep_override()]
+    points = _grid(swept) if OmegaConf.select(config, "hydra.runtime.choices.hydra/sweeper") == "basic" else None
     trials = OmegaConf.select(config, "hydra.sweeper.n_trials")
     with _as_point(config) as first:
         of_config = report_entries(first)
@@ -45,7 +48,8 @@ def write_plan(folder: Path, config: DictConfig) -> None:
         folder / SWEEP,
         {
             "command": list(typed()),
-            "swept": [_name(override) for override in overrides if override.is_sweep_override()],
+            "fixed": {_name(override): override.get_value_element_as_str() for override in fixed},
+            "swept": [_name(override) for override in swept],
             "planned": trials if points is None else len(points),
             "points": points,
             **of_config,
@@ -77,18 +81,16 @@ def _name(override: Override) -> str:
     return override.get_key_element().lstrip("+~")
 
 
-def _grid(overrides: list[Override]) -> list[dict[str, str]] | None:
-    """Settings of all points, in the order in which Hydra's basic sweeper numbers them; None if it is not known."""
-    values = []
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            values.append([f"{key}={override.get_value_element_as_str()}"])
-        elif override.is_discrete_sweep() and not getattr(override.value(), "shuffle", False):
-            values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:  # a range, which needs a sampler, or values that Hydra is going to shuffle
-            return None
-    return [settings_of(point) for point in product(*values)]
+def _grid(swept: Sequence[Override]) -> list[dict[str, str]] | None:
+    """Swept settings of all points, in the order in which Hydra's basic sweeper numbers them; None if it is not known.
+
+    That is so for a range, which needs a sampler, and for values that Hydra is going to shuffle.
+    """
+    if any(not override.is_discrete_sweep() or getattr(override.value(), "shuffle", False) for override in swept):
+        return None
+    names = [_name(override) for override in swept]
+    values = product(*(override.sweep_string_iterator() for override in swept))
+    return [dict(zip(names, point, strict=True)) for point in values]
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def read_sweep(folder: Path) -> Sweep:
     records = {point: runs.read(point) for point in _point_folders(folder, has_plan=bool(plan))}
     if not plan and all(record.get("point") is None for record in records.values()):
         raise ValueError(_not_a_sweep(folder))
-    grid, asked = plan.get("points") or [], plan.get("swept") or []
+    asked = plan.get("swept") or []
+    grid = [{**(plan.get("fixed") or {}), **settings} for settings in plan.get("points") or []]
     points = [_read_point(point, folder, record, grid) for point, record in records.items()]
     points += [
         SweepPoint("-", None, settings, "not started", f"it has no {runs.RECORD}")

@@ -68,10 +68,10 @@ def test_points_of_a_grid_are_those_of_hydra(
     asked += list(config.hydra.overrides.task)
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     ((*points,),) = BasicSweeper.split_arguments(parser.parse_overrides(asked), None)
-    assert [[f"{name}={value}" for name, value in point.items()] for point in plan["points"]] == [
-        [override.lstrip("+") for override in point] for point in points
-    ]
+    planned = [{f"{name}={value}" for name, value in {**plan["fixed"], **point}.items()} for point in plan["points"]]
+    assert planned == [{override.lstrip("+") for override in point} for point in points]
     assert plan["swept"] == swept
+    assert all(list(point) == swept for point in plan["points"])
     assert plan["planned"] == len(points)
     if number is None:
         assert {point["schedule"] for point in plan["points"]} >= {"constant"}

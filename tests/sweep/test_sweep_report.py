@@ -28,10 +28,11 @@ ENERGY, FORCES, SORT = "test0_epoch/per_atom_energy_rmse", "test0_epoch/forces_r
 GROUP = "sweep of alloy"
 PLAN: dict[str, Any] = {
     "command": ["-m", "loss.coeffs.forces=1,10,100", "loss.coeffs.total_energy=1,10", "max_epochs=2"],
+    "fixed": {"max_epochs": "2"},
     "swept": ["loss.coeffs.forces", "loss.coeffs.total_energy"],
     "planned": 6,
     "points": [
-        {"loss.coeffs.forces": forces, "loss.coeffs.total_energy": energy, "max_epochs": "2"}
+        {"loss.coeffs.forces": forces, "loss.coeffs.total_energy": energy}
         for forces, energy in product(("1", "10", "100"), ("1", "10"))
     ],
     "monitor": SORT,
@@ -214,13 +215,13 @@ def test_a_point_without_a_record_is_the_one_of_its_number_in_the_grid(sweep: Pa
     points = {point.name: point for point in read_sweep(sweep).points}
     assert list(points) == ["0", "1", "2", "3", "4", "5"]
     assert [points[name].state for name in ("4", "5")] == ["starting", "starting"]
-    assert points["4"].overrides == PLAN["points"][4]
-    assert points["5"].overrides == PLAN["points"][5]
+    assert points["4"].overrides == {**PLAN["points"][4], "max_epochs": "2"}
+    assert points["5"].overrides == {**PLAN["points"][5], "max_epochs": "2"}
 
 
 def test_points_of_a_sweep_that_goes_on_are_known_by_what_is_swept(sweep: Path) -> None:
     """``resume=auto`` and other settings that are not swept may differ; so may the numbers."""
-    change(sweep / "sweep.json", points=[{**point, "resume": "auto"} for point in reversed(PLAN["points"])])
+    change(sweep / "sweep.json", fixed={"resume": "auto"}, points=PLAN["points"][::-1])
     assert [point.state for point in read_sweep(sweep).points if point.name == "-"] == ["not started"]
 
 
