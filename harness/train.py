@@ -51,6 +51,7 @@ from harness.runs import (
     COMPOSED,
     FAILED,
     QUIET_RANK,
+    SWEEP,
     SWEEPS,
     TYPED,
     Command,
@@ -70,6 +71,7 @@ from harness.runs import (
     objective,
     point_name,
     record,
+    report_entries,
     typed,
     write_result,
 )
@@ -164,7 +166,7 @@ def _try_job(config: DictConfig, asked_for: Command) -> float | tuple[float | No
         if job is None:
             raise ValueError(refused)
         with (
-            record(output_dir, asked_for) if launched_rank() == 0 else nullcontext(),
+            record(output_dir, asked_for, report_entries(config)) if launched_rank() == 0 else nullcontext(),
             reported(job.position, limit),
             _told_by_keyboard(),
         ):
@@ -335,7 +337,7 @@ def _say_sweeps() -> None:
         if next(folder.rglob(".hydra"), None):
             typed_here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
             print(f"\nsweep       {folder}\nreport      harness-sweep {typed_here}", flush=True)
-        elif {path.name for path in folder.glob("*")} <= {"multirun.yaml", ".lock"}:
+        elif {path.name for path in folder.glob("*")} <= {"multirun.yaml", SWEEP, ".lock"}:
             shutil.rmtree(folder, ignore_errors=True)
         lock.release()
 

@@ -27,9 +27,11 @@ from harness.runs.records import (
     note_failure,
     read,
     record,
+    report_entries,
     write_result,
 )
 from harness.runs.session import COMPOSED, FAILED, SWEEPS, SweepCallback
+from harness.runs.sweep_plan import SWEEP, settings_of
 
 __all__ = [
     "COMPOSED",
@@ -38,6 +40,7 @@ __all__ = [
     "RECORD",
     "REQUEUE_EXIT_CODE",
     "RESULT",
+    "SWEEP",
     "SWEEPS",
     "TYPED",
     "Command",
@@ -62,6 +65,8 @@ __all__ = [
     "point_name",
     "read",
     "record",
+    "report_entries",
+    "settings_of",
     "sweep_dir",
     "typed",
     "write_result",

@@ -1,7 +1,7 @@
-"""The record that a run keeps in its output directory: who writes there, by which command, how it ended, with what.
+"""Record of a run in its output directory: its command, how it ended, and its result.
 
-``run.json`` is written when a run begins and when it ends, ``result.json`` when it has come to its end. Both are the
-old or the new one at any time.
+``run.json`` is written when a run begins and when it ends, ``result.json`` when it has come to its end. Readers find
+the old file or the new one at any time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from harness.runs.command import Command
-from harness.runs.exits import Interrupted
+from harness.runs.command import Command, point_name
+from harness.runs.exits import Interrupted, Preempted
+from harness.support.files import write_text_whole
 
 __all__ = [
     "RECORD",
@@ -35,6 +38,8 @@ __all__ = [
     "note_failure",
     "read",
     "record",
+    "report_entries",
+    "write_json",
     "write_result",
 ]
 
@@ -43,7 +48,7 @@ RESULT = "result.json"
 
 
 def claim(output_dir: Path) -> FileLock:
-    """Take an output directory for this process until it ends, however it ends.
+    """Lock an output directory for this process until it ends, also if it is killed.
 
     Raises:
         ValueError: another process has it.
@@ -67,7 +72,7 @@ def claim(output_dir: Path) -> FileLock:
 
 
 def read(output_dir: Path, name: str = RECORD) -> dict[str, Any]:
-    """Record of the run in a directory, or its result; empty where there is none."""
+    """Read ``run.json`` of a directory, or another file of that kind; empty where it is missing or torn."""
     try:
         found = json.loads((output_dir / name).read_text())
     except (OSError, ValueError):
@@ -75,53 +80,94 @@ def read(output_dir: Path, name: str = RECORD) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-@contextmanager
-def record(output_dir: Path, command: Command) -> Iterator[None]:
-    """Write down that a run is going on, and in the end how it ended, and by what error.
-
-    That is "finished", "preempted", "interrupted" or "failed". A run that is killed stays "running".
-    """
-    entry = _entry(command)
-    with suppress(OSError):
-        (output_dir / RESULT).unlink(missing_ok=True)  # of a run before
-    _write(output_dir / RECORD, {**entry, "state": "running"})
-    end: dict[str, Any] = {"state": "finished"}
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that readers see whole or not at all; a warning where it cannot be written."""
     try:
-        yield
-    except BaseException as error:
-        end = _failure(error)
-        if type(error).__name__ == "Preempted":
-            end = {"state": "preempted"}
-        if isinstance(error, Interrupted | KeyboardInterrupt):
-            end = {"state": "interrupted"}
-        raise
-    finally:
-        _write(output_dir / RECORD, {**entry, **end, "ended": _now()})
+        write_text_whole(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
 
 
-def note_failure(output_dir: Path, command: Command, error: BaseException | str, has_begun: bool = False) -> None:
-    """Write down that a run has failed which could not do so itself, since it was refused or killed.
+def report_entries(config: DictConfig) -> dict[str, Any]:
+    """Entries of ``run.json`` that the report of a sweep needs from the configuration.
 
-    Nothing is written where the directory belongs to another run that is going on, nor over what the run has written
-    itself.
+    Returns:
+        ``name`` of a sweep point, ``monitor``, ``objectives``, and ``project`` and ``group`` of the W&B run; None
+        where there is no such thing.
+    """
+    loggers = _select(config, "logger") or {}
+    wandb = [name for name in loggers if str(_select(config, f"logger.{name}._target_")).endswith("WandbLogger")]
+    objectives = _select(config, "objectives")
+    return {
+        "name": point_name(),
+        "monitor": _select(config, "monitor"),
+        "objectives": list(objectives) if objectives else None,
+        **{key: _select(config, f"logger.{wandb[0]}.{key}") if wandb else None for key in ("project", "group")},
+    }
+
+
+def _select(config: DictConfig, name: str) -> Any:
+    """Value of a setting; None if it is missing, or cannot be resolved here."""
+    with suppress(OmegaConfBaseException):
+        return OmegaConf.select(config, name)
+    return None
+
+
+@contextmanager
+def record(output_dir: Path, command: Command, entries: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Write ``run.json`` at the begin of the block and at its end, with the ``state`` and the error that ended it.
+
+    The state is "finished", "preempted", "interrupted" or "failed". A run that is killed stays "running".
 
     Args:
         output_dir: of the run.
-        command: by which it was asked for.
-        error: why it has failed.
-        has_begun: whether what is there is of this run; otherwise the results of one that has finished are kept.
+        command: of the run.
+        entries: further ones, see :func:`report_entries`.
+    """
+    entry = {**_entry(command), **(entries or {})}
+    with suppress(OSError):
+        (output_dir / RESULT).unlink(missing_ok=True)  # of a run before
+    write_json(output_dir / RECORD, {**entry, "state": "running"})
+    end: dict[str, Any] = {"state": "finished"}
+    try:
+        yield
+    except Preempted:
+        end = {"state": "preempted"}
+        raise
+    except (Interrupted, KeyboardInterrupt):
+        end = {"state": "interrupted"}
+        raise
+    except BaseException as error:
+        end = _failure(error)
+        raise
+    finally:
+        write_json(output_dir / RECORD, {**entry, **end, "ended": _now()})
+
+
+def note_failure(output_dir: Path, command: Command, error: BaseException | str, has_begun: bool = False) -> None:
+    """Write ``run.json`` for a run that could not do so itself, since it was refused or killed.
+
+    Nothing is written where the directory belongs to another run that is going on, nor over a failure that the run has
+    written itself.
+
+    Args:
+        output_dir: of the run.
+        command: of the run.
+        error: the reason of the failure.
+        has_begun: True if the files in the directory are of this run; otherwise results of a run that has finished
+            are kept.
     """
     with suppress(ValueError):
         lock = claim(output_dir)
         found = read(output_dir)
         ours = _identity_in(found, command) == command.identity
-        is_told = found.get("pid") == os.getpid() and found.get("state") != "running"
-        if not (ours and is_told) and (has_begun or found.get("state") != "finished"):
+        is_written = found.get("pid") == os.getpid() and found.get("state") != "running"
+        if not (ours and is_written) and (has_begun or found.get("state") != "finished"):
             # a record of the same run that was cut off knows when it started, and where
             entry = found if ours and found.get("state") == "running" else _entry(command)
             with suppress(OSError):
                 (output_dir / RESULT).unlink(missing_ok=True)
-            _write(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
+            write_json(output_dir / RECORD, {**entry, **_failure(error), "ended": _now()})
         lock.release()
 
 
@@ -133,18 +179,19 @@ def write_result(
     ranks: int = 1,
     objectives: Sequence[str] = (),
 ) -> None:
-    """Write ``result.json``, what a report or the sampler of a sweep reads of a run.
+    """Write ``result.json``, which the report of a sweep, a sampler and a sweep that is resumed read.
 
     Args:
         output_dir: of the run.
         monitor: log key of the monitored value, which becomes the ``objective``.
-        values: by log key; those of validations and tests are kept, and what is asked for. NaN becomes null.
-        seconds: how long it took.
-        ranks: how many took part.
+        values: by log key; those of validations and tests are written, and ``monitor`` and ``objectives``. NaN
+            becomes null.
+        seconds: of wall time.
+        ranks: number of processes that trained.
         objectives: log keys of a sweep with several objectives.
     """
-    asked_for = {monitor, *objectives}
-    kept = {key: _finite(each) for key, each in values.items() if key.startswith(("val", "test")) or key in asked_for}
+    always = {monitor, *objectives}
+    kept = {key: _finite(value) for key, value in values.items() if key.startswith(("val", "test")) or key in always}
     result = {
         "monitor": monitor,
         "objective": _finite(values.get(monitor)),
@@ -154,11 +201,11 @@ def write_result(
     }
     if objectives:
         result["objectives"] = {key: _finite(values.get(key)) for key in objectives}
-    _write(output_dir / RESULT, result)
+    write_json(output_dir / RESULT, result)
 
 
 def finished_result(output_dir: Path, command: Command) -> dict[str, Any]:
-    """Result of the run in a directory, if it was given the same command and has finished; empty otherwise."""
+    """Read ``result.json`` of a directory, if the same command has finished there; empty otherwise."""
     found = read(output_dir)
     if found.get("state") != "finished" or _identity_in(found, command) != command.identity:
         return {}
@@ -169,6 +216,7 @@ def _entry(command: Command) -> dict[str, Any]:
     return {
         "command": list(command.typed),
         "overrides": list(command.overrides),
+        "point": command.point,
         "started": _now(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -189,29 +237,20 @@ def _now() -> str:
     return datetime.now().isoformat(timespec="seconds")
 
 
-def _write(path: Path, entry: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(entry, indent=1) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
-
-
 def is_interrupted(output_dir: Path, command: Command) -> bool:
-    """Whether the last run in a directory was given the same command, and has not finished."""
+    """True if the last run in a directory had the same command, and has not finished."""
     found = read(output_dir)
     return found.get("state") not in (None, "finished") and _identity_in(found, command) == command.identity
 
 
 def _identity_in(found: Mapping[str, Any], command: Command) -> list[str]:
-    """Identity of the run in a record, as that of the command would be."""
+    """Identity of the command in a record, comparable with ``command.identity``."""
     written = Command(tuple(found.get("command", ())), tuple(found.get("overrides", ())), command.point)
     return written.identity
 
 
 def latest_run(command: Command, root: Path) -> Path | None:
-    """The newest output directory under ``root`` that was given the same command line, finished or not.
+    """Newest output directory under ``root`` that has a run of the same command, finished or not.
 
     Args:
         command: of a run on its own, or of a whole sweep.
@@ -222,6 +261,6 @@ def latest_run(command: Command, root: Path) -> Path | None:
 
 
 def interrupted_run(command: Command, root: Path) -> Path | None:
-    """The same if it has not finished."""
+    """:func:`latest_run`, if it has not finished."""
     newest = latest_run(command, root)
     return newest if newest is not None and is_interrupted(newest, command) else None

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from harness.runs.exits import JobFailed
 from harness.runs.records import claim
+from harness.runs.sweep_plan import write_plan
 
 __all__ = ["COMPOSED", "FAILED", "SWEEPS", "SweepCallback"]
 
@@ -25,22 +26,23 @@ FAILED: list[str] = []
 
 
 class SweepCallback(Callback):
-    """Takes the directory of a sweep, for Hydra's ``hydra.callbacks``."""
+    """Locks the directory of a sweep and writes ``sweep.json`` there, for Hydra's ``hydra.callbacks``."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called before anything is written.
+        """Hydra's hook before the first point.
 
         Raises:
-            JobFailed: a sweep is going on there.
+            JobFailed: another sweep is going on in the directory.
         """
         folder = Path(str(config.hydra.sweep.dir)).absolute()
         try:
             SWEEPS[folder] = claim(folder)
         except ValueError:
             COMPOSED.set()
-            told = (
+            text = (
                 f"{folder} belongs to a sweep that is still going on. Wait for it or end it, or give this one another "
                 f"hydra.sweep.dir."
             )
-            print(f"\nerror: {told}", file=sys.stderr)
-            raise JobFailed(told) from None
+            print(f"\nerror: {text}", file=sys.stderr)
+            raise JobFailed(text) from None
+        write_plan(folder, config)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 __all__ = ["replacing", "try_write", "write_text_whole"]
 
 
@@ -46,6 +44,8 @@ def try_write(path: Path, write: Callable[[Path], None]) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
     except OSError as error:
+        from lightning.pytorch.utilities import rank_zero_warn  # here: what only reads and writes does without
+
         with suppress(Warning):  # where warnings are errors, this one must not stop the training either
             rank_zero_warn(f"{path} cannot be written ({error}); the training goes on without it.")
         return False

@@ -1,4 +1,4 @@
-"""Table, CSV file, picture and W&B run of a sweep's report."""
+"""Table, CSV file, picture and W&B run of a ranked sweep."""
 
 from __future__ import annotations
 
@@ -15,74 +15,59 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.fields import registered_fields
+from harness.support.files import replacing
 from harness.sweep.pareto import FrontPoint, draw_front
-from harness.sweep.ranking import _MEASURES, Report, _best_known, _coordinates, _keys, _parts
-from harness.sweep.reading import _number
+from harness.sweep.points import datasets, log_keys
+from harness.sweep.ranking import MEASURES, RankedSweep, errors_of
+from harness.sweep.reading import as_number
+
+__all__ = ["draw", "log_to_wandb", "table", "table_width", "write_csv"]
+
+_FIELDS = ("per_atom_energy", "total_energy", "forces", "stress", "virial")
 
 
-def _readable(found: Report) -> list[str]:
-    """Keys that the table shows: what it is sorted by, what is drawn, and errors of the first test (or validation)."""
-    shown = _best_known(found.sweep.points)
-    first = [found.sort, *(found.axes or ())]
-    if not (parts := _parts(shown)):
-        return list(dict.fromkeys(first))
-    part = parts[0]
-    components = [key.removeprefix(f"{part}/") for key in _keys(shown) if key.startswith(f"{part}/")]
-    per_atom = any(name.startswith("per_atom_energy_") for name in components)
-    chosen = [
-        name
-        for name in components
-        if "_per_type" not in name
-        and not name.endswith("_maxabserr")
-        and not (per_atom and name.startswith("total_energy_"))
-    ]
-    fields = ("per_atom_energy", "total_energy", "forces", "stress", "virial")
-
-    def importance(name: str) -> tuple[bool, int]:
-        number = next((number for number, start in enumerate(fields) if name.startswith(start)), len(fields))
-        return not name.endswith("_rmse"), number
-
-    chosen.sort(key=importance)
-    return list(dict.fromkeys([*first, *(f"{part}/{name}" for name in chosen)]))
-
-
-def _unit(key: str) -> str:
-    """Unit of a component by its name; empty where the name does not tell."""
-    name = key.partition("/")[2]
-    fields = registered_fields()
-    per_atom = name.startswith("per_atom_energy_")
-    found = "total_energy" if per_atom else max((each for each in fields if name.startswith(f"{each}_")), default="")
-    unit = fields[found].unit if found else ""
-    if unit and per_atom:
-        unit = f"{unit}/atom"
-    measure = name.partition("_per_type")[0].rpartition("_")[2]
-    if unit and measure == "mse":
-        return f"({unit})²"
-    return unit if measure in _MEASURES else ""
-
-
-def table(found: Report, width: int | None = None) -> Table:
-    """The points in their order, with what was swept, a readable selection of components, time and state.
+def table(ranked: RankedSweep, width: int | None = None) -> Table:
+    """Table of the points in order: swept settings, a readable selection of components, time and state.
 
     Args:
-        found: the report.
-        width: characters that there is room for, which components at the end of the selection make way for.
+        ranked: the sweep.
+        width: characters that there is room for; components at the end of the selection are left out until it fits.
     """
-    keys = _readable(found)
+    keys = _readable(ranked)
     while True:
-        shown = _table(found, keys)
-        if width is None or len(keys) == 1 or _width(shown) <= width:
+        shown = _table(ranked, keys)
+        if width is None or len(keys) == 1 or table_width(shown) <= width:
             return shown
         keys = keys[:-1]
 
 
-def _width(shown: Table) -> int:
+def table_width(shown: Table) -> int:
+    """Characters of the table's longest line."""
     console = Console(width=10_000)
     return console.measure(shown).maximum
 
 
-def _table(found: Report, keys: Sequence[str]) -> Table:
-    sweep = found.sweep
+def _readable(ranked: RankedSweep) -> list[str]:
+    """Keys of the table: that of the order, those of the front, and errors of the first test (or validation) set."""
+    points = ranked.sweep.most_final
+    keys = [ranked.sort, *(ranked.axes or ())]
+    for part in datasets(points)[:1]:
+        names = [key.removeprefix(f"{part}/") for key in log_keys(points) if key.startswith(f"{part}/")]
+        names = [name for name in names if "_per_type" not in name and not name.endswith("_maxabserr")]
+        if any(name.startswith("per_atom_energy_") for name in names):
+            names = [name for name in names if not name.startswith("total_energy_")]
+        keys += [f"{part}/{name}" for name in sorted(names, key=_importance)]
+    return list(dict.fromkeys(keys))
+
+
+def _importance(name: str) -> tuple[bool, int]:
+    """Sort key of a component: RMSE before others, then by field."""
+    number = next((number for number, field in enumerate(_FIELDS) if name.startswith(field)), len(_FIELDS))
+    return not name.endswith("_rmse"), number
+
+
+def _table(ranked: RankedSweep, keys: Sequence[str]) -> Table:
+    sweep = ranked.sweep
     shown = Table(title=sweep.title, title_justify="left")
     shown.add_column("rank", justify="right")
     shown.add_column("point", justify="right")
@@ -92,76 +77,95 @@ def _table(found: Report, keys: Sequence[str]) -> Table:
         shown.add_column("\n".join(_header(key)), justify="right")
     shown.add_column("time", justify="right")
     shown.add_column("state")
-    for number, point in enumerate([*found.ranked, *found.others], start=1):
-        if number == len(found.ranked) + 1 and found.ranked:
-            shown.add_section()
-        rank = f"{number}{'*' if point in found.front else ''}" if number <= len(found.ranked) else ""
-        settings = [_shown_setting(point.overrides.get(setting)) for setting in sweep.swept]
-        values = [_shown(point.values.get(key)) for key in keys]
-        cells = [rank, point.name, *settings, *values, _shown_time(point.seconds), point.state]
-        shown.add_row(*map(Text, cells), style=None if point.finished else "dim")
+    for number, point in ranked.rows():
+        first = "" if number is None else f"{number}{'*' if point in ranked.front else ''}"
+        settings = [_setting(point.overrides.get(setting)) for setting in sweep.swept]
+        values = [_value(point.values.get(key)) for key in keys]
+        cells = [first, point.name, *settings, *values, _time(point.seconds), point.state]
+        is_last_ranked = number == len(ranked.ranked)
+        shown.add_row(*map(Text, cells), style=None if point.finished else "dim", end_section=is_last_ranked)
     return shown
 
 
 def _header(key: str) -> list[str]:
-    """Of a column: set, field, measure and unit, where the name has them."""
+    """Lines of a column's header: set, field, measure and unit, where the key has them."""
     part, _, name = key.partition("/")
-    start, _, measure = name.rpartition("_")
-    names = [start, measure] if measure in _MEASURES else [name]
-    return [each for each in (part.removesuffix("_epoch"), *names, _unit(key)) if each]
+    field, _, measure = name.rpartition("_")
+    names = [field, measure] if measure in MEASURES else [name]
+    return [line for line in (part.removesuffix("_epoch"), *names, _unit(key)) if line]
 
 
-def _shown(value: float | None) -> str:
+def _unit(key: str) -> str:
+    """Unit of a component by its name; empty for a field that is not registered."""
+    name = key.partition("/")[2]
+    fields = registered_fields()
+    per_atom = name.startswith("per_atom_energy_")
+    found = "total_energy" if per_atom else max((field for field in fields if name.startswith(f"{field}_")), default="")
+    unit = fields[found].unit if found else ""
+    if unit and per_atom:
+        unit = f"{unit}/atom"
+    measure = name.partition("_per_type")[0].rpartition("_")[2]
+    if unit and measure == "mse":
+        return f"({unit})²"
+    return unit if measure in MEASURES else ""
+
+
+def _value(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _shown_setting(value: str | None) -> str:
+def _setting(value: str | None) -> str:
     if value is None:
         return "-"
-    number = _number(value)
+    number = as_number(value)
     return value if number is None or len(value) <= 8 else f"{number:.4g}"
 
 
-def _shown_time(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def write_csv(found: Report, path: Path) -> tuple[list[str], list[list[Any]]]:
-    """Write every value of every point, in their order; returns the columns and rows."""
-    sweep, keys = found.sweep, _keys(found.sweep.points)
+def write_csv(ranked: RankedSweep, path: Path) -> tuple[list[str], list[list[Any]]]:
+    """Write every value of every point, in order.
+
+    Returns:
+        Columns and rows.
+    """
+    sweep, keys = ranked.sweep, log_keys(ranked.sweep.points)
     columns = ["rank", "point", "state", "front", "seconds", "ranks", *sweep.swept, *keys, "reason"]
     rows: list[list[Any]] = []
-    for number, point in enumerate([*found.ranked, *found.others], start=1):
-        rank = number if number <= len(found.ranked) else None
+    for number, point in ranked.rows():
         settings = [point.overrides.get(setting) for setting in sweep.swept]
         values = [point.values.get(key) for key in keys]
-        front = point in found.front
+        front = point in ranked.front
         rows.append(
-            [rank, point.name, point.state, front, point.seconds, point.ranks, *settings, *values, point.reason]
+            [number, point.name, point.state, front, point.seconds, point.ranks, *settings, *values, point.reason]
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)
-    os.replace(part, path)
     return columns, rows
 
 
-def draw(found: Report, path: Path) -> bool:
-    """Draw the front and all other points that have both errors; whether there was anything to draw."""
-    sweep, axes = found.sweep, found.axes
-    points = [*found.ranked, *found.others]
-    if axes is None or not any(all(map(math.isfinite, _coordinates(point, axes))) for point in points):
+def draw(ranked: RankedSweep, path: Path) -> bool:
+    """Draw the front and all other points that have both errors.
+
+    Returns:
+        False if no point has both, and nothing is drawn.
+    """
+    sweep, axes = ranked.sweep, ranked.axes
+    points = [point for _, point in ranked.rows()]
+    if axes is None or not any(all(map(math.isfinite, errors_of(point, axes))) for point in points):
         return False
     drawn = []
     for point in points:
-        label = ", ".join(_shown_setting(point.overrides.get(setting)) for setting in sweep.swept)
-        drawn.append(FrontPoint(*_coordinates(point, axes), label or point.name, point.finished))
+        label = ", ".join(_setting(point.overrides.get(setting)) for setting in sweep.swept)
+        drawn.append(FrontPoint(*errors_of(point, axes), label or point.name, point.finished))
     names = [f"{part.removesuffix('_epoch')} {name}" for part, _, name in (key.partition("/") for key in axes)]
     units = [f" ({_unit(key)})" if _unit(key) else "" for key in axes]
     note = f"labels: {', '.join(map(sweep.short, sweep.swept))}" if sweep.swept else ""
@@ -170,12 +174,16 @@ def draw(found: Report, path: Path) -> bool:
 
 
 def log_to_wandb(
-    found: Report, folder: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path | None
+    ranked: RankedSweep, folder: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path | None
 ) -> str | None:
-    """Log table and picture as one run beside those of the points; returns where it is."""
+    """Log table and picture as one W&B run, in the project and group of the points.
+
+    Returns:
+        URL or directory of the run.
+    """
     from harness.loggers import WandbLogger
 
-    sweep = found.sweep
+    sweep = ranked.sweep
     logger = WandbLogger(
         folder,
         project=sweep.project,
@@ -185,11 +193,10 @@ def log_to_wandb(
         offline=not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
         settings={"quiet": True},
     )
-    states = Counter(point.state for point in sweep.points)
     logger.log_hyperparams(
-        {"sweep": str(sweep.folder), "swept": list(sweep.swept), "sort": found.sort, "axes": list(found.axes or [])}
+        {"sweep": str(sweep.folder), "swept": list(sweep.swept), "sort": ranked.sort, "axes": list(ranked.axes or [])}
     )
-    # one kind of value in each column, as W&B demands
+    # W&B demands one type of value in each column
     text = {name for name, *cells in zip(columns, *rows, strict=True) if any(isinstance(cell, str) for cell in cells)}
     cells = [
         [("" if cell is None else str(cell)) if name in text else cell for name, cell in zip(columns, row, strict=True)]
@@ -198,8 +205,9 @@ def log_to_wandb(
     logger.log_table("sweep/points", columns=list(columns), data=cells)
     if picture is not None:
         logger.log_image("sweep/pareto", [str(picture)])
+    states = Counter(point.state for point in sweep.points)
     summary: dict[str, float] = {f"sweep/{state.replace(' ', '_')}": number for state, number in states.items()}
-    if found.ranked:
-        summary["sweep/best"] = found.ranked[0].values[found.sort]
+    if ranked.ranked:
+        summary["sweep/best"] = ranked.ranked[0].values[ranked.sort]
     logger.log_metrics(summary)
     return logger.finish()

@@ -1,4 +1,4 @@
-"""The Pareto front of two errors that are both to be small, and its picture."""
+"""Pareto front of two errors, both better the smaller they are, and its picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+from harness.support.figures import new_figure, save_figure
+
 __all__ = ["FrontPoint", "draw_front", "pareto_front"]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point is better than.
+    """Indices of the points on the Pareto front.
 
     Point i is on the front if there is no j with x_j ≤ x_i and y_j ≤ y_i of which one is smaller. Points that coincide
     are on it together. A point with a NaN or an infinite coordinate is not, and keeps no other from it.
@@ -26,7 +28,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """
     finite = [index for index, point in enumerate(points) if all(map(math.isfinite, point))]
     front: list[int] = []
-    for index in sorted(finite, key=lambda each: tuple(points[each])):
+    for index in sorted(finite, key=lambda i: tuple(points[i])):
         if not front or points[index][1] < points[front[-1]][1] or tuple(points[index]) == tuple(points[front[-1]]):
             front.append(index)
     return front
@@ -39,8 +41,8 @@ class FrontPoint:
     Args:
         x: the error of the horizontal axis.
         y: the error of the vertical axis.
-        label: what is written beside it.
-        complete: whether its values are final; the others are shown, but are not part of the front.
+        label: text beside it.
+        complete: False for values that are not final: the point is drawn, but is not part of the front.
     """
 
     x: float
@@ -58,30 +60,25 @@ def draw_front(
     logarithmic where the largest value is more than ten times the smallest.
 
     Args:
-        path: PNG file to be written.
+        path: of the PNG file.
         points: those that are not finite are left out.
         x_label: of the horizontal axis.
         y_label: of the vertical axis.
         title: above the picture.
-        note: what the labels are.
+        note: explanation of the labels.
 
     Returns:
         Indices of the points on the front.
     """
-    # Figure without pyplot: no global state and no display
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [index for index, point in enumerate(points) if math.isfinite(point.x) and math.isfinite(point.y)]
     complete = [index for index in shown if points[index].complete]
-    front = [complete[index] for index in pareto_front([(points[each].x, points[each].y) for each in complete])]
+    front = [complete[index] for index in pareto_front([(points[i].x, points[i].y) for i in complete])]
     behind = [index for index in complete if index not in front]
     unfinished = [index for index in shown if not points[index].complete]
 
-    figure = Figure(figsize=(7.2, 5.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # which knows how large a text is
+    figure = new_figure(7.2, 5.4, dpi=120, layout="constrained")
     axis = figure.subplots()
-    for name, along in (("x", [points[each].x for each in shown]), ("y", [points[each].y for each in shown])):
+    for name, along in (("x", [points[i].x for i in shown]), ("y", [points[i].y for i in shown])):
         _scale(axis, name, along)
     axis.grid(visible=True, which="major", color="0.92")
     axis.set_axisbelow(True)
@@ -93,9 +90,9 @@ def draw_front(
     for chosen, name, style in styles:
         if chosen:
             label = f"{name} ({len(chosen)})"
-            across, up = [points[each].x for each in chosen], [points[each].y for each in chosen]
+            across, up = [points[i].x for i in chosen], [points[i].y for i in chosen]
             axis.plot(across, up, "o", label=label, clip_on=False, **style)
-    steps = _steps(axis, [(points[each].x, points[each].y) for each in front]) if front else []
+    steps = _steps(axis, [(points[i].x, points[i].y) for i in front]) if front else []
     axis.plot([x for x, _ in steps], [y for _, y in steps], color="C0", linewidth=1.2, alpha=0.7, zorder=2)
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
@@ -104,13 +101,12 @@ def draw_front(
     if handles[0]:
         figure.legend(*handles, loc="outside lower center", ncols=3, title=note or None)
     _write_labels(axis, points, [*front, *behind, *unfinished], set(front), steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
     return front
 
 
 def _scale(axis: Any, name: str, values: Sequence[float]) -> None:
-    """A logarithmic axis where the spread is large; room at the ends, where markers and labels are."""
+    """Set limits with room for markers and labels at both ends, and a logarithmic scale where the spread is large."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if not values:
@@ -130,7 +126,7 @@ def _scale(axis: Any, name: str, values: Sequence[float]) -> None:
 
 
 def _steps(axis: Any, corners: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The boundary of what is worse than a point of the front, to both edges of the picture."""
+    """Corners of the front's step line, from the upper edge of the picture to the right one."""
     (_, right), (_, top) = axis.get_xlim(), axis.get_ylim()
     line = [(corners[0][0], top)]
     for (x, y), (following, _) in zip(corners, [*corners[1:], (right, 0.0)], strict=True):
@@ -145,14 +141,14 @@ def _write_labels(
     front: set[int],
     steps: Sequence[tuple[float, float]],
 ) -> None:
-    """Write labels beside their points where they cover nothing; those for which there is no room are left out.
+    """Write labels beside their points where they cover nothing; those without room are left out.
 
-    So are those of points that are not on the front if there are many.
+    Of more than ``_CROWD`` points only those on the front get labels.
     """
     from matplotlib.transforms import Bbox
 
     figure = axis.figure
-    figure.draw_without_rendering()  # where everything is, in pixels
+    figure.draw_without_rendering()  # lays out axes and texts, in pixels
     renderer = figure.canvas.get_renderer()
     inside = axis.get_window_extent(renderer)
     pixel = figure.dpi / 72

@@ -35,7 +35,7 @@ from harness.runs import (
     record,
     write_result,
 )
-from harness.sweep import read_sweep, report
+from harness.sweep import rank, read_sweep
 
 POINT = (
     *(each for each in TINY if not each.startswith("max_epochs")),
@@ -119,6 +119,8 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
         assert (state["state"], state["ranks"], result["ranks"]) == ("finished", 2, 2)
         assert state["overrides"][-4:-2] == [f"loss.coeffs.forces={forces}", f"loss.coeffs.total_energy={energy}"]
         assert state["started"] <= state["ended"]
+        assert (state["point"], state["monitor"]) == (int(folder.name), "val0_epoch/weighted_sum")
+        assert (state["project"], state["group"]) == ("harness", logged["run_group"])
         assert result["monitor"] == "val0_epoch/weighted_sum"
         assert result["objective"] == result["values"]["val0_epoch/weighted_sum"]
         assert result["seconds"] > 0
@@ -132,6 +134,12 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
         overrides = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
         assert overrides == state["overrides"]
     assert len(objectives) == 3  # coefficients are normalised: 1 to 1 is 10 to 10
+    plan = read(of_ranks, "sweep.json")
+    assert plan["swept"] == ["loss.coeffs.forces", "loss.coeffs.total_energy"]
+    assert [(point["loss.coeffs.forces"], point["loss.coeffs.total_energy"]) for point in plan["points"]] == [
+        (str(forces), str(energy)) for forces, energy in expected
+    ]
+    assert (plan["planned"], plan["group"]) == (4, "coefficients/sweep")
     screen = (of_ranks.parent / "stdout.txt").read_text()
     assert screen.count("finished in") == screen.count("output      ") == 4  # one rank of each prints
 
@@ -154,9 +162,9 @@ def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:
         map(str, results), key=lambda number: results[int(number)]["objective"]
     )
     errors = {}
-    for rank, row in enumerate(rows, start=1):
+    for place, row in enumerate(rows, start=1):
         values = results[int(row["point"])]["values"]
-        assert (row["rank"], row["state"], row["ranks"]) == (str(rank), "finished", "2")
+        assert (row["rank"], row["state"], row["ranks"]) == (str(place), "finished", "2")
         assert f"forces={row['loss.coeffs.forces']}" in wandb_run(of_ranks / row["point"])["display_name"]
         for key in ("val0_epoch/weighted_sum", "test0_epoch/forces_rmse", "test0_epoch/total_energy_mae"):
             assert float(row[key]) == pytest.approx(values[key], rel=1e-12)
@@ -186,7 +194,13 @@ def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path
     assert "failed points of the sweep: point 1 (forces=-1)" in done.err
     assert "report      harness-sweep sweep\n" in done.out
     assert "Traceback" not in done.err
+    plan = read(tmp_path / "sweep", "sweep.json")
+    assert plan["command"][-2:] == ["loss.coeffs.forces=10,-1,1", "name=plain"]
+    assert (plan["swept"], plan["planned"]) == (["loss.coeffs.forces"], 3)
+    assert [point["loss.coeffs.forces"] for point in plan["points"]] == ["10", "-1", "1"]
+    assert (plan["monitor"], plan["project"], plan["group"]) == ("val0_epoch/weighted_sum", "harness", "plain/sweep")
     points = [tmp_path / "sweep" / str(number) for number in range(3)]
+    assert [read(each, "run.json")["name"] for each in (points[0], points[2])] == ["forces=10", "forces=1"]
     assert [read(each, "run.json")["state"] for each in points] == ["finished", "failed", "finished"]
     assert "must be finite and not negative, found -1" in read(points[1], "run.json")["error"]
     assert not (points[1] / "result.json").exists()
@@ -235,6 +249,9 @@ def test_optuna_finds_a_front_of_two_objectives(tmp_path: Path) -> None:
     done = train(*POINT, "sweep=pareto", *sampler, drawn, "logger=csv", folder=tmp_path)
     assert done.code == 1, done.err[-4000:]  # since a point has failed
     assert done.err.count("failed points of the sweep: point") == 1
+    plan = read(tmp_path / "sweep", "sweep.json")
+    assert (plan["swept"], plan["planned"], plan["points"]) == (["loss.coeffs.forces"], 3, None)
+    assert plan["objectives"] == ["val0_epoch/per_atom_energy_rmse", "val0_epoch/forces_rmse"]
     values, failed = [], 0
     for number in range(3):
         folder = tmp_path / "sweep" / str(number)
@@ -253,7 +270,7 @@ def test_optuna_finds_a_front_of_two_objectives(tmp_path: Path) -> None:
     ]
     solutions = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml").solutions
     assert {tuple(each["values"]) for each in solutions} == set(better)
-    found = report(
+    found = rank(
         read_sweep(tmp_path / "sweep"), energy="val0_epoch/per_atom_energy_rmse", forces="val0_epoch/forces_rmse"
     )
     assert found.sweep.planned == 3

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,25 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from support.commands import BIN
 
-from harness.sweep import main, read_sweep, report
+from harness.sweep import main, rank, read_sweep
 from harness.sweep.pareto import FrontPoint, draw_front, pareto_front
 
 ENERGY, FORCES, SORT = "test0_epoch/per_atom_energy_rmse", "test0_epoch/forces_rmse", "val0_epoch/weighted_sum"
-GRID = ("loss.coeffs.forces=1,10,100", "loss.coeffs.total_energy=1,10", "max_epochs=2")
-MULTIRUN = """
-hydra:
-  sweeper:
-    _target_: hydra._internal.core_plugins.basic_sweeper.BasicSweeper
-    params: null
-  overrides:
-    task: {task}
-"""
-CONFIG = """
-name: alloy
-monitor: val0_epoch/weighted_sum
-logger:
-  wandb: {_target_: harness.loggers.WandbLogger, project: potentials, group: 'sweep of ${name}'}
-output_dir: ${hydra:runtime.output_dir}
-"""
+GROUP = "sweep of alloy"
+PLAN: dict[str, Any] = {
+    "command": ["-m", "loss.coeffs.forces=1,10,100", "loss.coeffs.total_energy=1,10", "max_epochs=2"],
+    "fixed": {"max_epochs": "2"},
+    "swept": ["loss.coeffs.forces", "loss.coeffs.total_energy"],
+    "planned": 6,
+    "points": [
+        {"loss.coeffs.forces": forces, "loss.coeffs.total_energy": energy}
+        for forces, energy in product(("1", "10", "100"), ("1", "10"))
+    ],
+    "monitor": SORT,
+    "objectives": None,
+    "project": "potentials",
+    "group": GROUP,
+}
 
 
 def make_point(
@@ -52,15 +52,20 @@ def make_point(
 ) -> Path:
     """A point's folder as a training leaves it."""
     folder = sweep / str(number)
-    (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {each}\n" for each in overrides))
-    (folder / ".hydra" / "config.yaml").write_text(CONFIG)
+    folder.mkdir(parents=True)
     if record:
-        (folder / "run.json").write_text(json.dumps({"ranks": 2, "started": "2026-01-01T10:00:00", **record}))
+        of_config = {"monitor": SORT, "objectives": None, "project": "potentials", "group": GROUP}
+        of_command = {"overrides": list(overrides), "point": number, "ranks": 2, "started": "2026-01-01T10:00:00"}
+        (folder / "run.json").write_text(json.dumps({**of_config, **of_command, **record}))
     if result is not None:
         whole = {"monitor": SORT, "objective": result.get(SORT), "seconds": seconds, "ranks": 2, "values": dict(result)}
         (folder / "result.json").write_text(json.dumps(whole))
     return folder
+
+
+def change(path: Path, **entries: Any) -> None:
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
 def values(energy: float | None, forces: float | None, total: float | None) -> dict[str, float | None]:
@@ -90,7 +95,7 @@ def sweep(tmp_path: Path) -> Path:
     """Three points that have finished, of which one is dominated, and one in each other state."""
     folder = tmp_path / "multirun" / "alloy" / "2026-01-01_10-00-00"
     folder.mkdir(parents=True)
-    (folder / "multirun.yaml").write_text(MULTIRUN.format(task=json.dumps(list(GRID))))
+    (folder / "sweep.json").write_text(json.dumps(PLAN))
     here = {"host": socket.gethostname(), "pid": os.getpid()}
     ended = {"state": "finished", "ended": "2026-01-01T10:01:00"}
     make_point(folder, 0, coefficients(1, 1), values(0.02, 0.2, 0.3), **ended)
@@ -165,9 +170,8 @@ def test_states_and_reasons(sweep: Path) -> None:
     make_point(sweep, 7, state="running", host="elsewhere", pid=1)
     make_point(sweep, 8, state="preempted")
     make_point(sweep, 9)
-    logged = make_point(sweep, 10, state="failed")
-    (logged / "train.log").write_text("step 1\nerror: the first\nValueError: no frames left\nbye\n")
-    (sweep / "11").mkdir()  # killed while Hydra made it
+    make_point(sweep, 10, state="failed", error="ValueError: no frames left")
+    (sweep / "11").mkdir()  # killed before it wrote anything
     finished = make_point(sweep, 12, state="running", host="elsewhere", result=values(1, 1, 1))
     (finished / "run.json").write_text('{"state": "fini')  # torn
     torn = make_point(sweep, 13, state="finished")
@@ -201,41 +205,77 @@ def test_points_of_the_grid_that_have_not_been_started(sweep: Path) -> None:
     assert [found.short(setting) for setting in found.swept] == ["forces", "total_energy"]
     (absent,) = [point for point in found.points if point.state == "not started"]
     assert absent.overrides == {"loss.coeffs.forces": "100", "loss.coeffs.total_energy": "10", "max_epochs": "2"}
-    assert (found.project, found.group, found.monitor) == ("potentials", "sweep of alloy", SORT)
+    assert (found.project, found.group, found.monitor) == ("potentials", GROUP, SORT)
+
+
+def test_a_point_without_a_record_is_the_one_of_its_number_in_the_grid(sweep: Path) -> None:
+    """Killed before it has written ``run.json``: it is listed once, with what it was asked for."""
+    (sweep / "5").mkdir()
+    (sweep / "4" / "run.json").write_text('{"state": "fail')  # torn
+    points = {point.name: point for point in read_sweep(sweep).points}
+    assert list(points) == ["0", "1", "2", "3", "4", "5"]
+    assert [points[name].state for name in ("4", "5")] == ["starting", "starting"]
+    assert points["4"].overrides == {**PLAN["points"][4], "max_epochs": "2"}
+    assert points["5"].overrides == {**PLAN["points"][5], "max_epochs": "2"}
+
+
+def test_points_of_a_sweep_that_goes_on_are_known_by_what_is_swept(sweep: Path) -> None:
+    """``resume=auto`` and other settings that are not swept may differ; so may the numbers."""
+    change(sweep / "sweep.json", fixed={"resume": "auto"}, points=PLAN["points"][::-1])
+    assert [point.state for point in read_sweep(sweep).points if point.name == "-"] == ["not started"]
+
+
+def test_points_in_folders_with_names_of_their_own(sweep: Path) -> None:
+    """``hydra.sweep.subdir``."""
+    (sweep / "0").rename(sweep / "forces=1")
+    (sweep / "deeper").mkdir()
+    (sweep / "1").rename(sweep / "deeper" / "1")
+    (sweep / "report").mkdir()  # is none
+    found = read_sweep(sweep)
+    assert [point.name for point in found.points] == ["2", "3", "4", "deeper/1", "forces=1", "-"]
+    assert [point.state for point in found.points].count("finished") == 3
 
 
 def test_a_sampler_says_how_many_trials_there_are(sweep: Path) -> None:
     """Its values are found in the points; a range is not a grid."""
-    (sweep / "multirun.yaml").write_text(
-        "hydra:\n  sweeper: {_target_: hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper, n_trials: 20,"
-        " params: {loss.coeffs.forces: 'tag(log, interval(1, 1000))'}}\n  overrides: {task: [max_epochs=2]}\n"
-    )
+    change(sweep / "sweep.json", swept=["loss.coeffs.forces"], planned=20, points=None)
     found = read_sweep(sweep)
     assert found.planned == 20
     assert found.swept == ["loss.coeffs.forces", "loss.coeffs.total_energy"]
     assert len(found.points) == 5
 
 
-def test_without_multirun_yaml(sweep: Path) -> None:
-    (sweep / "multirun.yaml").unlink()
+@pytest.mark.parametrize("content", [None, '{"swept": ["loss.co'], ids=["missing", "torn"])
+def test_without_sweep_json(sweep: Path, content: str | None) -> None:
+    """Points are read all the same; those that have not been started are not known."""
+    (sweep / "sweep.json").unlink()
+    if content:
+        (sweep / "sweep.json").write_text(content)
     found = read_sweep(sweep)
     assert found.planned is None
     assert len(found.points) == 5
     assert found.swept == ["loss.coeffs.forces", "loss.coeffs.total_energy"]
+    assert (found.project, found.group, found.monitor) == ("potentials", GROUP, SORT)
 
 
-def test_group_that_only_a_training_knows(sweep: Path) -> None:
-    """Settings that a logger has written are resolved; otherwise points are in the sweep's own group."""
-    config = CONFIG.replace("'sweep of ${name}'", "'${nowhere.group:${name}}'")
-    for number in range(5):
-        (sweep / str(number) / ".hydra" / "config.yaml").write_text(config)
-    assert (read_sweep(sweep).project, read_sweep(sweep).group) == ("potentials", "alloy/2026-01-01_10-00-00")
-    (sweep / "3" / "csv" / "hparams.yaml").write_text(config.replace("'${nowhere.group:${name}}'", "told"))
-    assert read_sweep(sweep).group == "alloy/2026-01-01_10-00-00"  # as most points say
+def test_project_group_and_monitor_are_those_of_most_points(sweep: Path) -> None:
+    """Otherwise those of the sweep; without W&B the group that points of a sweep have if no other one is given."""
+
+    def shared() -> tuple[str, str, str]:
+        found = read_sweep(sweep)
+        return found.project, found.group, found.monitor
+
+    other = "val1_epoch/weighted_sum"
+    change(sweep / "3" / "run.json", group="another", project="else", monitor=other)
+    assert shared() == ("potentials", GROUP, SORT)
     for number in (0, 1, 2):
-        (sweep / str(number) / "csv").mkdir()
-        (sweep / str(number) / "csv" / "hparams.yaml").write_text((sweep / "3" / "csv" / "hparams.yaml").read_text())
-    assert read_sweep(sweep).group == "told"
+        change(sweep / str(number) / "run.json", group="another", monitor=other)
+    assert shared() == ("potentials", "another", other)
+    for number in range(5):
+        change(sweep / str(number) / "run.json", group=None, project=None, monitor=None)
+    assert shared() == ("potentials", GROUP, SORT)
+    change(sweep / "sweep.json", group=None, project=None)
+    assert shared() == ("harness", "alloy/2026-01-01_10-00-00", SORT)
 
 
 # --- the report ---
@@ -265,14 +305,14 @@ def test_report_of_an_unfinished_sweep(sweep: Path, capsys: pytest.CaptureFixtur
 
 
 def test_keys_can_be_chosen(sweep: Path, tmp_path: Path) -> None:
-    found = report(read_sweep(sweep), sort="forces_rmse")
+    found = rank(read_sweep(sweep), sort="forces_rmse")
     assert found.sort == FORCES
     assert [point.name for point in found.ranked] == ["0", "2", "1"]
-    found = report(read_sweep(sweep), energy="weighted_sum", forces="val0_epoch/forces_mae")
+    found = rank(read_sweep(sweep), energy="weighted_sum", forces="val0_epoch/forces_mae")
     assert found.axes == (SORT, "val0_epoch/forces_mae")
     assert [point.name for point in found.front] == ["2"]
     with pytest.raises(ValueError, match=r"'forces_rmsd'.*Did you mean.*forces_rmse"):
-        report(read_sweep(sweep), sort="forces_rmsd")
+        rank(read_sweep(sweep), sort="forces_rmsd")
     main([str(sweep), "--no-wandb", "--sort", ENERGY, "--output", str(tmp_path / "elsewhere")])
     assert [row["point"] for row in read(tmp_path / "elsewhere" / "sweep.csv")][:3] == ["1", "0", "2"]
     assert not (sweep / "sweep.csv").exists()
@@ -313,7 +353,7 @@ def test_log_to_wandb(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     records = wandb_records(sweep)
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert run["project"] == "potentials"
-    assert run["run_group"] == "sweep of alloy"
+    assert run["run_group"] == GROUP
     assert run["job_type"] == "sweep"
     assert run["display_name"] == "report of alloy/2026-01-01_10-00-00"
     logged: dict[str, Any] = {}
@@ -338,10 +378,14 @@ def test_not_a_sweep(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "empty").mkdir()
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / "multirun.yaml").write_text("hydra: {}\n")
+    (begun / "sweep.json").write_text(json.dumps({**PLAN, "planned": 20, "points": None}))
+    earlier = tmp_path / "earlier"  # by a version that wrote no sweep.json
+    make_point(earlier, 0, state="finished", point=None)
+    (earlier / "multirun.yaml").write_text("hydra: {}\n")
     for folder, words in [
         (tmp_path / "missing", "There is no directory"),
         (tmp_path / "empty", "not a sweep's directory: neither"),
+        (earlier, "not a sweep's directory: neither"),
         (sweep.parents[2], "has sweeps in it. Give one of them, such as"),
         (sweep.parent, f"such as {sweep}"),
         (sweep / "0", f"output of a single training.*its parent {sweep}"),
