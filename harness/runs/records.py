@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from hydra.errors import CompactHydraException
 
 from harness.runs.command import Command
-from harness.runs.exits import Interrupted
+from harness.runs.exits import Interrupted, Preempted
 
 __all__ = [
     "RECORD",
@@ -90,7 +90,7 @@ def record(output_dir: Path, command: Command) -> Iterator[None]:
         yield
     except BaseException as error:
         end = _failure(error)
-        if type(error).__name__ == "Preempted":
+        if isinstance(error, Preempted):
             end = {"state": "preempted"}
         if isinstance(error, Interrupted | KeyboardInterrupt):
             end = {"state": "interrupted"}
