@@ -116,10 +116,10 @@ def _settle_arguments() -> None:
     """Arguments of this rank, and the moment in the name of the output directory, the same on all ranks."""
     # Hydra wants all overrides in one piece: an option among them would end it
     arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
-    sys.argv[1:] = arguments_of_rank(arguments, launched_rank())
+    num_ranks, is_sweep = launched_ranks(), asks_for_sweep(arguments)
+    sys.argv[1:] = arguments_of_rank(arguments, launched_rank()) if num_ranks > 1 else arguments
     if SweepPoint.of_environment() is not None:  # the sweep has settled the rest
         return
-    num_ranks, is_sweep = launched_ranks(), asks_for_sweep(arguments)
     os.environ.pop(TYPED, None)  # of a sweep that has started this command
     if num_ranks > 1 and is_sweep:
         sys.exit(_SWEEP_ON_RANKS.format(num_ranks))

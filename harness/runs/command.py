@@ -158,7 +158,7 @@ def as_typed(overrides: Any) -> tuple[str, ...]:
 
 
 def _is_point() -> bool:
-    return HydraConfig.initialized() and command().point is not None
+    return SweepPoint.of_environment() is not None or (HydraConfig.initialized() and command().point is not None)
 
 
 def point_name() -> str | None:

@@ -198,10 +198,14 @@ def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path
 
 
 def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: Path) -> None:
-    point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nown: of ${name}\n")
+    point = [*POINT, "logger=csv", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
     point += ["+hydra.job.env_set.MY_TOKEN=${name}-${oc.env:HOME}", "+note=${oc.env:MY_TOKEN}"]
+    point += ["experiment=own", "+hydra.callbacks.seen._target_=support.failures_for_tests.NotesJobs"]
+    point += [f"+values.{key}={value}" for key, value in VALUES.items()]
     places = "hydra.sweep.subdir=point_${hydra.job.num}"
-    done = train(*TORCHRUN, *point, places, "loss.coeffs.forces=-1,10", folder=tmp_path)
+    done = train("--config-dir", "mine", *TORCHRUN, *point, places, "loss.coeffs.forces=-1,10", folder=tmp_path)
     assert done.code == 1
     assert "error: point 0 (forces=-1) failed: The coefficient of 'forces_mse' must be finite" in done.err
     assert "Traceback" not in done.err
@@ -217,6 +221,32 @@ def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: 
     assert [each["state"] for each in states] == ["failed", "finished"]
     assert "found -1" in states[0]["error"]
     assert not (folders[0] / "result.json").exists()
+    # the rank has composed what the sweep has
+    config = OmegaConf.load(folders[1] / "csv" / "hparams.yaml")
+    assert config.own == "of train"
+    assert config.note == "***"  # taken from the environment, which hydra.job.env_set has changed
+    assert OmegaConf.to_container(config["values"]) == {
+        "text": 'it\'s $HOME, "quoted" = {a: [1]}',
+        "nested": {"list": [1, "two words", None], "dict": {"x": "$y"}},
+        "escaped": "${name}",
+        "of_point": "1 forces=10 x/sweep",
+        "of_launcher": 1,
+        "folder": str(folders[1]),
+    }
+    # callbacks of Hydra's are called by the sweep, once for each point
+    notes = sorted((tmp_path / "jobs.txt").read_text().splitlines())
+    assert notes == ["end COMPLETED", "end FAILED", *["start harness.train.run_job"] * 2]
+
+
+VALUES = {
+    "text": "'it\\'s $HOME, \"quoted\" = {a: [1]}'",
+    "nested": "{list: [1, 'two words', null], dict: {x: '$y'}}",
+    "escaped": "'\\${name}'",
+    "of_point": "'${hydra:job.num} ${harness.point_name:} ${harness.group:x}'",
+    "of_launcher": "${hydra:launcher.nproc_per_node}",
+    "folder": "${hydra:runtime.output_dir}",
+}
+"""Overrides that a shell, Hydra or OmegaConf could mistake for something else on their way to the ranks."""
 
 
 def test_the_first_point_that_fails_ends_a_sweep_if_asked(tmp_path: Path) -> None:
