@@ -24,12 +24,14 @@ class TorchrunLauncher(Launcher):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra has composed for the whole sweep; the job itself is :func:`harness.train.run_job`."""
-        self.context, self.config = hydra_context, config
+        """Keep the job and the configuration of the whole sweep, for :meth:`launch`."""
+        self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run points, and return what came out of each."""
-        from harness.launcher import Settings  # here, since Hydra imports all plugins at every start
-        from harness.launcher.launch import launch  # here, since Hydra imports all plugins at every start
+        """Run points of the sweep, and return their results."""
+        # here, since Hydra imports all plugins at every start
+        from harness.launcher.launch import launch
+        from harness.launcher.settings import Settings
 
-        return launch(self.context, self.config, Settings.of(self.settings), job_overrides, initial_job_idx)
+        settings = Settings.of(self.settings)
+        return launch(self.context, self.task_function, self.config, settings, job_overrides, initial_job_idx)

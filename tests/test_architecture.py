@@ -57,3 +57,29 @@ def test_the_core_imports_without_the_heavy_libraries() -> None:
     check = f"import sys, harness; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+# names behind which Hydra and OmegaConf may change from one version to the next
+PRIVATE = {
+    "_get_node",
+    "_is_none",
+    "_is_missing",
+    "_is_interpolation",
+    "_value",
+    "_metadata",
+    "_return_value",
+    "_set_flag",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.parent.name != "sweep"],  # until its report reads what runs write for it
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_private_parts_of_hydra_and_omegaconf_are_not_used(path: Path) -> None:
+    text = path.read_text()
+    assert "._internal" not in text
+    attributes = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+    if "omegaconf" in text or "hydra" in text:
+        assert not attributes & PRIVATE

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import inspect
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, Node
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from harness.config.resolvers import config_folder, register_resolvers
+from harness.runs import config_options
 from harness.support.text import did_you_mean
 
 __all__ = ["BAD_INPUT", "HINT", "explain", "message"]
@@ -35,7 +35,7 @@ BAD_INPUT = (
     OmegaConfBaseException,
     MisconfigurationException,
 )
-"""What a mistake of a user is raised as."""
+"""Exceptions that a mistake of a user is raised as."""
 HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 
@@ -43,7 +43,7 @@ register_resolvers()
 
 
 def message(error: Exception) -> str:
-    """What a user needs to know of an error: its own words, and the config that Hydra was at."""
+    """Message of an error for a user: its own words, and the config that Hydra was at."""
     if isinstance(error, hydra.errors.InstantiationException):
         cause = error.__cause__
         if not isinstance(cause, Exception):
@@ -75,7 +75,7 @@ _PUBLIC = (
 
 
 def _not_found(target: str, cause: Exception) -> str:
-    """Why there is no such target, and which one may be meant."""
+    """Message of a `_target_` that is not there, with the one that may be meant."""
     parts = target.split(".")
     # Hydra has imported all that there is on the way
     depth = next((number for number in range(len(parts), 0, -1) if ".".join(parts[:number]) in sys.modules), 0)
@@ -124,7 +124,7 @@ def _closest(name: str, paths: Sequence[str]) -> list[str]:
 
 
 def _wrong_arguments(target: str, cause: Exception) -> str | None:
-    """What is said of a target that was called with arguments that it does not take, or without some that it needs."""
+    """Message of a target that was called with arguments that it does not take, or without some that it needs."""
     if not isinstance(cause, TypeError) or cause.__traceback__ is None or cause.__traceback__.tb_next is not None:
         return None  # raised within it
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
@@ -146,10 +146,10 @@ def _wrong_arguments(target: str, cause: Exception) -> str | None:
 
 
 def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str | None = None) -> str:
-    """What Hydra says of a wrong configuration, with the setting that a misspelt one may be meant for.
+    """Message of Hydra on a wrong configuration, with the setting that a misspelt one may be meant for.
 
     Args:
-        text: Hydra's words.
+        text: Hydra's message.
         overrides: of the configuration; those of the command line if not given.
         config_dir: of the user's own; that of the command line if ``overrides`` are not given.
     """
@@ -172,7 +172,8 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     wrong = shown.group(1) if shown else misspelt.group(1)
     of_hydra = key.startswith("hydra.")
     if overrides is None:
-        overrides, config_dir = _typed()
+        options, overrides = config_options(sys.argv[1:])
+        config_dir = options.get("config_dir")
     config = _composed(overrides, wrong, config_dir, of_hydra)
     answer = _new_in_dictionary(config, key, wrong)
     if answer is not None:
@@ -185,16 +186,8 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({told})"
 
 
-def _typed() -> tuple[list[str], str | None]:
-    """Overrides of the command line, and its config directory."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd")
-    options, others = parser.parse_known_args(sys.argv[1:])
-    return [each for each in others if "=" in each or each.startswith("~")], options.config_dir
-
-
 def _composed(overrides: Sequence[str], wrong: str, config_dir: str | None, of_hydra: bool) -> DictConfig:
-    """The config that a wrong override has met: with all choices, and with the values given before it."""
+    """Compose the config that a wrong override was applied to: all choices, and the values given before it."""
     folders = [Path(config_folder()), *([Path(config_dir).absolute()] if config_dir else [])]
     before = list(overrides).index(wrong) if wrong in overrides else len(overrides)
     chosen = [each.lstrip("+~").partition("=")[0].partition("@")[0] for each in overrides]
@@ -217,7 +210,7 @@ def _composed(overrides: Sequence[str], wrong: str, config_dir: str | None, of_h
 
 
 def _new_in_dictionary(config: DictConfig, key: str, wrong: str) -> str | None:
-    """What is said of a name that a dictionary of names, such as coefficients, does not have; None if it is none.
+    """Message of a name that a dictionary of names, such as coefficients, does not have; None if it is none.
 
     Args:
         config: what the override was given for.
@@ -225,26 +218,26 @@ def _new_in_dictionary(config: DictConfig, key: str, wrong: str) -> str | None:
         wrong: the override.
     """
     place, _, name = key.rpartition(".")
-    node = _node(config, place)
+    node = _at(config, place)
     given, _, value = wrong.partition("=")
-    if node is None or place.startswith("hydra."):
+    if node is _ABSENT or place.startswith("hydra."):
         return None
     if given.startswith(f"{place}."):
         for part in reversed(given.removeprefix(f"{place}.").split(".")):
             value = f"{{{part}: {value}}}"  # as a dictionary at `place`
     anew = f"{shlex.quote(f'~{place}')} {shlex.quote(f'+{place}={value}')}"
-    if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and "_target_" in node:
+    if isinstance(node, dict) and "_target_" in node:
         if given != place or "_target_" not in value:
             return None
         return (
-            f"{place} is a {node._get_node('_target_')}, which a dictionary on the command line is merged into, and "
+            f"{place} is a {node['_target_']}, which a dictionary on the command line is merged into, and "
             f"has no {name}. To put another one in its place:\n  {anew}"
         )
     if "." not in place:  # a group
         return None
-    if node._is_none():
+    if node is None:
         return f"{place} is null, and takes no {name} alone. Give all of it:\n  {shlex.quote(f'{place}={value}')}"
-    if not isinstance(node, DictConfig) or node._is_interpolation():
+    if not isinstance(node, dict):
         return None
     names = [str(each) for each in node]
     if name in names:
@@ -262,23 +255,26 @@ def _new_in_dictionary(config: DictConfig, key: str, wrong: str) -> str | None:
     )
 
 
-def _node(config: DictConfig, place: str) -> Node | None:
-    """What stands at a dotted name, also below keys that are numbers."""
-    found: Node | None = config
+_ABSENT = object()
+
+
+def _at(config: DictConfig, place: str) -> Any:
+    """Value at a dotted name, also below keys that are numbers, with interpolations as text; or ``_ABSENT``."""
+    found: Any = OmegaConf.to_container(config)
     for part in place.split("."):
-        if not isinstance(found, DictConfig) or found._is_none() or found._is_interpolation():
-            return None
-        key = next((each for each in found if str(each) == part), None)
-        found = None if key is None else found._get_node(key)  # type: ignore[assignment]
+        if not isinstance(found, dict):
+            return _ABSENT
+        found = {str(key): value for key, value in found.items()}.get(part, _ABSENT)
     return found
 
 
 def _settings_of(config: DictConfig, prefix: str = "") -> list[str]:
     """Dotted names of all settings."""
-    names = []
-    for key in map(str, config):
-        node = config._get_node(key)
-        names.append(f"{prefix}{key}")
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
-            names += _settings_of(node, f"{prefix}{key}.")
-    return names
+    return list(_names(OmegaConf.to_container(config), prefix))
+
+
+def _names(content: Any, prefix: str) -> Iterator[str]:
+    for key, value in content.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")

@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.resolvers import oc
 
-from harness.runs import group, point_name
+from harness.runs import RUN_STAMP, group, point_name
 
-__all__ = ["RUN_STAMP", "config_folder", "now", "register_resolvers"]
-
-RUN_STAMP = "HARNESS_RUN_STAMP"
-"""Variable of the environment with the moment that a run's directory is named by: the same on all ranks."""
+__all__ = ["config_folder", "now", "register_resolvers"]
 
 
 def config_folder() -> str:
@@ -40,37 +36,23 @@ def _part(number: float, fraction: float) -> float:
     return number * fraction
 
 
-def register_resolvers(noted: Callable[[], None] | None = None) -> None:
-    """Make the functions known that ``conf/`` calls as ``${harness.devices:}`` and the like.
-
-    Args:
-        noted: called whenever somebody asks for what each rank is to find out by itself, the number of ranks and
-            variables of the environment.
-    """
-    of_ranks: dict[str, Callable[..., Any]] = {
-        # ranks that a launcher has started on this node; one without a launcher
-        "harness.devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "harness.nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "oc.env": oc.env,
-    }
-    of_all: dict[str, Callable[..., Any]] = {
+def register_resolvers() -> None:
+    """Register the functions that ``conf/`` calls as ``${harness.devices:}`` and the like."""
+    cached: dict[str, Callable[..., Any]] = {
         "harness.run_stamp": lambda: os.environ.get(RUN_STAMP) or now(),
         "harness.part": _part,
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "harness.wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }
-    for name, resolver in of_all.items():
+    # not cached: each rank and each sweep point has its own
+    own: dict[str, Callable[..., Any]] = {
+        # ranks that a launcher has started on this node; one without a launcher
+        "harness.devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "harness.nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "harness.point_name": point_name,
+        "harness.group": group,
+    }
+    for name, resolver in cached.items():
         OmegaConf.register_new_resolver(name, resolver, use_cache=True, replace=True)
-    for name, resolver in of_ranks.items():
-        OmegaConf.register_new_resolver(name, _noted(resolver, noted) if noted else resolver, replace=True)
-    # not kept: each point of a sweep has its own
-    OmegaConf.register_new_resolver("harness.point_name", point_name, replace=True)
-    OmegaConf.register_new_resolver("harness.group", group, replace=True)
-
-
-def _noted(resolver: Callable[..., Any], noted: Callable[[], None]) -> Callable[..., Any]:
-    def asked(*arguments: Any) -> Any:
-        noted()
-        return resolver(*arguments)
-
-    return asked
+    for name, resolver in own.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -2,20 +2,17 @@
 
     python -m harness.train --multirun hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 loss.coeffs.forces=1,10
 
-Hydra composes in one process, which writes the resolved configuration of a point to a file and starts an agent of
-torch's elastic launcher on it, in a process of its own. The agent starts the ranks; what came out of them is read from
-``run.json`` and ``result.json`` in the directory of the point. This module is also what these processes run:
-
-    python -m harness.launcher FILE                        # the agent of a point
-    python -m harness.launcher SWEEP_DIR --node-rank 1     # the agents of another node, for each point as it comes
+A point is the command that a user would type: the process of the sweep writes its arguments to a file and starts an
+agent of torch's elastic launcher on it, in a process of its own, which starts ``python -m harness.train`` with them on
+every rank, as torchrun does. The result is read from ``run.json`` and ``result.json`` in the directory of the point.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,22 +29,34 @@ from types import FrameType
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, env_override, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus
 from hydra.errors import HydraException
-from hydra.types import HydraContext
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.launcher.agent import _AGENT_TO_LEAVE, _ALIVE, _BEAT, _END, _FILES, _LOOK, _PARENT, _STALE, _agent, main
+from harness.launcher.agent import (
+    ALIVE,
+    BEAT,
+    END,
+    FILES,
+    POLL,
+    PointFile,
+    agent_command,
+    agent_environment,
+)
 from harness.launcher.settings import Settings, SettingsError
 from harness.runs import (
-    COMPOSED,
-    FAILED,
-    TYPED,
+    POINT,
+    REQUEUE_EXIT_CODE,
+    RUN_STAMP,
     Command,
     Interrupted,
     PointFailedError,
+    SweepPoint,
     as_typed,
+    config_options,
+    current_session,
     finished_result,
     goes_on,
     label,
@@ -57,12 +66,13 @@ from harness.runs import (
     read,
     typed,
 )
+from harness.support.files import write_text_whole
 
 __all__ = ["launch"]
 
 log = logging.getLogger(__name__)
-_LEAVE = 60.0  # for an agent to leave: its ranks get 30 s to save what they have
-_TOLD_BY = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_END_LIMIT = 60.0  # seconds for an agent to end: its ranks get 30 s to save
+_STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 @dataclass
@@ -78,11 +88,11 @@ class _Point:
     file: Path | None = None
     console: Path | None = None
     slot: dict[str, str] = field(default_factory=dict)
+    """Environment of the place where it runs: its GPUs, and the threads of a rank."""
     started: float = 0.0
-    environment: dict[str, Any] = field(default_factory=dict)
-    """Variables that ``hydra.job.env_set`` gives to its ranks."""
     before: Mapping[str, Any] = field(default_factory=dict)
-    """What its directory held of an earlier run."""
+    """Record of an earlier run in its directory."""
+    failure: str | None = None
 
     @property
     def label(self) -> str:
@@ -90,12 +100,18 @@ class _Point:
 
 
 def launch(
-    context: HydraContext, config: DictConfig, settings: Settings, job_overrides: Sequence[Sequence[str]], first: int
+    context: HydraContext,
+    task_function: TaskFunction,
+    config: DictConfig,
+    settings: Settings,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
 ) -> list[JobReturn]:
     """Run points of a sweep as jobs of several ranks, one after the other or side by side.
 
     Args:
         context: of Hydra, which composes.
+        task_function: the job, for callbacks of Hydra's.
         config: of the whole sweep.
         settings: how the ranks are started.
         job_overrides: the overrides of each point.
@@ -106,17 +122,14 @@ def launch(
 
     Raises:
         PointFailedError: a point has failed, with ``fail_fast``.
-        SystemExit: this process was told to leave, and all that it has started has left.
+        SystemExit: this process was asked to stop, and all that it has started has ended.
     """
-    COMPOSED.set()
-    setup_globals()
-    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    os.environ.setdefault(TYPED, json.dumps(typed()))
-    sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
+    current_session().has_composed = True
+    folder = Path(str(config.hydra.sweep.dir)).absolute()
     on_cpus = OmegaConf.select(config, "trainer.accelerator") == "cpu"
     settings, slots = _slots(settings, [] if on_cpus else _visible_gpus(), _cores())
     if first == 0:
-        _begin(sweep_dir)
+        _begin(folder)
     side_by_side = f", {len(slots)} side by side" if len(slots) > 1 else ""
     ranks = f"{settings.nproc_per_node} rank(s)" + (" on each node" if settings.node_range[1] > 1 else "")
     log.info(f"Launching {len(job_overrides)} point(s) of {ranks}{side_by_side}")
@@ -124,63 +137,65 @@ def launch(
     waiting, free = deque(enumerate(job_overrides, start=first)), deque(slots)
     running: dict[subprocess.Popen[bytes], _Point] = {}
     returns: dict[int, JobReturn] = {}
+    failures: list[str] = []
     try:
-        with _told_to_leave() as told:
-            while (waiting or running) and not told:
-                while waiting and free and not told:
+        with _stop_signals() as received:
+            while (waiting or running) and not received:
+                while waiting and free and not received:
                     number, overrides = waiting.popleft()
-                    point = _composed(context, config, overrides, number)
+                    point = _composed(context, task_function, config, overrides, number)
                     returns[number] = point.returns
+                    failures += [point.failure] if point.failure else []
                     if point.returns.status == JobStatus.UNKNOWN:
                         point.slot = free.popleft()
-                        running[_start(point, settings, sweep_dir, show=len(slots) == 1)] = point
+                        running[_start(point, settings, folder, show=len(slots) == 1)] = point
                     elif point.returns.status == JobStatus.COMPLETED:
                         context.callbacks.on_job_end(config=point.config, job_return=point.returns)
-                time.sleep(_LOOK if running else 0)
+                time.sleep(POLL if running else 0)
                 for agent in [each for each in running if each.poll() is not None]:
                     point = running.pop(agent)
                     free.append(point.slot)
                     _finish(point, agent.returncode)
+                    failures += [point.failure] if point.failure else []
                     context.callbacks.on_job_end(config=point.config, job_return=point.returns)
-                if settings.fail_fast and any(each.status == JobStatus.FAILED for each in returns.values()):
-                    failed = next(each for each in returns.values() if each.status == JobStatus.FAILED)
-                    raise PointFailedError(f"{failed._return_value}\nThe sweep ends here, since fail_fast is true.")
-            if told:
-                _leave(running, told)
+                if settings.fail_fast and failures:
+                    raise PointFailedError(f"{failures[0]}\nThe sweep ends here, since fail_fast is true.")
+            if received:
+                _stop(running, received)
     finally:
         _end(running)
     return [returns[number] for number in sorted(returns)]
 
 
-def _begin(sweep_dir: Path) -> None:
-    """Clear what a sweep before has left in the directory, and show to other nodes that this one is alive."""
-    folder = sweep_dir / _FILES
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+def _begin(folder: Path) -> None:
+    """Clear what an earlier sweep has left in the directory, and show to other nodes that this one is alive."""
+    files = folder / FILES
+    shutil.rmtree(files, ignore_errors=True)
+    files.mkdir(parents=True, exist_ok=True)
     ended = Event()
 
     def beat() -> None:
-        while not ended.wait(_BEAT):
+        while not ended.wait(BEAT):
             with suppress(OSError):
-                (folder / _ALIVE).write_text(str(time.time()))
+                (files / ALIVE).write_text(str(time.time()))
 
     def end() -> None:
         ended.set()
         with suppress(OSError):
-            (folder / _END).touch()
+            (files / END).touch()
 
     Thread(target=beat, name="sign of life of the sweep", daemon=True).start()
     atexit.register(end)
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """Number of cores that this process may use; of all cores where the system does not restrict it."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _visible_gpus() -> list[str]:
-    """Those of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """GPUs of this process, as ``CUDA_VISIBLE_DEVICES`` names them."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -212,151 +227,103 @@ def _slots(settings: Settings, gpus: Sequence[str], cores: int) -> tuple[Setting
     return replace(settings, nproc_per_node=ranks, parallel=number), slots
 
 
-def _composed(context: HydraContext, config: DictConfig, overrides: Sequence[str], number: int) -> _Point:
-    """A point, with its directory and Hydra's files in it, as Hydra's own launcher would make it.
+def _composed(
+    context: HydraContext, task_function: TaskFunction, config: DictConfig, overrides: Sequence[str], number: int
+) -> _Point:
+    """Compose a sweep point: its directory, its name, and the arguments of its ranks.
 
     It has failed already if it cannot be composed, and finished if that was done before and the sweep is to go on.
     """
     returns = JobReturn(overrides=list(overrides), working_dir=os.getcwd(), task_name=JobRuntime.instance().get("name"))
     point = _Point(number, None, Path(), Command(typed(), tuple(overrides), number), config, returns)
     before = HydraConfig.instance().cfg
+    numbered = [*overrides, f"hydra.job.num={number}", f"hydra.job.id='{number}'"]
     try:
-        composed = context.config_loader.load_sweep_config(config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.id = composed.hydra.job.num = number
+        composed = context.config_loader.load_sweep_config(config, numbered)
         HydraConfig.instance().set_config(composed)
         point.folder = Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
         with read_write(composed.hydra.runtime), open_dict(composed.hydra.runtime):
             composed.hydra.runtime.output_dir = str(point.folder)
         HydraConfig.instance().set_config(composed)
-        point.name = point_name()
-        returns.hydra_cfg = cast(DictConfig, HydraConfig.instance().cfg)
-        returns.cfg = deepcopy(composed)
+        point.config, point.name = composed, point_name()
+        returns.hydra_cfg, returns.cfg = cast(DictConfig, HydraConfig.instance().cfg), deepcopy(composed)
         with read_write(returns.cfg), open_dict(returns.cfg):
             del returns.cfg["hydra"]
         returns.overrides = list(as_typed(composed.hydra.overrides.task))
         point.command = Command(typed(), tuple(returns.overrides), number)
-        point.config = composed
-        _write_hydra_files(point, returns)
-        point.environment = cast(dict[str, Any], OmegaConf.to_container(_settled(composed.hydra.job.env_set)))
-        with env_override({key: str(value) for key, value in composed.hydra.job.env_set.items()}):
-            context.callbacks.on_job_start(config=composed, task_function=_job())
-            returns.cfg = _settled(returns.cfg)
+        point.folder.mkdir(parents=True, exist_ok=True)
+        context.callbacks.on_job_start(config=composed, task_function=task_function)
+        result = finished_result(point.folder, point.command) if goes_on(returns.cfg) else None
+        if result:
+            log.info(f"\t{point.label}: finished before, in {point.folder}")
+            returns.return_value, returns.status = objective(returns.cfg, result["values"]), JobStatus.COMPLETED
     except (HydraException, OmegaConfBaseException, OSError) as error:
         _fail(point, f"{type(error).__name__}: {error}")
-        return point
     finally:
         HydraConfig.instance().cfg = before
-    result = finished_result(point.folder, point.command) if goes_on(returns.cfg) else None
-    if result:
-        log.info(f"\t{point.label}: finished before, in {point.folder}")
-        returns.return_value, returns.status = objective(returns.cfg, result["values"]), JobStatus.COMPLETED
     return point
 
 
-def _job() -> Any:
-    from harness.train import run_job
+def _arguments(point: _Point) -> list[str]:
+    """Arguments of ``python -m harness.train`` for the ranks of a sweep point.
 
-    return run_job
-
-
-def _write_hydra_files(point: _Point, returns: JobReturn) -> None:
-    subdir = point.config.hydra.output_subdir
-    point.folder.mkdir(parents=True, exist_ok=True)
-    if subdir is None:
-        return
-    (point.folder / subdir).mkdir(exist_ok=True)
-    contents = {"config": returns.cfg, "hydra": returns.hydra_cfg, "overrides": point.config.hydra.overrides.task}
-    for name, content in contents.items():
-        (point.folder / subdir / f"{name}.yaml").write_text(OmegaConf.to_yaml(content))
-
-
-def _settled(config: DictConfig) -> DictConfig:
-    """Values as all ranks are to see them. What is made of their number, or of the environment, stays as it is written.
-
-    The environment of another node may differ, and its secrets must not get into a file.
+    The overrides of the point as Hydra has them, those of ``hydra.launcher`` and ``hydra.sweep`` too, since values may
+    refer to them; after them what makes a run of the point. Callbacks of Hydra's have been called by the sweep.
     """
-    from harness.config.resolvers import register_resolvers
-
-    asked: list[None] = []
-    register_resolvers(lambda: asked.append(None))
-    try:
-        return OmegaConf.create(_plain(config, asked))
-    finally:
-        register_resolvers()
-
-
-def _plain(config: DictConfig | ListConfig, asked: list[None]) -> Any:
-    def value(key: Any) -> Any:
-        node: Any = config._get_node(key)
-        if node._is_none() or node._is_missing():
-            return node._value()
-        if not node._is_interpolation():
-            return _plain(node, asked) if OmegaConf.is_config(node) else node._value()
-        asked.clear()
-        found = config[key]
-        if OmegaConf.is_config(found):
-            found = OmegaConf.to_container(found, resolve=True)
-        return node._value() if asked else _literal(found)
-
-    if isinstance(config, DictConfig):
-        return {key: value(key) for key in config}
-    return [value(index) for index in range(len(config))]
-
-
-def _literal(value: Any) -> Any:
-    """Such that it is not resolved once more."""
-    if isinstance(value, dict):
-        return {key: _literal(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_literal(each) for each in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
-
-
-def _start(point: _Point, settings: Settings, sweep_dir: Path, show: bool) -> subprocess.Popen[bytes]:
-    """Write the file of a point, and start its agent."""
-    hydra = point.config.hydra
-    content = {
-        "number": point.number,
-        "folder": str(point.folder),
-        "typed": list(point.command.typed),
-        "overrides": list(point.command.overrides),
-        "settings": asdict(settings),
-        "environment": {"OMP_NUM_THREADS": point.slot["OMP_NUM_THREADS"], **point.environment},
-        "chdir": bool(hydra.job.chdir),
-        "job_logging": OmegaConf.to_container(hydra.job_logging, resolve=True) if hydra.job_logging else None,
-        "config": OmegaConf.to_container(point.returns.cfg),
+    hydra, (options, _) = point.config.hydra, config_options(point.command.typed)
+    if "config_dir" in options:
+        options["config_dir"] = str(Path(options["config_dir"]).absolute())
+    run = {
+        "hydra.mode": "RUN",
+        "hydra.run.dir": quoted(str(point.folder)),
+        "hydra.sweep.dir": quoted(str(Path(str(hydra.sweep.dir)).absolute())),
     }
-    point.file = sweep_dir / _FILES / f"{point.number}.yaml"
-    part = point.file.with_suffix(".part")
-    OmegaConf.save(OmegaConf.create(content), part)
-    os.replace(part, point.file)
-    environment = {key: value for key, value in os.environ.items() if key not in _STALE}
-    # kills ranks that are stopped; see launch/env/gloo.sh
-    environment.setdefault("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
-    environment |= {**point.slot, **{str(key): str(value) for key, value in hydra.job.env_set.items()}}
-    environment[_PARENT] = str(os.getpid())
+    return [
+        *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
+        *as_typed(hydra.overrides.hydra),
+        *as_typed(hydra.overrides.task),
+        *(f"{name}={value}" for name, value in run.items()),
+        *(f"~hydra.callbacks.{name}" for name in hydra.callbacks),
+    ]
+
+
+def quoted(text: str) -> str:
+    """Text as a quoted value of an override, in which nothing has a meaning for Hydra or OmegaConf."""
+    escaped = re.sub(r"(\\*)(?='|$)", r"\1\1", text)  # backslashes before a quote
+    return "'" + escaped.replace("'", "\\'").replace("${", "\\${") + "'"
+
+
+def _start(point: _Point, settings: Settings, folder: Path, show: bool) -> subprocess.Popen[bytes]:
+    """Write the file of a sweep point, and start its agent."""
+    described = SweepPoint(point.number, point.name, str(folder), point.command.typed)
+    shared = {POINT: described.to_json(), "OMP_NUM_THREADS": point.slot["OMP_NUM_THREADS"]}
+    content = PointFile(
+        number=point.number,
+        folder=str(point.folder),
+        typed=point.command.typed,
+        overrides=point.command.overrides,
+        arguments=_arguments(point),
+        environment={**shared, RUN_STAMP: os.environ[RUN_STAMP]} if RUN_STAMP in os.environ else shared,
+        settings=asdict(settings),
+    )
+    point.file = folder / FILES / f"{point.number}.json"
+    write_text_whole(point.file, content.to_json())
     point.before = read(point.folder)
     point.started = time.monotonic()
+    options: dict[str, Any] = {"env": agent_environment(**point.slot), "stdin": subprocess.DEVNULL}
     if show:
         log.info(f"\t{point.label}: starts")
         sys.stdout.flush()
-        return subprocess.Popen(_agent(point.file), env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(agent_command(point.file), start_new_session=True, **options)
     point.console = point.folder / "console.log"
     log.info(f"\t{point.label}: starts, and writes to {point.console}")
     with point.console.open("ab") as console:
-        return subprocess.Popen(
-            _agent(point.file),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        options |= {"stdout": console, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(agent_command(point.file), start_new_session=True, **options)
 
 
 def _finish(point: _Point, code: int) -> None:
-    """What came out of a point whose agent has ended."""
+    """Read the result of a sweep point whose agent has ended, and set its ``JobReturn``."""
     seconds = time.monotonic() - point.started
     if point.file:  # nodes that join later have nothing to do with it
         os.replace(point.file, point.file.with_suffix(".done"))
@@ -373,7 +340,7 @@ def _finish(point: _Point, code: int) -> None:
     if state.get("state") == "failed":
         what = str(state.get("error"))
     elif state.get("state") in ("preempted", "interrupted"):
-        what = "its ranks were told to leave"
+        what = "its ranks were asked to stop"
     else:
         what = f"its agent was killed by signal {-code}" if code < 0 else f"its agent ended with exit code {code}"
         note_failure(point.folder, point.command, what, has_begun=bool(state))
@@ -385,64 +352,62 @@ def _shown(value: float | None) -> str:
 
 
 def _fail(point: _Point, what: str) -> None:
+    """Report that a sweep point has failed, and record it."""
     where = f"\n(what its ranks have said: {point.console})" if point.console else ""
     print(f"\nerror: {point.label} failed: {what}{where}", file=sys.stderr, flush=True)
-    FAILED.append(point.label)
+    current_session().failed.append(point.label)
     if point.folder != Path():
         with suppress(OSError):
             if read(point.folder).get("state") != "failed" and point.file is None:
                 note_failure(point.folder, point.command, what)
-    point.returns.return_value = PointFailedError(f"{point.label} failed: {what}")
+    point.failure = f"{point.label} failed: {what}"
+    point.returns.return_value = PointFailedError(point.failure)
     point.returns.status = JobStatus.FAILED
 
 
 @contextmanager
-def _told_to_leave() -> Iterator[list[signal.Signals]]:
-    """A list that signals put themselves into, which would otherwise end this process and leave its agents behind."""
-    told: list[signal.Signals] = []
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """List of the signals received, which would otherwise end this process and leave its agents behind."""
+    received: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        told.append(signal.Signals(number))
-        if len(told) > 1:
-            raise KeyboardInterrupt  # whoever says it twice does not want to wait
+        received.append(signal.Signals(number))
+        if len(received) > 1:
+            raise KeyboardInterrupt  # the second signal does not wait
 
     before: dict[signal.Signals, Any] = {}
-    for each in (signal.Signals[name] for name in _TOLD_BY if hasattr(signal, name)):
-        if signal.getsignal(each) in (signal.SIG_IGN, None):  # as nohup has it; None: somebody else's
+    for number in (signal.Signals[name] for name in _STOP_SIGNALS if hasattr(signal, name)):
+        if signal.getsignal(number) in (signal.SIG_IGN, None):  # as nohup has it; None: somebody else's
             continue
         with suppress(ValueError):  # Python gives signals to the main thread alone
-            before[each] = signal.signal(each, note)
+            before[number] = signal.signal(number, note)
     try:
-        yield told
+        yield received
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _leave(running: dict[subprocess.Popen[bytes], _Point], told: Sequence[signal.Signals]) -> None:
+def _stop(running: dict[subprocess.Popen[bytes], _Point], received: Sequence[signal.Signals]) -> None:
     _end(running)
-    print(f"\nstopped: {told[0].name} came. The same command with resume=auto goes on.", flush=True)
-    if told[0] == signal.SIGINT:
+    print(f"\nstopped: {received[0].name} came. The same command with resume=auto goes on.", flush=True)
+    if received[0] == signal.SIGINT:
         raise Interrupted
-    sys.exit(_AGENT_TO_LEAVE)
+    sys.exit(REQUEUE_EXIT_CODE)
 
 
 def _end(running: dict[subprocess.Popen[bytes], _Point]) -> None:
-    """End all agents, and with them their ranks, which save where they are. None of them is left."""
+    """End all agents, and with them their ranks, which save their state; returns when all have ended."""
     try:
         for agent in running:
             agent.terminate()
-        deadline = time.monotonic() + _LEAVE
+        deadline = time.monotonic() + _END_LIMIT
         for agent in running:
             with suppress(subprocess.TimeoutExpired):
                 agent.wait(max(deadline - time.monotonic(), 0.0))
     finally:
         for agent in running:
             if agent.poll() is None:
-                agent.kill()  # its ranks end with it, see _end_with_parent
+                agent.kill()  # its ranks end with it, see end_with_parent
             agent.wait()
         running.clear()
-
-
-if __name__ == "__main__":
-    main()

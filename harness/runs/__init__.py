@@ -1,12 +1,16 @@
 """Runs: by which command, how they ended, what they left."""
 
 from harness.runs.command import (
-    QUIET_RANK,
+    POINT,
+    RUN_STAMP,
     TYPED,
     Command,
+    SweepPoint,
+    arguments_of_rank,
     as_typed,
     asks_for_sweep,
     command,
+    config_options,
     goes_on,
     group,
     label,
@@ -15,7 +19,14 @@ from harness.runs.command import (
     sweep_dir,
     typed,
 )
-from harness.runs.exits import REQUEUE_EXIT_CODE, Interrupted, JobFailed, PointFailedError, Preempted
+from harness.runs.exits import (
+    REQUEUE_EXIT_CODE,
+    Interrupted,
+    JobFailed,
+    PointFailedError,
+    Preempted,
+    keyboard_interrupts,
+)
 from harness.runs.records import (
     RECORD,
     RESULT,
@@ -30,36 +41,43 @@ from harness.runs.records import (
     report_entries,
     write_result,
 )
-from harness.runs.session import COMPOSED, FAILED, SWEEPS, SweepCallback
+from harness.runs.resuming import interrupted_stamp
+from harness.runs.session import Session, SweepCallback, current_session, new_session
 from harness.runs.sweep_plan import SWEEP, settings_of
 
 __all__ = [
-    "COMPOSED",
-    "FAILED",
-    "QUIET_RANK",
+    "POINT",
     "RECORD",
     "REQUEUE_EXIT_CODE",
     "RESULT",
+    "RUN_STAMP",
     "SWEEP",
-    "SWEEPS",
     "TYPED",
     "Command",
     "Interrupted",
     "JobFailed",
     "PointFailedError",
     "Preempted",
+    "Session",
     "SweepCallback",
+    "SweepPoint",
+    "arguments_of_rank",
     "as_typed",
     "asks_for_sweep",
     "claim",
     "command",
+    "config_options",
+    "current_session",
     "finished_result",
     "goes_on",
     "group",
     "interrupted_run",
+    "interrupted_stamp",
     "is_interrupted",
+    "keyboard_interrupts",
     "label",
     "latest_run",
+    "new_session",
     "note_failure",
     "objective",
     "point_name",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 __all__ = [
+    "POINT",
     "QUIET_RANK",
+    "RUN_STAMP",
     "TYPED",
     "Command",
+    "SweepPoint",
+    "arguments_of_rank",
     "as_typed",
     "asks_for_sweep",
     "command",
+    "config_options",
     "goes_on",
     "group",
     "label",
@@ -36,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Command:
-    """What a run was asked for."""
+    """Command line and overrides that a run was started with."""
 
     typed: tuple[str, ...]
     """Arguments of the command line; those of the whole sweep for a point of one."""
@@ -47,27 +53,87 @@ class Command:
 
     @property
     def identity(self) -> list[str]:
-        """What is the same if the same run is asked for again: in any order, and whether it is to be resumed or not."""
+        """Arguments by which the same run is known again: sorted, and without ``resume``."""
         given = self.typed if self.point is None else self.overrides
         return sorted(str(each) for each in given if not str(each).lstrip("+").startswith("resume="))
 
 
 TYPED = "HARNESS_COMMAND"
-"""Environment variable with the arguments of a sweep, for processes that a launcher starts for its points."""
+"""Environment variable with the arguments of a sweep, for processes that Hydra's launchers start for its points."""
+RUN_STAMP = "HARNESS_RUN_STAMP"
+"""Environment variable with the moment that a run's directory is named by: the same on all ranks."""
+POINT = "HARNESS_POINT"
+"""Environment variable with a :class:`SweepPoint`, for the ranks that ``hydra/launcher=torchrun`` starts for it."""
 
-# hydra.run.dir is a folder that is there: Hydra would make one on this rank's node too
-QUIET_RANK = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.run.dir=."]
-"""What :mod:`harness.train` adds to the arguments of ranks other than 0."""
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A point of a sweep, as ``hydra/launcher=torchrun`` describes it to its ranks.
+
+    Args:
+        number: of the sweep point, from 0.
+        name: its swept values, see :func:`point_name`.
+        sweep_dir: directory of the sweep.
+        typed: arguments of the command line of the sweep.
+    """
+
+    number: int
+    name: str | None
+    sweep_dir: str
+    typed: tuple[str, ...]
+
+    @classmethod
+    def of_environment(cls) -> SweepPoint | None:
+        """The sweep point that this process is a rank of, if it is one."""
+        given = os.environ.get(POINT)
+        if not given:
+            return None
+        found = json.loads(given)
+        return cls(found["number"], found["name"], found["sweep_dir"], tuple(found["typed"]))
+
+    def to_json(self) -> str:
+        """Value of the variable :data:`POINT`."""
+        return json.dumps(asdict(self))
+
+
+# not by hydra/job_logging=none: overrides of hydra.job_logging would have nothing to change then
+_QUIET = ("hydra.output_subdir=null", "hydra.job_logging.root=null", "hydra.hydra_logging.root=null")
+# a folder that is there: Hydra would make one on this rank's node too
+QUIET_RANK = (*_QUIET, "hydra.run.dir=.")
+"""Arguments that :mod:`harness.train` adds on ranks other than 0."""
+
+
+def arguments_of_rank(arguments: Sequence[str], rank: int) -> list[str]:
+    """Arguments of the command line for a rank of a launcher: rank 0 alone writes the files and the log of Hydra.
+
+    The ranks of a sweep point keep its folder, which its launcher has made.
+    """
+    if rank == 0:
+        return list(arguments)
+    return [*arguments, *(QUIET_RANK if SweepPoint.of_environment() is None else _QUIET)]
 
 
 def typed() -> tuple[str, ...]:
-    """Arguments of the command line, as the user has typed them."""
+    """Arguments of the command line, as the user has typed them; those of the whole sweep for a point of one."""
+    point = SweepPoint.of_environment()
+    if point is not None:
+        return point.typed
     handed = os.environ.get(TYPED)
     return tuple(json.loads(handed) if handed else [each for each in sys.argv[1:] if each not in QUIET_RANK])
 
 
+def config_options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of a command line by which Hydra finds the configuration, such as ``config_dir``, and the overrides."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for option, short in (("--config-dir", "-cd"), ("--config-path", "-cp"), ("--config-name", "-cn")):
+        parser.add_argument(option, short)
+    options, others = parser.parse_known_args(list(arguments))
+    overrides = [each for each in others if "=" in each or each.startswith("~")]
+    return {name: value for name, value in vars(options).items() if value is not None}, overrides
+
+
 def asks_for_sweep(arguments: Sequence[str]) -> bool:
-    """Whether a command line starts a sweep: by ``--multirun``, ``hydra.mode`` or a file of ``conf/sweep``."""
+    """True for a command line of a sweep: by ``--multirun``, ``hydra.mode`` or a file of ``conf/sweep``."""
     plain = [each.lstrip("+").replace(" ", "") for each in arguments]
     return bool(
         {"-m", "--multirun"} & set(plain)
@@ -77,7 +143,7 @@ def asks_for_sweep(arguments: Sequence[str]) -> bool:
 
 
 def command() -> Command:
-    """What the run that Hydra has started now was asked for."""
+    """Command of the run that Hydra has started in this process."""
     if not HydraConfig.initialized():
         return Command(typed(), ())
     hydra = HydraConfig.get()
@@ -87,20 +153,23 @@ def command() -> Command:
 
 
 def as_typed(overrides: Any) -> tuple[str, ...]:
-    """Hydra's list of overrides with interpolations as they are: ``${oc.env:...}`` may be a secret."""
+    """Hydra's list of overrides, with its interpolations unresolved: ``${oc.env:...}`` may be a secret."""
     return tuple(str(each) for each in cast(list[Any], OmegaConf.to_container(overrides, resolve=False)))
 
 
 def _is_point() -> bool:
-    return HydraConfig.initialized() and command().point is not None
+    return SweepPoint.of_environment() is not None or (HydraConfig.initialized() and command().point is not None)
 
 
 def point_name() -> str | None:
-    """Swept values of a point, such as ``forces=10,total_energy=1``; None for a run on its own.
+    """Swept values of a sweep point, such as ``forces=10,total_energy=1``; None for a run on its own.
 
-    That is what the point's overrides have beyond those which the command line and ``hydra.sweeper.params`` fix. A
-    setting goes by the last part of its name if no other one has that.
+    These are the overrides of the point without those that the command line and ``hydra.sweeper.params`` fix. A setting
+    goes by the last part of its name if no other one has that.
     """
+    point = SweepPoint.of_environment()
+    if point is not None:
+        return point.name
     if not _is_point():
         return None
     params = HydraConfig.get().sweeper.get("params") or {}
@@ -117,7 +186,7 @@ def point_name() -> str | None:
 
 
 def _parsed(argument: str) -> tuple[str, bool]:
-    """Key of an argument, and whether it gives several values to sweep over."""
+    """Key of an argument, and True if it gives several values to sweep over."""
     with suppress(HydraException):
         override = OverridesParser.create().parse_override(argument)
         return override.get_key_element().lstrip("+"), override.is_sweep_override()
@@ -133,28 +202,29 @@ def _short(value: str) -> str:
 
 
 def label(number: int, name: str | None) -> str:
-    """How messages call a point."""
+    """Name of a sweep point in messages."""
     return f"point {number} ({name})" if name else f"point {number}"
 
 
 def sweep_dir() -> Path:
     """Directory of the sweep that this run is a point of."""
-    return Path(str(HydraConfig.get().sweep.dir)).absolute()
+    point = SweepPoint.of_environment()
+    return Path(str(HydraConfig.get().sweep.dir) if point is None else point.sweep_dir).absolute()
 
 
 def group(name: str) -> str:
-    """Group of a run in W&B: its name, and for a point the directory of its sweep, which all its points share."""
+    """Group of a run in W&B: its name, and for a sweep point the directory of the sweep, which all its points share."""
     return f"{name}/{sweep_dir().name}" if _is_point() else name
 
 
 def goes_on(config: DictConfig) -> bool:
-    """Whether a run is to go on where the same command was interrupted, and a sweep to leave what has finished."""
+    """True if a run is to go on where the same command was interrupted, and a sweep to keep its finished points."""
     restarts = max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return bool(config.resume == "auto" or (config.resume == "restart" and restarts > 0))
 
 
 def objective(config: DictConfig, values: Mapping[str, Any]) -> float | tuple[float | None, ...] | None:
-    """What a sampler gets to see of a run: the monitored value, or those of ``objectives``. None if it is NaN."""
+    """Value of a run for the sampler of a sweep: that of ``monitor``, or those of ``objectives``; None for NaN."""
 
     def value(key: str) -> float | None:
         found = values.get(key)

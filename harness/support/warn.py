@@ -1,33 +1,58 @@
-"""Warnings of which only the first counts, and the rank that gives them."""
+"""Warnings: those that only the first of counts, those that are left out, and the rank that gives them."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from contextlib import suppress
+from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-__all__ = ["OneWarning", "is_rank_zero"]
+__all__ = ["OneWarning", "is_rank_zero", "quieten"]
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes."""
+    """True for the process that writes."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class OneWarning:
-    """Says the first thing that goes wrong, and is silent about all that follows."""
+    """Gives the first warning, and is silent about all that follow."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.said: str | None = None
 
     def __call__(self, text: str) -> None:
-        """Say it, if nothing has been said."""
+        """Warn, if this is the first time."""
         with self._lock:
             if self.said is not None:
                 return
             self.said = text
         with suppress(Warning):  # where warnings are errors, this one must not stop the training either
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def quieten() -> None:
+    """Leave out warnings that libraries give at every start and no user of ``harness-train`` can act on."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # of the strides of dimensions of size 1, which mean nothing
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    warnings.formatwarning = _formatted
+
+
+_FORMAT = warnings.formatwarning
+_PACKAGE = Path(__file__).parents[1]
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Warnings of this package without the line of code that they come from, which tells a user nothing."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        return f"warning: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)

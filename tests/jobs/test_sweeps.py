@@ -22,9 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from support.commands import BIN, ROOT, TINY, kill_tree, read_csv, run, train, wait_for
 
-from harness import launcher
-from harness.launcher import Settings, SettingsError
-from harness.launcher.launch import _slots
+from harness.launcher import Settings, SettingsError, agent
+from harness.launcher.launch import _slots, _stop_signals, _visible_gpus, quoted
 from harness.runs import (
     Command,
     asks_for_sweep,
@@ -213,10 +212,14 @@ def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path
 
 
 def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: Path) -> None:
-    point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nown: of ${name}\n")
+    point = [*POINT, "logger=csv", "hydra.launcher.nproc_per_node=1", "hydra.launcher.parallel=2"]
     point += ["+hydra.job.env_set.MY_TOKEN=${name}-${oc.env:HOME}", "+note=${oc.env:MY_TOKEN}"]
+    point += ["experiment=own", "+hydra.callbacks.seen._target_=support.failures_for_tests.NotesJobs"]
+    point += [f"+values.{key}={value}" for key, value in VALUES.items()]
     places = "hydra.sweep.subdir=point_${hydra.job.num}"
-    done = train(*TORCHRUN, *point, places, "loss.coeffs.forces=-1,10", folder=tmp_path)
+    done = train("--config-dir", "mine", *TORCHRUN, *point, places, "loss.coeffs.forces=-1,10", folder=tmp_path)
     assert done.code == 1
     assert "error: point 0 (forces=-1) failed: The coefficient of 'forces_mse' must be finite" in done.err
     assert "Traceback" not in done.err
@@ -232,6 +235,32 @@ def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: 
     assert [each["state"] for each in states] == ["failed", "finished"]
     assert "found -1" in states[0]["error"]
     assert not (folders[0] / "result.json").exists()
+    # the rank has composed what the sweep has
+    config = OmegaConf.load(folders[1] / "csv" / "hparams.yaml")
+    assert config.own == "of train"
+    assert config.note == "***"  # taken from the environment, which hydra.job.env_set has changed
+    assert OmegaConf.to_container(config["values"]) == {
+        "text": 'it\'s $HOME, "quoted" = {a: [1]}',
+        "nested": {"list": [1, "two words", None], "dict": {"x": "$y"}},
+        "escaped": "${name}",
+        "of_point": "1 forces=10 x/sweep",
+        "of_launcher": 1,
+        "folder": str(folders[1]),
+    }
+    # callbacks of Hydra's are called by the sweep, once for each point
+    notes = sorted((tmp_path / "jobs.txt").read_text().splitlines())
+    assert notes == ["end COMPLETED", "end FAILED", *["start harness.train.run_job"] * 2]
+
+
+VALUES = {
+    "text": "'it\\'s $HOME, \"quoted\" = {a: [1]}'",
+    "nested": "{list: [1, 'two words', null], dict: {x: '$y'}}",
+    "escaped": "'\\${name}'",
+    "of_point": "'${hydra:job.num} ${harness.point_name:} ${harness.group:x}'",
+    "of_launcher": "${hydra:launcher.nproc_per_node}",
+    "folder": "${hydra:runtime.output_dir}",
+}
+"""Overrides that a shell, Hydra or OmegaConf could mistake for something else on their way to the ranks."""
 
 
 def test_the_first_point_that_fails_ends_a_sweep_if_asked(tmp_path: Path) -> None:
@@ -454,64 +483,39 @@ def test_mistakes_are_told_and_leave_nothing(arguments: list[str], words: str, t
 
 def test_two_sweeps_in_one_directory_are_refused(tmp_path: Path) -> None:
     (tmp_path / "sweep" / ".launch").mkdir(parents=True)
-    (tmp_path / "sweep" / ".launch" / "0.yaml").touch()
+    (tmp_path / "sweep" / ".launch" / "0.json").touch()
     with FileLock(tmp_path / "sweep" / ".lock"):
         done = train(*TORCHRUN, *POINT, "loss.coeffs.forces=1,10", folder=tmp_path)
     assert done.code == 1
     assert "belongs to a sweep that is still going on" in done.err
-    assert [path.name for path in (tmp_path / "sweep" / ".launch").iterdir()] == ["0.yaml"]
+    assert [path.name for path in (tmp_path / "sweep" / ".launch").iterdir()] == ["0.json"]
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {".launch", ".lock"}
 
 
 def test_a_node_leaves_a_sweep_that_gives_no_sign_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launcher, "_SILENCE", 0.3)
+    monkeypatch.setattr(agent, "SILENCE", 0.3)
     (tmp_path / ".launch").mkdir()
     (tmp_path / ".launch" / "alive").write_text("1.0")
-    assert launcher._join(tmp_path, node_rank=1) == 1
+    assert agent._join(tmp_path, node_rank=1) == 1
     assert f"no sign of life of the sweep in {tmp_path}" in capsys.readouterr().err
 
 
-def test_ranks_see_what_the_sweep_has_composed_but_for_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All values are settled and literal; what comes from the environment stays as it is written."""
-    monkeypatch.setenv("NUMBER", "4")
-    monkeypatch.setenv("LETTER", "a")
-    given = {
-        "number": "${oc.decode:${oc.env:NUMBER}}",
-        "part": {"a": 1, "b": "${.a}"},
-        "chosen": "${part.${oc.env:LETTER}}",
-        "else": "${oc.env:NUMBER,5}",
-        "of_else": "before ${else}",
-        "escaped": "\\${part}",
-        "list": [1, "${part.b}", {"c": "${..1}"}],
-        "all": "${part}",
-        "empty": None,
-        "devices": "${harness.devices:}",
-    }
-    config = OmegaConf.create(given)
-    settled = launcher._settled(config)
-    as_it_was = ("number", "chosen", "else", "of_else", "escaped", "devices")
-    assert OmegaConf.to_container(settled) == {
-        **{key: given[key] for key in as_it_was},
-        "part": {"a": 1, "b": 1},
-        "list": [1, 1, {"c": 1}],
-        "all": {"a": 1, "b": 1},
-        "empty": None,
-    }
-    written = OmegaConf.create(OmegaConf.to_yaml(settled))
-    assert OmegaConf.to_container(written, resolve=True) == OmegaConf.to_container(config, resolve=True)
-    assert written.number == 4
+@pytest.mark.parametrize("text", ["/a b/c=1,2/[x]", "it's", "back\\'slash", "end\\", "${name}", "$HOME", "{a: 1}"])
+def test_any_folder_is_one_value_of_an_override(text: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert compose("train", [f"name={quoted(text)}"]).name == text
 
 
 def test_signals_that_are_ignored_stay_so() -> None:
     """As ``nohup`` asks for."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launcher._told_to_leave() as told:
+        with _stop_signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert told == [signal.SIGUSR1]
+            assert received == [signal.SIGUSR1]
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -529,7 +533,7 @@ def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert launcher._visible_gpus() == names
+        assert _visible_gpus() == names
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback as HydraCallback
+from hydra.types import TaskFunction
 from lightning.pytorch import Callback
 
 ERRORS: dict[str, type[Exception]] = {
@@ -81,3 +84,18 @@ class WaitAt(_AtStep):
     def act(self) -> None:
         while not Path(f"{self.sign}.go").exists():
             time.sleep(0.05)
+
+
+class NotesJobs(HydraCallback):
+    """Hydra's own callback, which writes down the jobs that it hears of."""
+
+    def on_job_start(self, config: Any, *, task_function: TaskFunction, **kwargs: Any) -> None:
+        self._note(f"start {task_function.__module__}.{task_function.__qualname__}")
+
+    def on_job_end(self, config: Any, job_return: JobReturn, **kwargs: Any) -> None:
+        self._note(f"end {job_return.status.name}")
+
+    @staticmethod
+    def _note(text: str) -> None:
+        with Path("jobs.txt").open("a") as file:
+            file.write(f"{text}\n")

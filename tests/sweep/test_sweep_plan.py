@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from support.commands import ROOT
 
 from harness.config.resolvers import register_resolvers
-from harness.runs import SWEEPS, SweepCallback
+from harness.runs import SweepCallback, current_session
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def compose_sweep(*overrides: str) -> DictConfig:
 
 def plan_of(folder: Path, *overrides: str) -> dict[str, Any]:
     SweepCallback().on_multirun_start(compose_sweep(*overrides, f"hydra.sweep.dir={folder / 'sweep'}"))
-    SWEEPS.pop(folder / "sweep").release()
+    current_session().sweeps.pop(folder / "sweep").release()
     found: dict[str, Any] = json.loads((folder / "sweep" / "sweep.json").read_text())
     return found
 
@@ -114,5 +114,5 @@ def test_a_plan_that_cannot_be_written_does_not_stop_the_sweep(
 ) -> None:
     (tmp_path / "sweep" / "sweep.json").mkdir(parents=True)  # nothing takes the place of a folder
     SweepCallback().on_multirun_start(compose_sweep("seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"))
-    SWEEPS.pop(tmp_path / "sweep").release()
+    current_session().sweeps.pop(tmp_path / "sweep").release()
     assert re.match(r"warning: .*sweep\.json cannot be written", capsys.readouterr().err)
