@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from harness.loggers.csv_file import CSVLogger
 from harness.loggers.secrets import without_secrets
-from harness.loggers.wandb_run import WandbLogger
+from harness.loggers.wandb_logger import WandbLogger, wandb_loggers
 
-__all__ = ["CSVLogger", "WandbLogger", "without_secrets"]
+__all__ = ["CSVLogger", "WandbLogger", "wandb_loggers", "without_secrets"]

@@ -12,22 +12,23 @@ __all__ = ["OneWarning", "is_rank_zero"]
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes."""
+    """True on the rank that writes files and logs."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class OneWarning:
-    """Says the first thing that goes wrong, and is silent about all that follows."""
+    """Warns of the first thing that goes wrong; later calls do nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.said: str | None = None
+        self.text: str | None = None
+        """The warning that has been given."""
 
     def __call__(self, text: str) -> None:
-        """Say it, if nothing has been said."""
+        """Give a warning, if it is the first."""
         with self._lock:
-            if self.said is not None:
+            if self.text is not None:
                 return
-            self.said = text
+            self.text = text
         with suppress(Warning):  # where warnings are errors, this one must not stop the training either
             warnings.warn(text, RuntimeWarning, stacklevel=2)
