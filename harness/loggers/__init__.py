@@ -10,6 +10,6 @@ from __future__ import annotations
 from harness.loggers.csv_file import CSVLogger
 from harness.loggers.of_trainer import log_image, wandb_loggers
 from harness.loggers.secrets import without_secrets
-from harness.loggers.wandb_run import WandbLogger
+from harness.loggers.wandb_logger import WandbLogger
 
 __all__ = ["CSVLogger", "WandbLogger", "log_image", "wandb_loggers", "without_secrets"]

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from harness.loggers.secrets import without_secrets
+from harness.support.files import replacing
 from harness.support.warn import OneWarning, is_rank_zero
 
 __all__ = ["CSVLogger"]
@@ -44,7 +45,7 @@ class CSVLogger(lightning_loggers.CSVLogger):
 
     @property
     def experiment(self) -> _CSVFile:  # type: ignore[override]
-        """What writes the file; a dummy that writes nothing off rank 0."""
+        """The file; off rank 0 a dummy that writes nothing."""
         if not is_rank_zero():
             return cast(_CSVFile, DummyExperiment())
         if self._experiment is None:
@@ -62,7 +63,7 @@ class CSVLogger(lightning_loggers.CSVLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is still in memory."""
+        """Write rows that are still in memory."""
         if self._experiment is not None:
             self.experiment.save(now=True)
 
@@ -74,7 +75,7 @@ class CSVLogger(lightning_loggers.CSVLogger):
 
 
 class _CSVFile:
-    """The file of a :class:`CSVLogger`: what Lightning calls the experiment of a logger."""
+    """The file of a :class:`CSVLogger`, which Lightning calls the experiment of a logger."""
 
     longest_wait = 100_000
     """Rows that wait in memory when they cannot be written; older ones are forgotten."""
@@ -88,7 +89,7 @@ class _CSVFile:
         self.metrics_file_path = str(self.path)
         self.hparams: dict[str, Any] = {}
         self._columns: list[str] = []  # of the file
-        self._size: int | None = None  # of what is whole in the file; None: the file has not been opened yet
+        self._size: int | None = None  # bytes up to the end of the last whole row; None before the file is opened
         self._next_attempt = 0.0
         self._warn = OneWarning()
 
@@ -133,7 +134,7 @@ class _CSVFile:
             self._put_aside()
             self._size = 0
         elif self._size:
-            os.truncate(self.path, self._size)  # what a write that failed has left behind
+            os.truncate(self.path, self._size)  # to the end of what has been written whole
         new = set().union(*self.metrics) - set(self._columns)
         if new:
             self._rewrite(sorted([*self._columns, *new]))
@@ -153,8 +154,7 @@ class _CSVFile:
 
     def _rewrite(self, columns: list[str], keep: Callable[[dict[str, str]], bool] = lambda row: True) -> None:
         """Write the file again with these columns and the rows to keep; it is the old or the new one at any time."""
-        part = self.path.with_suffix(".part")
-        try:
+        with replacing(self.path) as part:
             with part.open("w", newline="") as new:
                 writer = csv.DictWriter(new, columns)
                 writer.writeheader()
@@ -164,11 +164,6 @@ class _CSVFile:
                             if None not in row and None not in row.values() and keep(row):
                                 writer.writerow(row)
             size = part.stat().st_size
-            os.replace(part, self.path)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
         self._columns, self._size = columns, size
 
     def _keep(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What W&B is given, on disk from the moment it is handed over: a kill takes with it what W&B holds in memory."""
+"""Rows on disk from the moment they are logged: a kill takes with it what W&B holds in memory."""
 
 from __future__ import annotations
 
@@ -7,52 +7,16 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Journal", "Media", "rows_in"]
+from harness.loggers.media import Media
+from harness.support.files import replacing
+
+__all__ = ["Journal", "rows_in"]
 
 _open: set[Path] = set()
 """Journals that are written by this process."""
-
-
-@dataclass(frozen=True)
-class Media:
-    """A table, a bar chart or images, until they are made into objects of W&B's.
-
-    Args:
-        kind: ``table``, ``bar_chart`` or ``images``.
-        arguments: what :meth:`make` makes them of.
-    """
-
-    kind: str
-    arguments: dict[str, Any]
-
-    @classmethod
-    def images(cls, images: list[Any], options: Mapping[str, Any]) -> Media:
-        """Images with their options; those in files are told from later ones of the same name."""
-        times = [_written_at(image) for image in images]
-        places = [image if time is None else os.path.abspath(image) for image, time in zip(images, times, strict=True)]
-        return cls("images", {"images": places, "options": dict(options), "times": times})
-
-    def make(self) -> Any:
-        """W&B's object, or a list of them."""
-        import wandb
-
-        given = self.arguments
-        if self.kind == "table":
-            return wandb.Table(**given)
-        if self.kind == "bar_chart":
-            table = wandb.Table(columns=[given["label"], given["value"]], data=given["data"])
-            return wandb.plot.bar(table, given["label"], given["value"], given["title"])
-        own = ({name: each[index] for name, each in given["options"].items()} for index in range(len(given["images"])))
-        return [wandb.Image(image, **each) for image, each in zip(given["images"], own, strict=True)]
-
-    def is_there(self) -> bool:
-        """Whether files of images are still those that were handed over."""
-        times = zip(self.arguments.get("images", ()), self.arguments.get("times", ()), strict=True)
-        return all(time is None or _written_at(place) == time for place, time in times)
 
 
 class Journal:
@@ -70,7 +34,7 @@ class Journal:
         self.path = path.absolute()
         self.error: OSError | None = None
         self.goes_on = False
-        """Whether there was one, of a job that had not come to its end."""
+        """True if there was one, of a job that had not come to its end."""
         self.kept: list[bytes] = []
         """Lines of the one before it."""
         self._file: int | None = None
@@ -78,26 +42,23 @@ class Journal:
         self._lock = threading.RLock()  # a signal's handler may log while a row is written
         if self.path in _open:  # another logger's of this process, in the same folder
             return
-        part = path.with_suffix(".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.goes_on = path.is_file()
             if self.goes_on and step is not None:
                 self.kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_before(line, step)]
-            part.write_bytes(b"".join(self.kept))
-            os.replace(part, path)
+            with replacing(path) as part:
+                part.write_bytes(b"".join(self.kept))
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
             _open.add(self.path)
         except OSError as error:
             self.error = error
-            with suppress(OSError):
-                part.unlink()
 
     def write(self, row: Mapping[str, Any], step: int | None) -> bool:
         """Write a row, unless the disk cannot be written.
 
         Returns:
-            False if the row holds what is no number, no text and no media that JSON can hold.
+            False if a value is no number, no text and no media that JSON can hold.
         """
         if not all(isinstance(value, int | float | str | Media) for value in row.values()):
             return False
@@ -116,7 +77,7 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file; later rows are ignored."""
         with self._lock:
             if self._file is not None:
                 file, self._file = self._file, None
@@ -125,7 +86,7 @@ class Journal:
                     os.close(file)
 
     def remove(self) -> None:
-        """Close and remove it: all that is in it is in the run."""
+        """Close and remove the file, all rows of which are in the run."""
         is_own = self._file is not None
         self.close()
         if is_own:
@@ -133,7 +94,7 @@ class Journal:
 
 
 def rows_in(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int | None]]:
-    """Rows and steps in lines of a journal; what was torn is left out."""
+    """Rows and steps in lines of a journal, without lines that were torn."""
     for line in lines:
         with suppress(ValueError, TypeError, AttributeError):
             row, step = json.loads(line)
@@ -141,7 +102,7 @@ def rows_in(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int | None
 
 
 def _is_before(line: bytes, step: int) -> bool:
-    """Whether a line is whole and of an earlier step; the rest of it is not looked at, since there may be many."""
+    """True for a whole line of an earlier step; its row is not decoded, since there may be many."""
     try:
         return line.endswith(b"]\n") and float(line[:-2].rpartition(b", ")[2]) < step
     except ValueError:
@@ -152,11 +113,3 @@ def _described(value: Any) -> dict[str, Any]:
     if not isinstance(value, Media):
         raise TypeError(f"{type(value).__name__} is not for JSON")
     return {"kind": value.kind, "arguments": value.arguments}
-
-
-def _written_at(image: Any) -> int | None:
-    """When the file of an image was written, in ns; None if it is in none."""
-    try:
-        return os.stat(image).st_mtime_ns if isinstance(image, str | os.PathLike) else None
-    except (OSError, ValueError):
-        return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import loggers as lightning_loggers
 
-from harness.loggers.wandb_run import WandbLogger
+from harness.loggers.wandb_logger import WandbLogger
 from harness.support.lightning_private import logged_step
 
 if TYPE_CHECKING:

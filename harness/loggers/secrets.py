@@ -1,4 +1,4 @@
-"""What looks like a secret in settings and on the command line, which no logger writes."""
+"""Secrets in settings and on the command line, which no logger writes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SHORTEST_SECRET = 8
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with ``***`` in the place of whatever looks like a secret.
+    """Settings with ``***`` in the place of everything that looks like a secret.
 
-    That is the value of a setting whose name has a word such as ``key``, ``token``, ``secret``, ``password`` or
+    A secret is the value of a setting whose name has a word such as ``key``, ``token``, ``secret``, ``password`` or
     ``credentials`` in it, and any text that contains the value of an environment variable with such a name
     (``WANDB_API_KEY``, ``HF_TOKEN``) of at least 8 characters. Values that are paths of this machine are none.
 
@@ -60,7 +60,7 @@ def _names_a_secret(name: object) -> bool:
 
 
 def arguments_have_secrets() -> bool:
-    """Whether the command line of this process, which W&B would store, looks as if it had a secret in it."""
+    """True if the command line of this process, which W&B would store, looks as if it had a secret in it."""
     secrets = _secret_values()
     return any(
         any(secret in argument for secret in secrets) or ("=" in argument and _names_a_secret(argument.split("=")[0]))

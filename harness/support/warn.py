@@ -14,23 +14,24 @@ __all__ = ["OneWarning", "is_rank_zero", "quieten"]
 
 
 def is_rank_zero() -> bool:
-    """True for the process that writes."""
+    """True on the rank that writes files and logs."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class OneWarning:
-    """Gives the first warning, and is silent about all that follow."""
+    """Warns of the first thing that goes wrong; later calls do nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.said: str | None = None
+        self.text: str | None = None
+        """The warning that has been given."""
 
     def __call__(self, text: str) -> None:
-        """Warn, if this is the first time."""
+        """Give a warning, if it is the first."""
         with self._lock:
-            if self.said is not None:
+            if self.text is not None:
                 return
-            self.said = text
+            self.text = text
         with suppress(Warning):  # where warnings are errors, this one must not stop the training either
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 

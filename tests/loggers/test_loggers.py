@@ -34,8 +34,9 @@ from support.disturbances import log_steps as log_steps_of_all
 from wandb.sdk.lib import telemetry
 
 from harness.loggers import CSVLogger, WandbLogger, without_secrets
-from harness.loggers.journal import Journal, Media, rows_in
-from harness.loggers.wandb_files import mend
+from harness.loggers.journal import Journal, rows_in
+from harness.loggers.media import Media
+from harness.loggers.wandb_service import mend
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 SMALL = (*TINY, "max_epochs=3", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false")
@@ -310,9 +311,17 @@ def test_wandb_without_a_journal_warns_once(tmp_path: Path, recwarn: pytest.Warn
 class HalfReceived(WandbLogger):
     """Stands for a run online, of which the server has the first six rows; it is kept on disk all the same."""
 
-    def _start_run(self) -> Any:
-        run = super()._start_run()
-        return SimpleNamespace(offline=False, dir=run.dir, url="online", starting_step=6)
+    def _init(self) -> Any:
+        run = super()._init()
+        return SimpleNamespace(
+            offline=False,
+            dir=run.dir,
+            url="online",
+            starting_step=6,
+            log=run.log,
+            finish=run.finish,
+            summary=run.summary,
+        )
 
 
 def test_wandb_online_logs_what_the_server_lacks_and_nothing_twice(tmp_path: Path) -> None:

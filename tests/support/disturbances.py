@@ -98,10 +98,10 @@ class Interrupt(Callback):
 def _wait_until_written(trainer: Trainer) -> None:
     """Give W&B the time that steps of a real training take: these ones are over before it has started."""
     logger = trainer.loggers[0]
-    if not hasattr(logger, "_tasks"):
+    if not isinstance(logger, WandbLogger):
         return
     _ = logger.experiment.id
-    while not logger._tasks.empty():  # type: ignore[attr-defined]
+    while logger._run is not None and not logger._run.thread.is_idle:
         time.sleep(0.05)
     time.sleep(0.2)
 
