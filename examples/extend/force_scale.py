@@ -5,8 +5,6 @@ PYTHONPATH=examples/extend harness-train +callbacks.force_scale._target_=force_s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Callback, Trainer
 
@@ -30,16 +28,17 @@ class ForceScale(Callback):
             raise ValueError(f"every_n_steps is a whole number, at least 1, found {every_n_steps!r}.")
         self.every_n_steps = every_n_steps
 
-    def check(self, job: Any) -> None:
+    def check_job(self, trainer: Trainer, pl_module: ForceFieldModule, stage: str) -> None:
         """Refuse a training that this cannot watch, before it begins.
 
         Raises:
-            ValueError: no component of the loss has the forces.
+            ValueError: no component of the loss is one of forces.
         """
-        if not any("forces" in name for name in job.module.loss.value_names):
+        names = pl_module.loss.value_names
+        if stage == "fit" and not any("forces" in name for name in names):
             raise ValueError(
                 f"ForceScale compares predicted forces with labels, but the loss has none: its values are "
-                f"{', '.join(job.module.loss.value_names)}. Choose loss=energy_force, or leave the callback out."
+                f"{', '.join(names)}. Choose loss=energy_force, or leave the callback out."
             )
 
     def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:

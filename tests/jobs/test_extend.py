@@ -124,12 +124,22 @@ def test_callback_refuses_a_loss_without_forces(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     from force_scale import ForceScale
 
-    callback = ForceScale()
-    callback.check(SimpleNamespace(module=SimpleNamespace(loss=SimpleNamespace(value_names=["forces_mse"]))))
+    callback, loss = ForceScale(), SimpleNamespace(value_names=["forces_mse"])
+    callback.check_job(None, SimpleNamespace(loss=loss), "fit")
+    loss.value_names = ["total_energy_mse"]
     with pytest.raises(ValueError, match=r"its values are total_energy_mse.*Choose loss=energy_force"):
-        callback.check(SimpleNamespace(module=SimpleNamespace(loss=SimpleNamespace(value_names=["total_energy_mse"]))))
+        callback.check_job(None, SimpleNamespace(loss=loss), "fit")
+    callback.check_job(None, SimpleNamespace(loss=loss), "test")
     with pytest.raises(ValueError, match="at least 1, found 0"):
         ForceScale(every_n_steps=0)
+
+
+def test_callback_is_asked_before_the_training(tmp_path: Path) -> None:
+    parts = ("loss=energy", "metrics=energy", "+callbacks.force_scale._target_=force_scale.ForceScale", "logger=csv")
+    done = train(*parts, "data.num_frames=24", "data.split={val:4,test:4}", folder=tmp_path, PYTHONPATH=PATHS)
+    assert done.code != 0
+    assert "error: ForceScale compares predicted forces with labels, but the loss has none" in done.err
+    assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_strategy_on_two_ranks_is_one_process_to_its_rounding(alone: Finished, rounded: Finished) -> None:
