@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 WORKERS ?= 2
-STRICT := fields.py schedules.py distributed support metrics presets.py
+STRICT := fields.py schedules.py distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install train test test-slow test-all lint types imports docs benchmark ci lock clean
+.PHONY: help install hooks train test test-slow test-all lint lint-code lint-format lint-shell lint-docker types imports \
+  docs benchmark dist release ci lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,6 +23,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+hooks: install  ## let git run what `make lint` runs before each commit
+	$(BIN)/pre-commit install
+
 train: install  ## train and test a force field on the embedded alloy, on RANKS=2 ranks; ARGS="..." are Hydra overrides
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(ARGS)
 
@@ -34,9 +38,19 @@ test-slow: install  ## what is marked slow: trainings that are killed, stopped a
 test-all: test test-slow  ## every test
 
 lint: install  ## ruff, shellcheck, hadolint
+	@$(MAKE) --no-print-directory lint-code lint-format lint-shell lint-docker
+
+# the four by themselves are what .pre-commit-config.yaml calls: they install nothing
+lint-code:
 	$(BIN)/ruff check .
+
+lint-format:
 	$(BIN)/ruff format --check .
+
+lint-shell:
 	PATH="$(CURDIR)/$(BIN):$$PATH" shellcheck -x launch/*.sh launch/*.sbatch launch/env/*.sh .ci/run
+
+lint-docker:
 	$(BIN)/hadolint Dockerfile
 
 types: install  ## mypy, strict on the lower floors
@@ -52,7 +66,15 @@ docs: install  ## build the documentation into site/
 benchmark: install  ## cost of a loss step beside NequIP and a hand-packed minimum
 	$(BIN)/python benchmarks/step.py
 
-ci: lint types imports docs test-all  ## everything that CI runs
+dist: install  ## build sdist and wheel into dist/, check them, and train from the wheel outside of this checkout
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python .ci/check_dist.py $(CHECKS)
+
+release: CHECKS := --release
+release: dist  ## the same for a release, which also needs a clean checkout and a date in the changelog
+
+ci: lint types imports docs test-all dist  ## everything that CI runs
 
 lock:  ## exact versions of what is in the image, into constraints-image.txt
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
@@ -61,4 +83,4 @@ lock:  ## exact versions of what is in the image, into constraints-image.txt
 	mv build/lock.txt constraints-image.txt
 
 clean:  ## remove what make has made, but not outputs/
-	rm -rf $(VENV) build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

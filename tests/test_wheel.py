@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support.commands import ROOT, TINY, Finished, run
 
+import harness
+
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -77,9 +79,29 @@ def test_wheel_holds_the_package_and_its_configs(wheel: Path) -> None:
     assert packed <= names
     settings = (ROOT / "pyproject.toml").read_text()
     packages = re.findall(r'"(\w+)"', settings.partition("\npackages = [")[2].partition("]")[0])
-    assert {name.partition("/")[0] for name in names} == {*packages, "potential_harness-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {
+        *packages,
+        f"potential_harness-{harness.__version__}.dist-info",
+    }
     assert "harness-train = harness.train:main" in points
     assert "harness-sweep = harness.sweep:main" in points
+
+
+def test_version_has_one_source(installed: Callable[..., Finished], tmp_path: Path) -> None:
+    """The package says the version; the metadata of the wheel, and of the package as it is installed, take it up."""
+    target = installed.target  # type: ignore[attr-defined]
+    code = "import importlib.metadata, harness; print(harness.__version__, harness.__file__)\n"
+    code += "print(importlib.metadata.version('potential-harness'))"
+    done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(target))
+    package, metadata = done.out.splitlines()
+    assert package == f"{metadata} {target / 'harness' / '__init__.py'}", done.err
+    assert metadata == harness.__version__
+    literals = [path for path in (ROOT / "pyproject.toml", *(ROOT / "harness").rglob("*.py")) if version_in(path)]
+    assert literals == [ROOT / "harness" / "__init__.py"]
+
+
+def version_in(path: Path) -> bool:
+    return f'"{harness.__version__}"' in path.read_text()
 
 
 def test_installed_command_explains_itself(installed: Callable[..., Finished], tmp_path: Path) -> None:
