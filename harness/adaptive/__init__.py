@@ -1,4 +1,4 @@
-"""Adaptive weighting: coefficients that follow what a training shows. It has state, and checkpoints keep it."""
+"""Adaptive weighting: coefficients that follow values or gradients of the training. Its state is in checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coefficients that a user gave, which an adaptive scheme departs from and does not forget."""
+"""Set-point: the coefficients that a user gave, which an adaptive scheme multiplies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SetPoint:
         return {name: coeff * self.factors.get(name, 1.0) for name, coeff in self.coeffs.items()}
 
     def state(self) -> dict[str, Any]:
-        """What a restart needs."""
+        """State for checkpoints."""
         return {"coeffs": dict(self.coeffs), "factors": dict(self.factors), "is_moved": self._is_moved}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ class SoftAdapt(Callback):
         self._step_before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a loss that something else drives."""
+        """Refuse a loss whose coefficients another part moves."""
         if stage == "fit":
             refuse_other_controllers(self, trainer, pl_module)
 
@@ -120,7 +120,7 @@ class SoftAdapt(Callback):
             self._keep(trainer, loss, loss.metrics_values_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the values of an epoch. They are not taken up before the next one: it is still to be reported."""
+        """Keep the values of an epoch; they take effect in the next one, since this one is still to be reported."""
         if self.interval == "epoch":
             self._keep_epoch(trainer, loss_of(pl_module))
         self._num_epochs = trainer.current_epoch + 1
@@ -137,7 +137,7 @@ class SoftAdapt(Callback):
         self._new.append(known)
 
     def _read(self) -> None:
-        """Bring values to the host, which waits for them."""
+        """Copy values to the host, which waits for them."""
         if self._on_device:
             for row in torch.stack(self._on_device).tolist():
                 values = dict(zip(self._names, row, strict=True))

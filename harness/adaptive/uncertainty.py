@@ -18,7 +18,7 @@ _LIMIT = 50.0
 
 
 class UncertaintyWeighting(nn.Module):
-    r"""Weighs each component by the inverse of a variance that is learnt with the model.
+    r"""Weights each component by the inverse of a variance that is learnt with the model.
 
     With the user's normalised coefficients :math:`w_k` and the values :math:`v_k`, the log variances :math:`s_k`
     minimise
@@ -89,7 +89,7 @@ class UncertaintyWeighting(nn.Module):
         return weights / weights.sum()
 
     def objective(self, values: Values) -> Tensor:
-        """What the log variances minimise, from the values of a step; no gradient of it reaches the model."""
+        """Objective of the log variances, from the values of a step; its gradient does not reach the model."""
         if values.coeffs is None:
             raise ValueError("No component of the loss has a coefficient: there is nothing to weigh.")
         exponents = self._exponents()
@@ -102,5 +102,5 @@ class UncertaintyWeighting(nn.Module):
         return 0.5 * (torch.where(counts, given, 0.0) * (torch.exp(-exponents) * errors + exponents)).sum()
 
     def extra_repr(self) -> str:
-        """What is weighed."""
+        """Names of the components."""
         return f"{', '.join(self.names)}, speed={self.speed}"

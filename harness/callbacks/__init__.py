@@ -1,4 +1,4 @@
-"""Callbacks: what a training shows, what moves its coefficients, what it goes on from, and what ends it if it must."""
+"""Callbacks: reports and pictures, coefficients of NequIP's kind, checkpoints to resume from, and guards."""
 
 from __future__ import annotations
 

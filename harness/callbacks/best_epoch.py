@@ -28,14 +28,14 @@ class BestEpoch(Callback):
     def __init__(self, monitor: str = "val0_epoch/weighted_sum") -> None:
         self.monitor = monitor
         self.best: dict[str, float] = {}
-        """What is in the summary, by its key."""
+        """Entries of the summary by key."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the best of before to a run that is continued, perhaps in another file."""
+        """Write the best values so far into the summary of a run that is resumed."""
         self._send(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare."""
+        """Compare the monitored value with the best so far."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, ForceFieldModule):
             return
         value = self._monitored(trainer, pl_module)
@@ -67,6 +67,6 @@ class BestEpoch(Callback):
         return {"monitor": self.monitor, "best": dict(self.best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best of before, unless something else is monitored now."""
+        """Resume from the best values of a checkpoint, unless another value is monitored now."""
         if state_dict["monitor"] == self.monitor:
             self.best = dict(state_dict["best"])

@@ -1,4 +1,4 @@
-"""A picture of how the coefficients of the loss moved, and of what each component contributed."""
+"""Picture of the coefficients of the loss, and of each component's contribution, by epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.support.files import try_write
 __all__ = ["CoefficientCurve"]
 
 _MOST_POINTS = 2000
-"""Points within epochs that are kept; of more, every second one is."""
+"""Largest number of points within epochs; of more, every second one is kept."""
 
 
 class CoefficientCurve(Callback):
@@ -35,7 +35,7 @@ class CoefficientCurve(Callback):
     def __init__(self, output_dir: str | Path = ".") -> None:
         self.output_dir = Path(output_dir)
         self.file: Path | None = None
-        """The picture, once it is drawn."""
+        """Path of the picture, once it is drawn."""
         self._history: dict[int, dict[str, tuple[float, float]]] = {}  # coefficient and share by epoch
         self._types: dict[int, dict[str, float]] = {}  # weights of atom types by epoch
         self._points: list[tuple[float, dict[str, float]]] = []  # coefficients within epochs
@@ -47,13 +47,13 @@ class CoefficientCurve(Callback):
         return {} if self.file is None else {"coefficients": [self.file]}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count on from where the training is."""
+        """Start from the training's epoch."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take note of coefficients that move by step, where values are logged."""
+        """Record coefficients that move by step, on steps that are logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_step, self._step = trainer.global_step != self._step, trainer.global_step
         if not is_step or not trainer.is_global_zero or not every or trainer.global_step % every:
@@ -68,16 +68,16 @@ class CoefficientCurve(Callback):
             del self._points[1::2]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the epoch before, which is complete now."""
+        """Record the epoch before, which is complete now."""
         self._take_note(trainer.current_epoch - 1, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
+        """Draw the picture."""
         self._take_note(trainer.current_epoch - 1, pl_module)
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw what there is."""
+        """Draw the epochs so far."""
         self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
@@ -110,7 +110,7 @@ class CoefficientCurve(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the epochs so far."""
+        """Resume from the epochs of a checkpoint."""
         self._history = {int(epoch): dict(row) for epoch, row in state_dict["history"].items()}
         self._types = {int(epoch): dict(row) for epoch, row in state_dict.get("types", {}).items()}
         self._points = [(position, dict(coeffs)) for position, coeffs in state_dict.get("points", [])]
@@ -158,7 +158,7 @@ class CoefficientCurve(Callback):
         figure.savefig(path, dpi=100)
 
     def _moving_types(self, epochs: Sequence[int]) -> list[str]:
-        """Weights of atom types that are not the same all along."""
+        """Weights of atom types that change in the training."""
         names = dict.fromkeys(name for epoch in epochs for name in self._types.get(epoch, {}))
         return [name for name in names if len({self._types.get(epoch, {}).get(name) for epoch in epochs}) > 1]
 

@@ -1,4 +1,4 @@
-"""How much each component of the loss has to say in the gradient, and whether components agree."""
+"""Shares of the components of the loss in its gradient, and the angles between their gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GradientShare(Callback):
     """
 
     logs_gradients = True
-    """Nobody else needs to log what is measured."""
+    """Measurements are logged here; another callback with the same meter need not log them."""
 
     def __init__(self, every_n_steps: int = 100, parameters: Sequence[str] | None = None) -> None:
         self._meter = GradientMeter(every_n_steps, parameters)

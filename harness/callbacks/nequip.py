@@ -1,4 +1,4 @@
-"""Callbacks that change or log the coefficients of a loss, with the arguments that NequIP's callbacks take.
+"""Callbacks that change or log the coefficients of a loss, with the arguments of NequIP's callbacks.
 
 They work on any module whose ``loss`` is a manager with ``set_coeffs`` and ``entries``: :class:`ForceFieldModule
 <harness.module.lightning.ForceFieldModule>`, ``NequIPLightningModule``, or your own. Where the manager is this
@@ -57,7 +57,7 @@ class _EpochScheduler(Callback, ABC):
 
     @abstractmethod
     def coeffs_at(self, epoch: int) -> dict[str, float]:
-        """Coefficients that hold in an epoch; none where they stay as they are."""
+        """Coefficients of an epoch; empty where they do not change."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the coefficients of the epoch, once."""
@@ -69,7 +69,7 @@ class _EpochScheduler(Callback, ABC):
 
 
 class LossCoefficientScheduler(_EpochScheduler):
-    """Changes coefficients of the loss at the epochs that are given: a step function of the epoch.
+    """Changes coefficients of the loss at given epochs: a step function of the epoch.
 
     A component that is not named keeps its coefficient; the manager of NequIP would drop it from the loss, and there
     all of them have to be named. All are normalised to sum to 1. What holds depends on the epoch alone, so that a
@@ -97,7 +97,7 @@ class LossCoefficientScheduler(_EpochScheduler):
 
 
 class LinearLossCoefficientScheduler(_EpochScheduler):
-    r"""Moves coefficients linearly from what they are at one epoch to others, over a number of epochs.
+    r"""Moves coefficients linearly from their values at one epoch to others, over a number of epochs.
 
     With the normalised coefficients :math:`c_k` that hold at ``start_epoch`` :math:`s`, the normalised final ones
     :math:`f_k`, and the number :math:`n` of transition epochs
@@ -137,7 +137,7 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
 
     @property
     def state_key(self) -> str:
-        """One for each stage."""
+        """Key in checkpoints, with the stage: several of these callbacks may be in one training."""
         return f"{type(self).__qualname__}_{self.start_epoch}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -202,7 +202,7 @@ class LossCoefficientMonitor(Callback):
         self._used: Values | None = None
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
-        """Keep the coefficients that the step uses: learnt ones are others after it."""
+        """Keep the coefficients of the step; learnt ones change with the optimizer's step."""
         self._used = step.values.detach()
 
     def on_train_batch_end(

@@ -38,7 +38,7 @@ from harness.support.device import DelayedScalar
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
 
 SKIPPED = "nonfinite/skipped"
-"""Key of the number of steps that were left out."""
+"""Log key of the number of skipped steps."""
 
 
 class NonFiniteError(ValueError):
@@ -49,7 +49,7 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class _Seen:
-    """A step as it was seen: its micro-batches, mostly one, with their predictions; and its values."""
+    """Batches and predictions of a step's micro-batches, and its values."""
 
     epoch: int
     step: int
@@ -59,7 +59,7 @@ class _Seen:
 
 
 class NonFiniteGuard(Callback):
-    """Looks in every step whether loss and gradient are finite; if not, says why and ends the training, or skips it.
+    """Checks in every step that loss and gradient are finite; otherwise explains why, and stops or skips the step.
 
     The loss that is looked at is merged over the ranks, and the gradient averaged, the same bits on all of them, so
     that all decide alike without a collective. On a CPU they are known before the optimizer steps. On a GPU they are
@@ -106,11 +106,11 @@ class NonFiniteGuard(Callback):
         self.output_dir = Path(output_dir)
         self.max_skipped = max_skipped
         self.num_skipped = 0
-        """Steps that were left out so far."""
+        """Number of skipped steps so far."""
         self.loss = DelayedScalar()
-        """The weighted sum of each step."""
+        """Weighted sum of each step."""
         self.gradient = DelayedScalar()
-        """A number for the gradient of each step, finite as it is; see
+        """Number that is finite if the gradient of the step is; see
         :func:`~harness.callbacks.nonfinite_diagnosis.finite_probe`."""
         self._in_a_row = 0
         self._seen: list[_Seen] = []
@@ -119,7 +119,7 @@ class NonFiniteGuard(Callback):
 
     @property
     def folder(self) -> Path:
-        """Where the files are."""
+        """Folder of the batches and the explanation."""
         return self.output_dir / "nonfinite"
 
     # --- before ---
@@ -171,13 +171,13 @@ class NonFiniteGuard(Callback):
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be skipped; tell the loggers what may come."""
+        """Refuse steps that cannot be skipped; define the axis of the number of skipped steps."""
         self.check(trainer.strategy, trainer.optimizers)
         if self.action == "skip":
             define_axes(trainer, step=[SKIPPED])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what is trained, if its gradients are those that the optimizer will see, the same on all ranks."""
+        """Collect the trained parameters, if their gradients are those of the optimizer, the same on all ranks."""
         strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
         has_parts = isinstance(strategy, DeepSpeedStrategy) or splits_parameters(strategy)
         self._trained = [] if has_parts or scaler is not None else list(pl_module.parameters())
@@ -185,7 +185,7 @@ class NonFiniteGuard(Callback):
     # --- in a step ---
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
-        """Keep what belongs to the step, and start to copy its loss to the host."""
+        """Keep batch, predictions and values of the step, and start to copy its loss to the host."""
         if step.window.num_done == 1 or not self._seen:
             kept = self._seen[-1:] if self.loss.is_delayed or step.window.num_micro_batches > 1 else []
             self._seen = [*kept, _Seen(trainer.current_epoch, logged_step(trainer), step.batch_idx)]
@@ -212,7 +212,7 @@ class NonFiniteGuard(Callback):
             self._stop(trainer, module, self._seen[0], trained=self.loss.is_delayed)
 
     def _is_finite(self) -> bool:
-        """Whether the last step is; the host waits for it."""
+        """True if loss and gradient of the last step are finite; the host waits for them."""
         return math.isfinite(self.loss.wait()) and math.isfinite(self.gradient.wait())
 
     def _forget(self) -> None:
@@ -222,15 +222,15 @@ class NonFiniteGuard(Callback):
     # On a GPU the loss of the last step has not been read yet.
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not validate what a loss that is not finite has made of the weights."""
+        """Stop before a validation of weights that a loss that is not finite has changed."""
         self._look_at_last(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not go on to the next epoch."""
+        """Stop before the next epoch if the last step is not finite."""
         self._look_at_last(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Do not let weights that are spoilt replace those of a checkpoint."""
+        """Refuse to save weights that are not finite in place of good ones."""
         self._look_at_last(trainer, pl_module)
         whole = self._last_whole
         if self._ending or whole is None:
@@ -247,11 +247,11 @@ class NonFiniteGuard(Callback):
 
     @property
     def _last_whole(self) -> _Seen | None:
-        """The last step, which another one may have begun after: a validation can come between micro-batches."""
+        """Last complete step; another one may have begun, since a validation can come between micro-batches."""
         return next((seen for seen in reversed(self._seen) if seen.values is not None), None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the last batches go."""
+        """Release the batches of the last steps."""
         self._seen, self._trained = [], []
         self._forget()
 
@@ -294,7 +294,7 @@ class NonFiniteGuard(Callback):
         raise NonFiniteError(message)
 
     def _explain(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, trained: bool) -> str:
-        """What is wrong, the same text on all ranks; writes the batches of those at fault."""
+        """Explanation of the cause, the same text on all ranks; ranks with the cause write their batches."""
         values = cast(Values, seen.values)
         components = nonfinite_components(module.loss, values)
         evidence = gather_objects(self._gather(trainer, module, seen, list(components), trained))
@@ -320,7 +320,7 @@ class NonFiniteGuard(Callback):
     def _gather(
         self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, components: list[str], trained: bool
     ) -> RankFindings:
-        """What this rank finds in its part of the step."""
+        """Findings of this rank in its part of the step."""
         loss = float(cast(Tensor, cast(Values, seen.values).weighted_sum))
         of_gradient = math.isfinite(loss) and not trained
         frames = getattr(getattr(getattr(trainer, "datamodule", None), "train_set", None), "frames", [])
@@ -347,7 +347,7 @@ class NonFiniteGuard(Callback):
     def _find_in_gradient(
         trainer: Trainer, module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]
     ) -> list[NonFiniteField]:
-        """Frames whose gradient is not finite, from forward passes of each: the graph of the step is gone."""
+        """Frames whose gradient is not finite, each from a forward pass of its own: the graph of the step is freed."""
         devices = [module.device] if module.device.type == "cuda" else []
         parameters = [each for each in module.model.parameters() if each.requires_grad]
         buffers = [(each, each.clone()) for each in module.model.buffers()]
@@ -392,11 +392,11 @@ class NonFiniteGuard(Callback):
     # --- checkpoints ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps that were left out, in all and in a row."""
+        """Number of skipped steps, in all and in a row."""
         return {"num_skipped": self.num_skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Resume from the numbers of a checkpoint."""
         self.num_skipped, self._in_a_row = state_dict["num_skipped"], state_dict["in_a_row"]
 
 

@@ -1,4 +1,4 @@
-"""Where a loss that is NaN or infinite comes from: fields, atom types and frames of a batch, and weights.
+"""Diagnosis of a loss that is NaN or infinite: fields, atom types and frames of a batch, and weights.
 
 Everything here looks at numbers, for which the host waits: it is for when something is wrong.
 """
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 _SHOWN = 8
-"""Frames, types and parameters that are named; of more, the number is told."""
+"""Largest number of frames, types or parameters that are named; of more, only the number is given."""
 _MOST_FRAMES = 256
-"""Frames of a batch up to which each one's part of a gradient is looked at."""
+"""Largest batch, in frames, whose gradient is examined frame by frame."""
 
 
 @dataclass(frozen=True)
 class NonFiniteField:
-    """Numbers that are not finite: of one field, on one side, in one batch.
+    """Numbers of one field in one batch that are not finite, in labels or predictions.
 
     Attributes:
         field: the field, or what a modifier of it is called; of a gradient, the component.
@@ -75,7 +75,7 @@ class NonFiniteField:
 
 @dataclass(frozen=True)
 class RankFindings:
-    """What one rank has found in its part of a step.
+    """Findings of one rank in its part of a step.
 
     Attributes:
         culprits: numbers that are not finite.
@@ -93,7 +93,7 @@ class RankFindings:
 
 
 def nonfinite_components(manager: MetricsManager, values: Values) -> dict[str, dict[str, float]]:
-    """Components of the weighted sum that are not finite, each with its value and its per-type values that are not.
+    """Components of the weighted sum that are not finite, with their value and per-type values.
 
     Args:
         manager: of the components.
@@ -159,7 +159,7 @@ def find_nonfinite_gradients(
     parameters: Sequence[Tensor],
     place: Callable[[int], str | None] = lambda index: None,
 ) -> list[NonFiniteField]:
-    """Components of a loss that is finite whose gradient is not, and the frames that make it so, each asked by itself.
+    """Components with a finite value and a gradient that is not, and the frames that cause it, examined one by one.
 
     Args:
         manager: of the components.
@@ -189,7 +189,7 @@ def find_nonfinite_gradients(
 
 
 def _single_frames(batch: Batch) -> Iterator[Batch]:
-    """Each frame of a batch as a batch of its own."""
+    """Frames of a batch, as batches of one frame."""
     known = registered_fields()
     graph_of = {"node": batch["batch"], "graph": torch.arange(len(batch["num_atoms"]), device=batch["batch"].device)}
     if "edge_index" in batch:
@@ -212,7 +212,7 @@ def _single_frames(batch: Batch) -> Iterator[Batch]:
 
 
 def _pairs(modifier: object, preds: Batch, batch: Batch) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """Name, level, prediction and target of what a component reads."""
+    """Name, level, prediction and target of a component's field."""
     if modifier is None:  # the two whole dictionaries
         for name, spec in registered_fields().items():
             if name in preds and name in batch and preds[name].is_floating_point():
@@ -225,7 +225,7 @@ def _pairs(modifier: object, preds: Batch, batch: Batch) -> Iterator[tuple[str, 
 
 
 class _Frames:
-    """What the rows of a batch's fields belong to."""
+    """Frames that the rows of a batch's fields belong to."""
 
     def __init__(self, batch: Batch, type_names: Sequence[str], place: Callable[[int], str | None]) -> None:
         self._batch, self._type_names, self._place = batch, type_names, place
@@ -247,7 +247,7 @@ class _Frames:
         )
 
     def of_gradient(self, component: str, numbers: Tensor, positions: list[int]) -> NonFiniteField:
-        """What is told of a component's gradient with respect to the parameters, and of the frames that spoil it."""
+        """Finding about a component's gradient with respect to the parameters, and the frames that cause it."""
         wrong = ~numbers.isfinite()
         names, everywhere = self.names(torch.tensor(positions)), len(positions) == len(self._batch["num_atoms"])
         return NonFiniteField(
@@ -270,7 +270,7 @@ class _Frames:
         return [self._type_names[i] if i < len(self._type_names) else f"number {i}" for i in indices]
 
     def names(self, graphs: Tensor) -> list[str]:
-        """What the frames are called, those of graphs ``[number]`` by their position in the batch."""
+        """Names of frames, by the numbers of their graphs in the batch."""
         positions = sorted(set(graphs.tolist()))
         if "frame_index" not in self._batch:
             return [f"number {position} of the batch" for position in positions]
@@ -306,7 +306,7 @@ def gradients_of(module: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def finite_probe(tensors: Iterable[Tensor]) -> Tensor | None:
-    """A number that is finite if all elements of all tensors are, float64 ``[1]`` on their device; None without any.
+    """Number that is finite if all elements of all tensors are: float64 ``[1]`` on their device; None without tensors.
 
     The host does not wait for it. On a CPU it is their sum, the cheapest there is, so that elements whose sum
     overflows, from 1e30 or so, count as infinite.
@@ -342,7 +342,7 @@ def explain(
     trained: bool,
     settings: Mapping[str, object],
 ) -> str:
-    """What is wrong, where it comes from, and what helps.
+    """Explanation: the value that is not finite, its cause, and the likely fix.
 
     Args:
         where: the step.

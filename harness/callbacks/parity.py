@@ -24,9 +24,9 @@ __all__ = ["ParityPlot"]
 Points = np.ndarray
 """``[num_points, 4]``: random key, reference, prediction, atom type (or -1)."""
 MOST_TYPES = 10
-"""Number of atom types up to which each has a panel of its own."""
+"""Largest number of atom types with a panel each."""
 FEWEST_IN_HEXAGON = 4
-"""Number of points in the fullest hexagon below which a density says nothing."""
+"""Smallest number of points in the fullest hexagon for which a density is drawn."""
 _ALL = -2  # in the place of a type: all of them together
 
 
@@ -95,7 +95,7 @@ class ParityPlot(Callback):
         self._finish(trainer, pl_module, "test", "parity_test{}.png")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with an empty sample, if this validation is one to draw."""
+        """Start with an empty sample, if this validation is drawn."""
         if self._draws_validation(trainer):
             self._start(pl_module)
 
@@ -108,12 +108,12 @@ class ParityPlot(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch to the sample, if this validation is one to draw."""
+        """Add a batch to the sample, if this validation is drawn."""
         if self._draws_validation(trainer):
             self._add(outputs, batch, dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the samples of all ranks and draw, if this validation is one to draw."""
+        """Join the samples of all ranks and draw, if this validation is drawn."""
         if self._draws_validation(trainer):
             self._finish(trainer, pl_module, "val", f"parity_val{{}}_epoch{trainer.current_epoch}.png")
 
@@ -164,7 +164,7 @@ class ParityPlot(Callback):
 
 @dataclass
 class _Panel:
-    """What is drawn of a quantity, or of one type's part of it.
+    """Panel of a quantity, or of one atom type's part of it.
 
     Attributes:
         name: field.

@@ -1,4 +1,4 @@
-"""Errors by atom type as tables, charts and pictures: which elements a force field is good at."""
+"""Errors by atom type as tables, charts and pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["PerTypeReport"]
 
 _TYPES_IN_A_ROW = 30
 _BARS_WITH_NUMBERS = 10
-"""So many bars or fewer have their values written above them."""
+"""Largest number of bars with their values above them."""
 
 
 class PerTypeReport(Callback):
@@ -58,7 +58,7 @@ class PerTypeReport(Callback):
             self._report(trainer, pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the pictures of a test before."""
+        """Drop the pictures of an earlier test."""
         self.files = []
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -57,7 +57,7 @@ class LossProgressBar(TQDMProgressBar):
                 )
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """Values behind the bar."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         latest: dict[str, float] = cast(Any, pl_module).latest

@@ -1,4 +1,4 @@
-"""The checkpoint that an interrupted training goes on from, and the orderly way out when it has to leave."""
+"""Checkpoints that an interrupted training resumes from, and its orderly end when it is preempted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from harness.support.lightning_private import ignore_sigterm_broadcast, is_valid
 __all__ = ["COMPLETE", "ResumeCheckpoint"]
 
 COMPLETE = "complete"
-"""Key of a checkpoint of a training that has come to its end: its last values by log key."""
+"""Key in the checkpoint of a complete training, with its last values by log key."""
 _RANDOM_STATES = "random_states"
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps the newest two checkpoints of a training, and leaves with one when a signal says so.
+    """Keeps the newest two checkpoints of a training, and saves one and stops when a signal asks for it.
 
     Saves ``last.ckpt`` when an epoch is complete (validation, schedulers and logs included), optionally every n steps,
     and ``previous.ckpt`` is the one before. A signal sets a flag, nothing more. The flags of all ranks are summed
@@ -79,21 +79,21 @@ class ResumeCheckpoint(Checkpoint):
 
     @property
     def last(self) -> Path:
-        """The newest checkpoint."""
+        """Path of the newest checkpoint."""
         return self.dirpath / "last.ckpt"
 
     @property
     def previous(self) -> Path:
-        """The one before."""
+        """Path of the checkpoint before the newest."""
         return self.dirpath / "previous.ckpt"
 
     @property
     def following(self) -> Path:
-        """The one that is being made; it becomes :attr:`last` once it is whole."""
+        """Path of the checkpoint in the making, which is renamed to :attr:`last` once it is whole."""
         return self.dirpath / "next.ckpt"
 
     def newest(self) -> Path | None:
-        """The newest that is whole; damaged ones are warned about and put aside, lest they push out a whole one."""
+        """Path of the newest whole checkpoint; damaged ones are put aside, with a warning."""
         chosen = newest_valid([self.following, self.last, self.previous])
         for path in (self.following, self.last, self.previous):
             if path == chosen:
@@ -119,7 +119,7 @@ class ResumeCheckpoint(Checkpoint):
     # --- when ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember who had the signals before Lightning."""
+        """Remember the signal handlers from before Lightning's."""
         if threading.current_thread() is threading.main_thread():  # Python gives signals to that thread alone
             self._handlers = {number: signal.getsignal(number) for number in self.signals}
         if stage == "fit":
@@ -133,7 +133,7 @@ class ResumeCheckpoint(Checkpoint):
         ignore_sigterm_broadcast(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave before a test if told to, such as in the last epoch; a test that has begun is finished.
+        """Stop before a test if preempted, such as in the last epoch; a test that has begun is finished.
 
         The training is complete then, and its end is saved.
         """
@@ -143,7 +143,7 @@ class ResumeCheckpoint(Checkpoint):
             raise Preempted(f"told to leave before the test: the training is complete, and saved in {self.last}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the epoch before has left: everything of it is complete now, which in its own hooks it is not."""
+        """Save the state after the epoch before, which is complete now; in its own hooks it is not."""
         epoch = trainer.current_epoch
         if self._first_batch:  # a start, or a restart between two epochs: there is nothing new to save
             trainer.fit_loop.restarting = False
@@ -168,7 +168,7 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every n steps, and when any rank has been told to leave."""
+        """Save every n steps, and when any rank is preempted."""
         if trainer.global_step == self._step_before or trainer.is_last_batch:
             return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
         if is_validated_next(trainer):
@@ -181,12 +181,12 @@ class ResumeCheckpoint(Checkpoint):
             raise Preempted(self._message(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, and that it is one: early stopping is not to be decided again."""
+        """Save the end and mark it as complete, so that early stopping is not decided again."""
         self._complete = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
@@ -207,7 +207,7 @@ class ResumeCheckpoint(Checkpoint):
             signal.signal(number, note)
 
     def _is_told(self, trainer: Trainer) -> bool:
-        """Whether any rank has been told to leave; all must ask."""
+        """True if any rank is preempted; a collective that all ranks call."""
         return bool(trainer.strategy.reduce_boolean_decision(self._told_to_leave is not None, all=False))
 
     def _message(self, trainer: Trainer) -> str:
@@ -226,7 +226,7 @@ class ResumeCheckpoint(Checkpoint):
             self._rotate()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random states of all ranks; let an epoch that is complete count as complete."""
+        """Add the random states of all ranks, and count a complete epoch as complete."""
         checkpoint[_RANDOM_STATES] = gather_objects(_random_state())
         if self._complete is not None:
             checkpoint[COMPLETE] = self._complete
@@ -248,7 +248,7 @@ class ResumeCheckpoint(Checkpoint):
         self._random_state = states[rank_in_group()] if len(states) == trainer.world_size else None
 
     def _restore_random_state(self) -> None:
-        """Once everything that a start draws has been drawn, such as the seeds of the data loaders' workers."""
+        """Restore it after everything that a start draws, such as the seeds of the data loaders' workers."""
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None

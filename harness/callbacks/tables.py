@@ -96,7 +96,7 @@ def component_unit(entry: MetricEntry) -> str:
 
 
 def is_better(manager: MetricsManager, name: str, value: float, than: float) -> bool:
-    """Whether a value of a component, or the weighted sum, is better than another; any is better than NaN.
+    """True if a value of a component, or of the weighted sum, is better than another; any is better than NaN.
 
     Smaller is better, but for other people's metrics that say ``higher_is_better``.
     """

@@ -1,4 +1,4 @@
-"""How fast a training is: structures, atoms and edges a second, and where the time goes."""
+"""Throughput of a training: structures, atoms and edges a second, and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.support.lightning_private import unwatch_fetches, watch_fetches
 __all__ = ["CountsWork", "ThroughputMonitor"]
 
 _OF_ANY_RANK = ("data_wait_share", "gpu_memory_GiB")
-"""Values that are the largest of all ranks."""
+"""Values of which the largest of all ranks is logged."""
 _WORK = ("structures", "atoms", "edges")
 
 
@@ -35,7 +35,7 @@ class CountsWork(Protocol):
 
 
 class ThroughputMonitor(Callback):
-    """Logs rates of the training since the step that was logged before.
+    """Logs rates of the training since the last logged step.
 
     - ``throughput/structures_per_second``, ``…/atoms_per_second``, ``…/edges_per_second``: over all ranks, of
       :class:`~harness.module.ForceFieldModule` and of modules with :meth:`CountsWork.read_work`.
@@ -72,7 +72,7 @@ class ThroughputMonitor(Callback):
         self._work: Tensor | None = None  # structures, atoms and edges of all ranks since the training started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew, and measure how long the data loader takes."""
+        """Reset the counters, and start to measure the data loader."""
         self._before, self._step, self._work = None, trainer.global_step, None
         self._waiting, self._validating = _Stopwatch(), _Stopwatch()
         self._logs = any(gather_objects(trainer.is_global_zero and bool(trainer.loggers)))
@@ -89,7 +89,7 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, at the end of a step that is one to log."""
+        """Log at the end of a step that is logged."""
         step = trainer.global_step
         if self._logs and step != self._step:  # and not in the middle of an accumulated one
             self._step = step
@@ -104,7 +104,7 @@ class ThroughputMonitor(Callback):
 
     @staticmethod
     def _log(trainer: Trainer, values: dict[str, float]) -> None:
-        """All ranks come here; rank 0 has loggers."""
+        """Log the rates; all ranks call it, since some are maxima over the ranks."""
         of_any_rank = [name for name in _OF_ANY_RANK if name in values]
         largest = max_over_ranks(torch.tensor([values[name] for name in of_any_rank], dtype=torch.float64))
         values |= dict(zip(of_any_rank, largest.tolist(), strict=True))
@@ -115,7 +115,7 @@ class ThroughputMonitor(Callback):
         self._validating.start(self._batch_ended)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
+        """Start the clock again."""
         self._validating.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -154,7 +154,7 @@ class ThroughputMonitor(Callback):
 
 @dataclass(frozen=True)
 class _Reading:
-    """Where a training is: optimizer steps, and seconds and work since some moment.
+    """Reading of the counters: optimizer steps, seconds and work.
 
     Attributes:
         step: number of optimizer steps.

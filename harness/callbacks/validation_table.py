@@ -20,7 +20,7 @@ from harness.module.log_keys import TRAIN_LOSS, stage_of_set
 __all__ = ["ValidationTable"]
 
 _WIDTH = 140
-"""Of a log file, in characters: it has room for every column."""
+"""Width of a log file in characters, with room for every column."""
 _WIDEST = 1000
 
 
@@ -53,7 +53,7 @@ class ValidationTable(Callback):
         self._best: dict[str, dict[str, tuple[float, int]]] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of what is better than before, and print."""
+        """Update the best values, and print the table."""
         if trainer.sanity_checking or not isinstance(pl_module, ForceFieldModule):
             return
         prints = (trainer.current_epoch + 1) % self.every_n_epochs == 0 and trainer.is_global_zero
@@ -83,7 +83,7 @@ class ValidationTable(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best values of before."""
+        """Resume from the best values of a checkpoint."""
         self._best = {
             stage: {name: (float(value), int(epoch)) for name, (value, epoch) in best.items()}
             for stage, best in state_dict["best"].items()
@@ -101,7 +101,7 @@ def _heading(trainer: Trainer, module: ForceFieldModule) -> str:
 
 
 def _console() -> Console:
-    """What draws for standard output, into a text."""
+    """Console that renders for standard output, into a text."""
     terminal = sys.stdout.isatty()
     return Console(file=io.StringIO(), force_terminal=terminal, width=None if terminal else _WIDTH)
 

@@ -1,4 +1,4 @@
-"""Who moves the coefficients of a loss: one thing at a time, since the later one would undo the other silently."""
+"""Control of a loss's coefficients by one part at a time: a later one would undo the other silently."""
 
 from __future__ import annotations
 

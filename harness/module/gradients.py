@@ -188,7 +188,7 @@ def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether it is one by ``torch.compile(module)`` or ``module.compile()``."""
+    """True for a module compiled by ``torch.compile(module)`` or ``module.compile()``."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
