@@ -47,7 +47,7 @@ class Media:
 
     @classmethod
     def images(cls, key: str, images: list[Any], options: Mapping[str, Any]) -> Media:
-        """Images with their options; the times of files tell them from later files of the same name.
+        """Images with their options; the times of files distinguish them from later files of the same name.
 
         Raises:
             TypeError: not a list.

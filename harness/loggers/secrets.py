@@ -27,7 +27,7 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
     (``WANDB_API_KEY``, ``HF_TOKEN``) of at least 8 characters. Values that are paths of this machine are none.
 
     Args:
-        settings: settings, with dictionaries and lists at any depth; they are left as they are.
+        settings: settings, with dictionaries and lists at any depth; they are not changed.
 
     Returns:
         A copy of them.

@@ -16,7 +16,7 @@ STEP = "trainer/global_step"
 """Name of the optimizer step among W&B's values, chosen by Lightning."""
 
 _Key = tuple[int, frozenset[str]]
-"""A row is told from others by its step and the names in it."""
+"""Step and names of a row, which identify it."""
 
 
 class EarlierRows:

@@ -14,7 +14,7 @@ from harness.support.warn import OneWarning
 __all__ = ["GRACE", "WandbThread"]
 
 GRACE = 5.0
-"""Seconds that W&B gets beyond a time limit of its own to say so."""
+"""Seconds that W&B gets beyond its own time limit, to report that limit."""
 
 
 class WandbThread:

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -33,7 +34,7 @@ from support.disturbances import fill, service_of
 from support.disturbances import log_steps as log_steps_of_all
 from wandb.sdk.lib import telemetry
 
-from harness.loggers import CSVLogger, WandbLogger, without_secrets
+from harness.loggers import CSVLogger, WandbLogger, wandb_loggers, without_secrets
 from harness.loggers.journal import Journal, rows_in
 from harness.loggers.media import Media
 from harness.loggers.wandb_service import mend
@@ -584,6 +585,22 @@ def test_wandb_of_a_second_start_has_summaries_and_media_once(prefix: str, tmp_p
     summary = summary_of(tmp_path)
     assert summary[f"{key}error"] == {"min": 1, "last": 5}  # the second start alone has 5
     assert summary[f"{key}other"] == {"min": 1, "last": 1}
+
+
+def test_wandb_loggers_are_found_and_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    logger = offline(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.finalize("failed")
+    logger.finish()
+    other = pickle.loads(pickle.dumps(logger))
+    assert other.finish() is None  # a run of its own, which has not started
+    other.resume_from(1)
+    other.log_metrics({"loss": 2.0}, 1)
+    assert other.finish()
+    assert other.version == logger.version
+    assert [(row["_step"], row["loss"]) for row in rows_of(tmp_path)] == [(0, 1), (1, 2)]
+    theirs = lightning_loggers.WandbLogger(save_dir=tmp_path)
+    assert wandb_loggers([csv_logger(tmp_path), logger, theirs, other]) == [logger, other]
 
 
 def test_wandb_keeps_alerts(tmp_path: Path) -> None:
