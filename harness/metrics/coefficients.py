@@ -95,7 +95,7 @@ class Coefficients:
         return str((*self.normalised, *self.slot_weights))
 
     def is_trained(self, position: int) -> bool:
-        """Tell whether gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
+        """True if gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
         return not self.weighted or bool(self.normalised[position])
 
     def on(self, device: torch.device) -> CoefficientsOnDevice:
@@ -419,7 +419,7 @@ class _Names:
         flat: Flat = {}
         for name, value in coeffs.items():
             by_type = isinstance(value, Mapping)
-            numbers = {f"{name}_{key}": each for key, each in value.items()} if by_type else {name: value}  # type: ignore[union-attr]
+            numbers = {f"{name}_{key}": weight for key, weight in value.items()} if by_type else {name: value}  # type: ignore[union-attr]
             for key, number in numbers.items():
                 if key not in self:
                     raise KeyError(f"Unknown component {key!r}. {self.hint(key)}{self.valid()}")

@@ -66,11 +66,11 @@ def largest(accumulated: Tensor, count: Tensor) -> Tensor:
 
 
 def is_linear(metric: ErrorMetric) -> bool:
-    r"""Whether the value is a multiple of the sum at a given count, :math:`v(s, n) = s \cdot v(1, n)`.
+    r"""Test if the value is a multiple of the sum at a given count, :math:`v(s, n) = s \cdot v(1, n)`.
 
     Then the parts of a batch contribute :math:`v(s_m, n)` to the value of the whole, with the count :math:`n` of the
     whole, and the gradients of these parts add up to its gradient. True of :func:`mean` and :func:`total`, and of
-    functions of one's own that are declared (``linear_in_sum = True`` on the metric) and found so on made-up numbers.
+    your own functions that are declared (``linear_in_sum = True`` on the metric) and found so on made-up numbers.
     """
     if metric.kind != "sum":
         return False
@@ -96,12 +96,12 @@ class ErrorMetric(Metric, ABC):
     """
 
     kind: ClassVar[Literal["sum", "maximum"]] = "sum"
-    """Whether errors are summed or their maximum is taken."""
+    """``sum`` of the errors, or their ``maximum``."""
     value: Value = staticmethod(mean)
     """(sum, count) → value."""
     linear_in_sum: ClassVar[bool] = False
-    """Whether a ``value`` of one's own is a multiple of the sum at a given count, which gradient accumulation needs;
-    see :func:`is_linear`."""
+    """Declares that your own ``value`` is a multiple of the sum at a given count, which gradient accumulation needs; see
+    :func:`is_linear`."""
 
     full_state_update = False
     is_differentiable = True
@@ -118,7 +118,7 @@ class ErrorMetric(Metric, ABC):
         """
         super().__init__(**kwargs)
         # ``MetricCollection`` takes metrics for the same whose states have the same names and, once, the same values:
-        # the name tells apart those that measure different errors.
+        # the name distinguishes those that measure different errors.
         self.parameters_of_errors = parameters
         definition = f"{type(self).__name__}{parameters}"
         self._accumulated = f"{self.kind}_{type(self).__name__}_{zlib.crc32(definition.encode()):08x}"
@@ -319,11 +319,11 @@ def _huber(residual: Tensor, delta: Tensor | float) -> Tensor:
     return quadratic * (magnitude - 0.5 * quadratic)
 
 
-def check_same_shape(prediction: Tensor, target: Tensor, who: str) -> None:
+def check_same_shape(prediction: Tensor, target: Tensor, where: str) -> None:
     """Raise if prediction and target differ in shape, which would broadcast into a wrong number of errors."""
     if prediction.shape != target.shape:
         raise ValueError(
-            f"{who}: prediction has shape {list(prediction.shape)} and target {list(target.shape)}; they must be "
+            f"{where}: prediction has shape {list(prediction.shape)} and target {list(target.shape)}; they must be "
             f"the same. Reshape one of them (energies are [num_graphs, 1], forces [num_atoms, 3], stress "
             f"[num_graphs, 3, 3])."
         )

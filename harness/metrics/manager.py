@@ -289,6 +289,7 @@ class MetricsManager(WeightedComponents):
             "coeffs": self._coefficient_state(),
             "additive": row.additive,
             "maxima": row.maxima,
+            # the key of version 0.1.0, whose checkpoints go on
             "deferred": [[*adapter.past, *filter(None, [adapter.local_part()])] for adapter in self._gathered_adapters],
         }
 

@@ -48,7 +48,7 @@ class Row:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether gradients flow through any number of the row."""
+        """True if gradients flow through any number of the row."""
         return self.additive.requires_grad or self.maxima.requires_grad
 
     def merge(self, other: Row) -> Row:
@@ -66,7 +66,7 @@ class Row:
 
 
 def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None) -> list[Row]:
-    """Each row merged over the group: together one SUM all-reduce, and one MAX all-reduce if there are maxima."""
+    """Rows merged over the group, all in one SUM all-reduce, and one MAX all-reduce if there are maxima."""
     if len(rows) == 1:
         return [Row(*merge_over_ranks(rows[0].additive, rows[0].maxima, group))]
     device = rows[0].additive.device
@@ -87,7 +87,7 @@ def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None
 
 @dataclass(frozen=True)
 class Elements:
-    """Predictions and targets as a component sees them, with what it takes to reduce errors over them.
+    """Prediction and target of the elements of a field, with the mask and the groups that errors are reduced by.
 
     Attributes:
         prediction: ``[rows, ...]``; 0 where masked.
@@ -123,7 +123,7 @@ class Elements:
     def of_target(
         cls, target: Tensor, *, ignore_nan: bool, types: Tensor | None = None, num_groups: int = 1
     ) -> Elements:
-        """Elements that :meth:`read` makes, for :meth:`counts` alone: no prediction is needed for them."""
+        """Elements as :meth:`read` makes them, without a prediction, for :meth:`counts` alone."""
         return cls(target, target, _labelled(target) if ignore_nan else None, types, num_groups)
 
     def detach(self) -> Elements:
@@ -167,7 +167,7 @@ class Elements:
 
 
 def _labelled(target: Tensor) -> Tensor | None:
-    """Where there is a label; None if everywhere: integers have no NaN."""
+    """Mask of the elements with a label; None if all have one: integers have no NaN."""
     return ~target.isnan() if target.is_floating_point() else None
 
 

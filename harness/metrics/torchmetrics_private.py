@@ -75,5 +75,5 @@ def compute_of_class(metric: Metric) -> Any:
 
 
 def is_composition(metric: Metric) -> bool:
-    """Tell a sum or ratio of metrics, such as ``a + b``, from a single one."""
+    """True for a sum or ratio of metrics, such as ``a + b``."""
     return isinstance(metric, CompositionalMetric)

@@ -14,7 +14,7 @@ class DelayedScalar:
     """A number of each step on the host: on a CPU that of this step, on a GPU that of the step before.
 
     Args:
-        delayed: whether :meth:`read` gives the number before the newest one; None for on a GPU.
+        delayed: :meth:`read` gives the number before the newest one; None for True on a GPU and False on a CPU.
     """
 
     def __init__(self, delayed: bool | None = None) -> None:
@@ -23,7 +23,7 @@ class DelayedScalar:
 
     @property
     def is_delayed(self) -> bool:
-        """Whether :meth:`read` gives the number before the newest one."""
+        """True if :meth:`read` gives the number before the newest one."""
         return bool(self._sent) and self._sent[-1][1] is not None if self.delayed is None else self.delayed
 
     def send(self, number: Tensor) -> None:
@@ -47,7 +47,7 @@ class DelayedScalar:
         return _on_host(*self._sent[-1]) if self._sent else 0.0
 
     def forget(self) -> None:
-        """Start anew."""
+        """Drop the numbers that were sent."""
         self._sent = []
 
 

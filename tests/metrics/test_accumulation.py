@@ -345,3 +345,63 @@ def test_windows_that_are_used_wrongly():
         harness.step_together(other, preds=preds, target=target, window=window)
     with pytest.raises(ValueError, match="No component has a coefficient"):
         harness.MetricsManager([{"field": "forces", "metric": harness.MeanSquaredError()}]).window([target])
+
+
+ROOT = [
+    *LOSS,
+    Component("forces", "rmse", 1.0, True, ignore_nan=True),
+    Component("stress", "max", 0.5, ignore_nan=True),
+]
+
+
+def ordinary_step(rank, world_size, explicit):
+    """A step of one batch, as hexadecimal numbers, with its collectives and the numbers that they merge."""
+    managers = [oracle.manager(ROOT, TYPES), oracle.manager(WATCHED, TYPES)]
+    features, target = micro_batches(rank, "unequal")[1]
+    theta = oracle.parameters()
+    window = managers[0].window() if explicit else None
+    with counted_collectives() as counted, Operators() as operators:
+        values = harness.step_together(*managers, preds=oracle.predict(features, theta), target=target, window=window)
+        values[0].weighted_sum.backward()
+    numbers = [{name: number.hex() for name, number in each.to_host().items()} for each in values]
+    return numbers, theta.grad.tolist(), dict(counted), operators.names
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_ordinary_step_is_a_window_of_one(world_size):
+    """Also of a loss that cannot be accumulated: nothing of a batch is left to come."""
+    given, made = (spawn(world_size, ordinary_step, explicit) for explicit in (True, False))
+    assert given == made
+    assert all(counted == ({"SUM": 1, "MAX": 1} if world_size > 1 else {}) for _, _, counted, _ in given)
+
+
+def test_a_window_of_one_announces_nothing():
+    loss = oracle.manager(LOSS, TYPES)
+    features, target = oracle.draw(0, [2, 3])
+    preds = oracle.predict(features, oracle.parameters())
+    window = loss.window()
+    assert (window.num_micro_batches, window.num_done, window.is_complete) == (1, 0, False)
+    assert window.announcement() == []
+    row = loss.measure(preds, target)
+    assert window.add(0, row) is row  # its own counts, and its graph
+    harness.step_together(loss, preds=preds, target=target, window=window)
+    assert window.is_complete
+    with pytest.raises(ValueError, match="all of them have come"):
+        harness.step_together(loss, preds=preds, target=target, window=window)
+    window = loss.window()
+    loss.set_coeffs({"forces_huber": 5})
+    with pytest.raises(ValueError, match=r"in the middle of a step, after 0 of its 1 micro-batches, from \(.*\) to \("):
+        harness.step_together(loss, preds=preds, target=target, window=window)
+    window = loss.window([target, target])
+    assert len(window.announcement()) == 1
+
+
+def test_the_same_coefficients_set_anew_do_not_disturb_a_window():
+    loss = oracle.manager(LOSS, TYPES)
+    features, target = oracle.draw(0, [2, 3])
+    preds = oracle.predict(features, oracle.parameters())
+    window = loss.window([target, target])
+    harness.step_together(loss, preds=preds, target=target, window=window)
+    loss.set_coeffs({name: coeff for name, coeff in loss.given_coeffs.items() if coeff is not None})
+    harness.step_together(loss, preds=preds, target=target, window=window)
+    assert window.is_complete

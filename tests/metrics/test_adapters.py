@@ -244,7 +244,7 @@ def r2_step(rank, world_size, shards, with_mse):
 @pytest.mark.parametrize("with_mse", [True, False], ids=["beside our own", "alone"])
 @pytest.mark.parametrize("last", ["labelled", "unlabelled", "empty"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_loss_of_a_foreign_metric_on_ranks(world_size, last, with_mse):
+def test_a_loss_of_a_merged_metric_on_ranks(world_size, last, with_mse):
     shards = [draw(rank, [3, 2 + rank]) for rank in range(world_size)]
     if world_size > 1 and last != "labelled":
         shards[-1] = draw(9, [4], unlabelled=1.0) if last == "unlabelled" else draw(9, [])
@@ -283,7 +283,7 @@ def test_an_epoch_on_ranks_is_the_metric_on_all_data(world_size, per_type):
         np.testing.assert_allclose(results[0][0][name], expected, rtol=1e-6, err_msg=name)
 
 
-def deferred_in_a_loss(rank, world_size, name, coeff, beside_ours):
+def gathered_in_a_loss(rank, world_size, name, coeff, beside_ours):
     preds, target = draw(rank, [4, 5])
     preds["forces"].requires_grad_()
     preds["charge"].requires_grad_()
@@ -304,7 +304,7 @@ def deferred_in_a_loss(rank, world_size, name, coeff, beside_ours):
 @pytest.mark.parametrize("beside_ours", [True, False], ids=["beside our own", "alone"])
 @pytest.mark.parametrize("name", DEFERRED)
 def test_a_metric_that_does_not_merge_is_refused_in_a_loss_on_ranks(name, beside_ours):
-    for message in spawn(2, deferred_in_a_loss, name, 1.0, beside_ours):
+    for message in spawn(2, gathered_in_a_loss, name, 1.0, beside_ours):
         assert isinstance(message, str), "no error"
         assert repr(name) in message
         assert type(METRICS[name]()).__name__ in message
@@ -314,7 +314,7 @@ def test_a_metric_that_does_not_merge_is_refused_in_a_loss_on_ranks(name, beside
 @pytest.mark.parametrize("name", DEFERRED)
 def test_without_a_coefficient_it_is_merged_at_the_end_of_the_epoch(name):
     preds, target = (oracle.join(part) for part in zip(*(draw(rank, [4, 5]) for rank in range(2)), strict=True))
-    values = spawn(2, deferred_in_a_loss, name, None, True)
+    values = spawn(2, gathered_in_a_loss, name, None, True)
     assert values[0] == values[1]
     np.testing.assert_allclose(values[0], expected_value(name, preds, target), rtol=1e-6)
 

@@ -11,7 +11,7 @@ import torch
 from support import oracle
 from support.oracle import Component
 from support.spawning import spawn
-from torchmetrics import CosineSimilarity, PearsonCorrCoef
+from torchmetrics import CosineSimilarity, PearsonCorrCoef, SpearmanCorrCoef
 
 import harness
 from harness.metrics.adapters import why_not_mergeable
@@ -27,9 +27,9 @@ PARTS = [
 ]
 
 
-def build(deferred=False):
+def build(gathered=False):
     entries = [part.entry(TYPES) for part in PARTS]
-    if deferred:
+    if gathered:
         entries.append({"name": "cosine", "field": "forces", "metric": CosineSimilarity(reduction="mean")})
         entries.append({"name": "pearson", "field": "charge", "metric": PearsonCorrCoef()})
     return harness.MetricsManager(entries, TYPES)
@@ -69,13 +69,13 @@ def assert_close(found, expected):
         np.testing.assert_allclose(found[name], expected[name], rtol=rtol, err_msg=name)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-def test_a_restart_in_the_middle_of_an_epoch(deferred):
-    uninterrupted = build(deferred)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_restart_in_the_middle_of_an_epoch(gathered):
+    uninterrupted = build(gathered)
     feed(uninterrupted, range(6))
-    before = build(deferred)
+    before = build(gathered)
     feed(before, range(3))
-    after = build(deferred)
+    after = build(gathered)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         after.load_state_dict(through_a_file(before.state_dict()))
@@ -207,7 +207,7 @@ def test_a_users_modifier_is_the_same_component_after_a_restart():
 
 def save(rank, world_size, seeds_of):
     """Half an epoch, merged and saved as rank 0 would; the epoch goes on afterwards."""
-    manager = build(deferred=True)
+    manager = build(gathered=True)
     feed(manager, seeds_of[rank])
     before = as_floats(manager.compute())
     harness.merge_accumulated([manager])
@@ -218,7 +218,7 @@ def save(rank, world_size, seeds_of):
 
 
 def resume(rank, world_size, state, seeds_of):
-    manager = build(deferred=True)
+    manager = build(gathered=True)
     manager.load_state_dict(through_a_file(state))
     feed(manager, seeds_of[rank])
     first = as_floats(manager.compute())
@@ -235,7 +235,7 @@ def test_a_restart_on_another_number_of_ranks(ranks_before, ranks_after):
         torch.equal(state["_extra_state"]["additive"], states[0]["_extra_state"]["additive"]) for state in states
     )
 
-    uninterrupted = build(deferred=True)
+    uninterrupted = build(gathered=True)
     feed(uninterrupted, first)
     feed(uninterrupted, [50 + rank for rank in range(ranks_before)])
     for value in values:  # saving disturbs nothing
@@ -261,3 +261,54 @@ def test_a_modifier_with_another_factor_is_another_component():
     manager(batch, {**batch, "total_energy": torch.zeros(2, 1)})
     with pytest.warns(UserWarning, match="other components"):
         build_scaled(1000.0).load_state_dict(manager.state_dict())
+
+
+STATE_OF_0_1_0 = {
+    "layout": [
+        "F_mse: MeanSquaredError{'parameters': ()} of PlainField(field='forces') per type",
+        "E_max_ae: MaximumAbsoluteError{'maximum_MaximumAbsoluteError_fb4c9eb0': -inf, 'parameters': ()} of "
+        "PlainField(field='total_energy')",
+        "rank: SpearmanCorrCoef{'num_outputs': 1, 'preds': [], 'target': []} of PlainField(field='total_energy')",
+        "H",
+        "O",
+    ],
+    "coeffs": {
+        "given": {"F_mse": 3.0, "E_max_ae": 2.0, "rank": None, "F_mse_H": 1.0, "F_mse_O": 2.0},
+        "configured": {"F_mse": 3.0, "E_max_ae": 1.0, "rank": None, "F_mse_H": 1.0, "F_mse_O": 2.0},
+        "schedule": None,
+        "position": [0.0, None],
+    },
+    "additive": torch.tensor([1.0, 13.0, 3.0, 6.0], dtype=torch.float64),
+    "maxima": torch.tensor([2.0], dtype=torch.float64),
+    "deferred": [[{"preds": [torch.tensor([[1.5], [4.0]])], "target": [torch.tensor([[1.0], [2.0]])]}]],
+}
+"""As version 0.1.0 wrote it, in the middle of an epoch and after ``set_coeffs({"E_max_ae": 2})``."""
+
+
+def test_a_state_of_0_1_0_goes_on() -> None:
+    def build() -> harness.MetricsManager:
+        forces = {"field": "forces", "metric": harness.MeanSquaredError(), "coeff": 3}
+        return harness.MetricsManager(
+            [
+                {**forces, "per_type": True, "per_type_coeffs": {"H": 1, "O": 2}},
+                {"field": "total_energy", "metric": harness.MaximumAbsoluteError(), "coeff": 1},
+                {"name": "rank", "field": "total_energy", "metric": SpearmanCorrCoef()},
+            ],
+            ["H", "O"],
+        )
+
+    manager = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manager.load_state_dict({"_extra_state": STATE_OF_0_1_0})
+        values = as_floats(manager.compute())
+    assert values == pytest.approx(
+        {"F_mse_H": 1 / 3, "F_mse_O": 13 / 6, "F_mse": 14 / 9, "E_max_ae": 2, "rank": 1, "weighted_sum": 26 / 15},
+        rel=1e-5,
+    )
+    assert manager.given_coeffs == {"F_mse": 3, "E_max_ae": 2, "rank": None}
+    state = manager.get_extra_state()
+    assert repr(state) == repr(STATE_OF_0_1_0)
+    again = build()
+    again.load_state_dict({"_extra_state": through_a_file(state)})
+    assert as_floats(again.compute()) == values

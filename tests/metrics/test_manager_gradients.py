@@ -30,7 +30,7 @@ def forces() -> torch.Tensor:
 def test_the_order_of_components_does_not_matter(order: tuple[int, ...]) -> None:
     components: list[dict[str, Any]] = [
         {"name": "watched", "field": "forces", "metric": torchmetrics.MeanAbsoluteError()},
-        {"name": "foreign", "field": "forces", "metric": torchmetrics.MeanSquaredError(), "coeff": 1},
+        {"name": "theirs", "field": "forces", "metric": torchmetrics.MeanSquaredError(), "coeff": 1},
         {"name": "own", "field": "forces", "metric": harness.MeanSquaredError(), "coeff": 1},
     ]
     prediction = forces()
