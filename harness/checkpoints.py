@@ -86,7 +86,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
-    """What the file system has said, behind what torch's writer makes of it; None if it is not that."""
+    """Error of the file system behind that of torch's writer; None if there is none."""
     while error is not None and not isinstance(error, OSError):
         if "PytorchStreamWriter" in str(error):
             return error
@@ -106,7 +106,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def why_invalid(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None; reads all of it, and runs nothing that it holds."""
+    """Reason why a file is no valid checkpoint, or None; reads all of it, and runs nothing that it holds."""
     try:
         if path.stat().st_size == 0:
             return "it is empty"
@@ -122,13 +122,13 @@ def why_invalid(path: Path) -> str | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint file, without reading its tensors before they are used."""
+    """Content of a checkpoint file; its tensors are read when they are used."""
     found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return found
 
 
 def step_of(path: Path) -> int:
-    """Number of optimizer steps that a checkpoint has behind it."""
+    """Number of optimizer steps at which a checkpoint was written."""
     return int(read(path)["global_step"])
 
 

@@ -44,7 +44,7 @@ UPCOMING_LABELS = "following_micro_batches"
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """What is known of a field.
+    """Level, unit and shape of a field.
 
     Attributes:
         name: key in batches and predictions.
@@ -92,7 +92,7 @@ _REGISTRY: dict[str, FieldSpec] = {
 def register_field(
     name: str, level: Level, unit: str = "", abbreviation: str = "", shape: Sequence[int] | None = None
 ) -> FieldSpec:
-    """Make a field known to losses and metrics, or add to what is known of it.
+    """Register a field for losses and metrics, or add to its entry.
 
     Args:
         name: key of the field in batches and predictions.
@@ -145,14 +145,14 @@ def field_spec(name: str) -> FieldSpec:
 
 @runtime_checkable
 class FieldModifier(Protocol):
-    """What a component reads: a callable from (predictions, target) to a pair of tensors of the same shape.
+    """Callable from (predictions, target) to the pair of tensors, of the same shape, that a component compares.
 
     ``str(modifier)`` names the component automatically and ``level`` (or ``type``, as in NequIP's own modifiers) is the
     level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per step
     however many components use it. Other people's metrics with several outputs need its ``shape`` of one row.
 
     Gradient accumulation needs a further method, ``target_of(target)``: the target side alone, as the call returns it
-    second. It says how much there is to average over before there are predictions.
+    second: the number of labels to average over must be known before there are predictions.
     """
 
     @property
@@ -167,7 +167,7 @@ class FieldModifier(Protocol):
 
 @dataclass(frozen=True)
 class PlainField:
-    """Reads one field as it is from both batches; what a field's name stands for."""
+    """Reads one field as it is from both batches: the modifier behind a field's name."""
 
     field: str
 
@@ -326,7 +326,7 @@ def as_modifier(field: object) -> tuple[FieldModifier, Level]:
 
 
 def get_field(batch: Batch, name: str, where: str) -> Tensor:
-    """The tensor called ``name`` in a batch; a missing one is answered with what there is.
+    """The tensor called ``name`` in a batch.
 
     Raises:
         KeyError: no such field in the batch.

@@ -58,7 +58,7 @@ _MONITORED: dict[str, tuple[str, str | FieldModifier]] = {
     "forces": ("forces", "forces"),
     "stress": ("stress", "stress"),
 }
-"""Prefix of the component's name → (its key in ``ignore_nan``, what it reads)."""
+"""Prefix of the component's name → (its key in ``ignore_nan``, the field or modifier that it reads)."""
 
 
 def EnergyForceLoss(

@@ -1,9 +1,9 @@
-"""Shows the coefficients of a training before it is started: a table and a picture over the epochs.
+"""Preview of a training's coefficients before it is started: a table and a picture over the epochs.
 
     python -m harness.preview schedule=two_stage max_epochs=200
     python -m harness.preview schedule=deepmd lr_scheduler=cosine --every 10 --output deepmd.png
 
-Takes what ``harness.train`` takes on its command line. Data are only read for the names of the atom types, and not if
+The overrides are those of ``harness.train``. Data are only read for the names of the atom types, and not if
 ``data.type_names`` gives them; no model is made, and nothing is trained.
 """
 
@@ -36,6 +36,8 @@ from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.schedules import Schedule, unreached
+from harness.support.checks import is_whole_number
+from harness.support.figures import new_figure, save_figure
 
 __all__ = ["main"]
 
@@ -81,8 +83,8 @@ def _composed(overrides: Sequence[str], config_dir: Path | None = None) -> DictC
         with initialize_config_dir(config_folder(), version_base="1.3"):
             return compose("train", ["output_dir=.", *own, *overrides])  # there is no run, and no directory of its own
     except HydraException as error:
-        told = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
-        raise ValueError(explain(told, overrides, None if config_dir is None else str(config_dir))) from error
+        text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
+        raise ValueError(explain(text, overrides, None if config_dir is None else str(config_dir))) from error
 
 
 def _show(config: DictConfig, output: Path, every: int | None) -> None:
@@ -107,7 +109,7 @@ class _Preview:
     def __init__(self, config: DictConfig) -> None:
         self.config = config
         self.notes: list[str] = []
-        """What is to be known beside the numbers."""
+        """Remarks under the table."""
         self.module = ForceFieldModule(
             model=torch.nn.Linear(1, 1, bias=False),  # for its one parameter: the optimizer needs any
             loss=config.loss,
@@ -136,12 +138,12 @@ class _Preview:
         self.relative_learning_rate = self._learning_rates() if self.needs_learning_rate else None
         if self.schedule is None:
             self.notes.append("There is no schedule: the coefficients of the loss hold all along.")
-        for name in (*(f"callbacks.{each}" for each in driving), *(["adaptive"] if config.get("adaptive") else [])):
+        for name in (*(f"callbacks.{name}" for name in driving), *(["adaptive"] if config.get("adaptive") else [])):
             self.notes.append(f"{name} moves the coefficients during the training: that is not shown.")
 
     def _refuse_several(self, configs: Sequence[DictConfig]) -> None:
-        """Refuse two things that move the coefficients, as a training does."""
-        callbacks: list[Callback] = [instantiate(each) for each in configs]
+        """Refuse several parts that control the coefficients, as a training does."""
+        callbacks: list[Callback] = [instantiate(callback) for callback in configs]
         adaptive = instantiate(self.config.adaptive) if self.config.get("adaptive") else None
         if isinstance(adaptive, Callback):
             callbacks.append(adaptive)
@@ -172,7 +174,7 @@ class _Preview:
 
     def _num_epochs(self) -> int:
         number = self.config.max_epochs
-        if isinstance(number, bool) or not isinstance(number, int) or (number < 1 and number != -1):
+        if not is_whole_number(number) or (number < 1 and number != -1):
             raise ValueError(f"max_epochs is a whole number, at least 1, or -1 for no limit, found {number!r}.")
         if number == -1:
             number = max(math.ceil(1.25 * max(self.breakpoints, default=0)), 10)
@@ -267,16 +269,14 @@ class _Preview:
 
     def _weight(self, key: str) -> str:
         given = {
-            each: weight
+            name: weight
             for entry in self.loss.entries.values()
-            for each, weight in zip(entry.type_keys(self.loss.type_names), entry.per_type_coeffs or (), strict=False)
+            for name, weight in zip(entry.type_keys(self.loss.type_names), entry.per_type_coeffs or (), strict=False)
         }
         return f"{given.get(key, 1):.4g} → {self.loss.type_weights[key]:.4g}"
 
     def draw(self, path: Path) -> None:
         """Write the normalised coefficients over the epochs as a picture, and the weights of atom types below them."""
-        # Figure without pyplot: no global state and no display
-        from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         epochs = self._points()
@@ -292,7 +292,7 @@ class _Preview:
             values = {name: [*series, series[-1]] for name, series in values.items()}
         panels = {"coefficient": self.components, "weight of atom type": self.weights}
         shown = {label: names for label, names in panels.items() if names}
-        figure = Figure(figsize=(9, 3.6 * len(shown)), layout="constrained")
+        figure = new_figure(9, 3.6 * len(shown), layout="constrained")
         axes = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
         for axis, (label, names) in zip(axes, shown.items(), strict=True):
             numbers = np.array([values[name] for name in names])
@@ -307,8 +307,7 @@ class _Preview:
         axes[0].set_title("no schedule" if self.schedule is None else type(self.schedule).__name__)
         axes[-1].set_xlabel("epoch")
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)
 
     def _points(self) -> list[float]:
         """Epochs that a curve is drawn through: jumps are upright."""
@@ -329,8 +328,8 @@ def _move(scheduler: Any) -> None:
 
 
 def _driving_callbacks(config: DictConfig) -> list[str]:
-    """Keys of the callbacks that move coefficients."""
-    targets = {str(name): each._target_ for name, each in (config.callbacks or {}).items() if each}
+    """Keys of the callbacks that control coefficients."""
+    targets = {str(name): callback._target_ for name, callback in (config.callbacks or {}).items() if callback}
     return [
         name
         for name, target in targets.items()

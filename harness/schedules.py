@@ -464,7 +464,7 @@ class Join(Schedule):
 
     @property
     def breakpoints(self) -> tuple[float, ...]:
-        """The boundaries, and those of each schedule while it holds."""
+        """The boundaries, and the breakpoints of every schedule while it holds."""
         begins, ends = (-math.inf, *self.boundaries), (*self.boundaries, math.inf)
         inner = {
             breakpoint

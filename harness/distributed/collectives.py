@@ -1,6 +1,6 @@
 """Collectives of a step and an epoch: merge rows, sum, take maxima, gather small objects.
 
-Every function works without a process group too, where it does what one rank would do.
+Every function works without a process group too, as on one rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ProcessGroup = dist.ProcessGroup
 
 
 def is_distributed() -> bool:
-    """Whether a process group exists."""
+    """True if a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -47,7 +47,7 @@ def gradient_scale(group: ProcessGroup | None = None, num_micro_batches: int = 1
     r"""Factor on the loss that cancels averages of gradients: over the data-parallel ranks, and over micro-batches.
 
     DDP, FSDP and DeepSpeed hand the optimizer :math:`\frac{1}{W}\sum_r \nabla L_r`. The merged loss :math:`L` is the
-    same on all W ranks and its backward pass stops at each rank's own row, so that :math:`\sum_r \nabla L_r` is the
+    same on all W ranks and its backward pass stops at every rank's own row, so that :math:`\sum_r \nabla L_r` is the
     gradient of one process on the whole batch. Backward of :math:`W \cdot L` is therefore exact.
 
     A step of several micro-batches is the *sum* of their gradients, see :class:`harness.metrics.Window`. A trainer that
@@ -56,7 +56,7 @@ def gradient_scale(group: ProcessGroup | None = None, num_micro_batches: int = 1
 
     Args:
         group: the data-parallel group, if a strategy splits the world; the whole world otherwise.
-        num_micro_batches: :math:`k`, what the trainer divides the loss by.
+        num_micro_batches: :math:`k`, the number that the trainer divides the loss by.
     """
     return data_parallel_size(group) * num_micro_batches
 
@@ -84,7 +84,7 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
 
     One SUM all-reduce, and one MAX all-reduce before it if there are maxima. Gradients pass to this rank's own row
     unchanged; that of a maximum goes to the rank that holds it, in equal shares where several do (a subgradient).
-    A NaN maximum on any rank gives NaN on all ranks, whatever the backend makes of NaN.
+    A NaN maximum on any rank gives NaN on all ranks, with every backend.
 
     Args:
         additive: float64 ``[num_additive]``, on every rank of the same length.
@@ -102,8 +102,8 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
 
     local = maxima.detach()
     largest = max_over_ranks(local, group)
-    # How many ranks hold each maximum travels with the sums: it shares out the gradient, and since NaN survives a sum
-    # but not every backend's maximum, it carries the NaN.
+    # The number of ranks that hold a maximum travels with the sums: it shares out the gradient, and since NaN survives
+    # a sum but not every backend's maximum, it carries the NaN.
     holds = torch.where(local.isnan(), local, (local == largest).to(local.dtype))
     packed = _merge_sums(torch.cat((additive, holds)), group)
     merged, holders = packed[: additive.numel()], packed[additive.numel() :].detach()
@@ -144,7 +144,7 @@ def max_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def _collective_device(device: torch.device, group: ProcessGroup | None) -> torch.device:
-    """Where the group's backend can reduce: NCCL has no CPU tensors."""
+    """Device on which the group's backend can reduce: NCCL has no CPU tensors."""
     if device.type == "cpu" and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -160,5 +160,5 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def known_backends() -> list[str]:
-    """Names of the backends of process groups that this torch has heard of, whether they can be used here or not."""
+    """Names of the backends of process groups that torch knows; not all of them can be used everywhere."""
     return list(dist.Backend.backend_list)

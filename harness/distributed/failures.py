@@ -15,7 +15,7 @@ from harness.distributed.torch_private import TIMER_FILE, request_kill
 
 __all__ = ["Board", "is_lost_connection", "keep_alive"]
 
-# what gloo, NCCL and their store say when another rank has gone or does not answer
+# messages of gloo, NCCL and their store when another rank has gone or does not answer
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -33,10 +33,10 @@ _LOST = (
 
 
 class Board:
-    """Where the ranks of a job leave notes for each other, beside the process group and when that has failed.
+    """Notes between the ranks of a job, in the launcher's store: they need no process group, which may have failed.
 
-    Notes are kept at the launcher's store, apart for each start of the job. Every call comes back within ``limit``
-    seconds; once one did not, the store counts as lost and all further calls come back at once, with None.
+    Every start of the job has its own notes. A call returns within ``limit`` seconds; after one that did not, the store
+    counts as lost and all further calls return None at once.
     """
 
     def __init__(self, limit: float = 3.0) -> None:
@@ -44,16 +44,16 @@ class Board:
         self.is_lost = False
 
     def put(self, key: str, value: str) -> None:
-        """Leave a note."""
+        """Write a note."""
         self._within_limit(lambda store, name: store.set(name, value), key)
 
     def put_first(self, key: str, value: str) -> str | None:
-        """Leave a note unless there is one, and read that which is there then."""
+        """Write a note unless there is one already, and return the one that is there."""
         found = self._within_limit(lambda store, name: store.compare_set(name, "", value), key)
         return None if found is None else cast(bytes, found).decode()
 
     def append(self, key: str, value: str) -> None:
-        """Add to a note that many ranks write."""
+        """Append to a note that many ranks write."""
         self._within_limit(lambda store, name: store.append(name, value), key)
 
     def read(self, key: str) -> str | None:
@@ -71,7 +71,7 @@ class Board:
             with contextlib.suppress(RuntimeError):  # all errors of a store are
                 results.append(action(self._store, f"{self._prefix}/{key}"))
 
-        # a thread that stays behind in the store holds nobody up
+        # a daemon thread, so that one that hangs in the store does not keep the process alive
         thread = Thread(target=act, daemon=True)
         thread.start()
         thread.join(self._limit)
@@ -82,7 +82,7 @@ class Board:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank did not answer or has gone: not the fault of this rank."""
+    """True if a collective failed because another rank did not answer or has gone, and not through this rank."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _LOST)
@@ -91,7 +91,7 @@ def is_lost_connection(error: BaseException) -> bool:
 def keep_alive(seconds: float) -> None:
     """Ask the launcher to kill this process unless it asks again within ``seconds``; 0 takes that back.
 
-    A stopped process cannot leave by itself. torchrun can do it if it was started with
+    A stopped process cannot end itself. torchrun can do it if it was started with
     ``TORCHELASTIC_ENABLE_FILE_TIMER=1``, as the scripts in ``launch/`` do; without that, nothing happens.
     """
     file = os.environ.get(TIMER_FILE)

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 START_LIMIT = timedelta(minutes=5)
-"""How long ranks wait for each other before they know the configuration, and with it a limit of its own."""
+"""Time limit of ranks that wait for each other before they know the one that the config sets."""
 
 _MARGIN = timedelta(seconds=10)
 _ABSENT = "absent: "
@@ -40,7 +40,7 @@ _SHOWN = 8
 
 
 class RankAbsentError(TimeoutError):
-    """Ranks of the job did not come to where this rank waited for them; the message names them."""
+    """Ranks of the job did not arrive where this rank waited for them; the message names them."""
 
 
 def launched_ranks() -> int:
@@ -54,10 +54,10 @@ def launched_rank() -> int:
 
 
 def take_ranks_of_submitit() -> bool:
-    """Tell torch of the ranks that submitit has started, which has its own words for them.
+    """Set torch's environment variables of the ranks from those of submitit.
 
     Returns:
-        Whether this is a job of submitit's.
+        True in a job of submitit's.
     """
     if "SUBMITIT_EXECUTOR" not in os.environ or is_launched_by_torchrun():
         return False
@@ -67,8 +67,10 @@ def take_ranks_of_submitit() -> bool:
     job = JobEnvironment()
     if job.num_tasks == 1:
         return True
-    os.environ.pop("MASTER_PORT", None)  # of whatever has started it; submitit draws one for the job
-    # all GPUs of the node stay visible to each rank, which takes that of its number
+    os.environ.pop(
+        "MASTER_PORT", None
+    )  # inherited from the process that has submitted it; submitit draws one for the job
+    # all GPUs of the node stay visible to every rank, which takes the one of its number
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ["GROUP_RANK"] = str(job.node)
     if job.num_nodes == 1:  # the name of a host may not resolve on itself
@@ -77,7 +79,7 @@ def take_ranks_of_submitit() -> bool:
 
 
 def agree(key: str, proposal: str) -> str:
-    """The proposal of whichever rank came first, on every rank, before there is a process group.
+    """The proposal of the rank that came first, on every rank, before there is a process group.
 
     Ranks meet at the rendezvous store of their launcher (torchrun, or any that sets ``RANK``, ``WORLD_SIZE``,
     ``MASTER_ADDR`` and ``MASTER_PORT``), which outlives restarts of the ranks: a restarted job agrees on the same.
@@ -91,8 +93,8 @@ def agree(key: str, proposal: str) -> str:
 def join(backend: str, timeout: timedelta, device: torch.device | None = None) -> None:
     """Make the process group of the job, unless there is one or no launcher has started several ranks.
 
-    The address book of the group is kept apart for each start of the job. torch's own, which the launcher's store keeps
-    over restarts, still has the addresses of the ranks of before, and restarted ranks may wait for those.
+    Every start of the job has its own address book of the group. torch's, which the launcher's store keeps over
+    restarts, still has the addresses of the ranks of before, and restarted ranks may wait for those.
 
     Args:
         backend: ``gloo``, ``nccl`` …
@@ -127,7 +129,7 @@ def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
 
 
 def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: timedelta = START_LIMIT) -> str:
-    """What ``decision`` makes of the values of all ranks, in rank order, on every rank, without a process group.
+    """Result of ``decision(values of all ranks, in rank order)`` on every rank, without a process group.
 
     Rank 0 collects and decides, the others send one value and read one, however many they are. The n-th calls with a
     key belong together.
@@ -148,10 +150,10 @@ def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: 
         try:
             store.wait(keys, timeout)
         except dist.DistStoreError:
-            absent = [rank for rank, each in enumerate(keys) if not store.check([each])]
+            absent = [rank for rank, key_of_rank in enumerate(keys) if not store.check([key_of_rank])]
             made = _ABSENT + _waited(f"{named(absent)} to arrive at {key!r}", timeout)
         else:
-            made = decision([cast(bytes, each).decode() for each in store.multi_get(keys)])
+            made = decision([cast(bytes, value).decode() for value in store.multi_get(keys)])
         store.set(f"{prefix}/decision", made)
     if made.startswith(_ABSENT):
         raise RankAbsentError(made.removeprefix(_ABSENT))
@@ -168,13 +170,13 @@ def named(ranks: Sequence[int], hosts: Mapping[int, str | None] | None = None) -
 
 
 def is_launched_by_torchrun() -> bool:
-    """Whether a torchrun agent watches over this process."""
+    """True under a torchrun agent."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @cache
 def job_store() -> Any:
-    """Where the ranks of a launcher meet; kept for the life of the process, which may serve it to the others."""
+    """Store where the ranks of a launcher meet; kept for the life of the process, which may serve it to the others."""
     try:
         return launcher_store(START_LIMIT)
     except dist.DistError as error:
@@ -192,10 +194,10 @@ def job_store() -> Any:
 def start_prefix() -> str:
     """Prefix of the keys of this start of the job, on which all its ranks have agreed.
 
-    The store outlives restarts, and nothing that a launcher tells its ranks is both new at each start and the same on
-    all of them: with elastic nodes each agent counts its own restarts. So every rank comes with a number of its own,
-    and rank 0 answers each number with the prefix that it has drawn; whoever waits for an answer to a new number is not
-    misled by what an earlier start has left.
+    The store outlives restarts, and no variable of a launcher is both new at every start and the same on all ranks:
+    with elastic nodes every agent counts its own restarts. So every rank comes with a number of its own, and rank 0
+    answers the number with the prefix that it has drawn; a rank that waits for an answer to a new number does not take
+    one of an earlier start.
     """
     store, arrivals, rank = job_store(), "harness/arrivals", launched_rank()
     if rank != 0:
@@ -213,7 +215,7 @@ def start_prefix() -> str:
         for number in set(_listed(store, arrivals)) - replied:
             store.set(f"harness/reply/{number}", prefix)
             replied.add(number)
-        joined = {int(each) for each in _listed(store, f"{prefix}/joined")}
+        joined = {int(number) for number in _listed(store, f"{prefix}/joined")}
         if len(joined) == launched_ranks():
             return prefix
         if time.monotonic() > deadline:
@@ -232,7 +234,7 @@ _CALLS: dict[str, int] = {}
 
 
 def _listed(store: Any, key: str) -> list[str]:
-    return [each for each in cast(bytes, store.get(key)).decode().split(",") if each]
+    return [entry for entry in cast(bytes, store.get(key)).decode().split(",") if entry]
 
 
 def _answer(key: str, awaited: str, timeout: timedelta) -> str:

@@ -22,7 +22,7 @@ PRIVATE = {
     "torch.distributed.elastic.agent.server.local_elastic_agent": ("TORCHELASTIC_TIMER_FILE",),
     "torch.distributed.rendezvous": ("rendezvous",),
 }
-"""Names by module; a test holds that torch has them, and that they do what is said here."""
+"""Names by module; tests hold that torch has them, and what they do here."""
 
 
 def set_default_timeout(timeout: timedelta) -> None:

@@ -40,10 +40,10 @@ def schnet_force_field(
         num_gaussians: radial basis functions between 0 and the cutoff.
         energy_shifts: see :func:`~harness.models.scale_shift.resolve_shifts`.
         energy_scales: see :func:`~harness.models.scale_shift.resolve_scales`.
-        trainable_scales: whether the scales are trained.
-        stress: whether stresses are predicted.
-        seed: makes the initial weights reproducible, and leaves the global random state alone; None draws them from
-            the global random state.
+        trainable_scales: train the scales.
+        stress: predict stresses.
+        seed: of the initial weights, which then neither depend on the global random state nor change it; None draws
+            them from it.
 
     Raises:
         ValueError: if a type name is not the symbol of an element that SchNet can embed, or from the parts.

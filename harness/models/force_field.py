@@ -23,8 +23,8 @@ class ForceField(nn.Module):
     :math:`-V \sigma` has the opposite sign. The strain trick is that of F. Knuth et al., Comput. Phys. Commun. 190,
     33 (2015).
 
-    Reads ``pos``, ``cell``, ``batch``, ``num_atoms``, optionally ``pbc``, and whatever the energy model reads; the
-    batch is left as it is. Works in ``torch.no_grad()`` and in ``torch.inference_mode()``. In training mode the
+    Reads ``pos``, ``cell``, ``batch``, ``num_atoms``, optionally ``pbc``, and the inputs of the energy model; the
+    batch is not changed. Works in ``torch.no_grad()`` and in ``torch.inference_mode()``. In training mode the
     outputs carry the graph for a loss of any of them, and each depends on every parameter; in evaluation mode they are
     detached. Under autocast the layers of the energy model run in mixed precision; positions, strains, derivatives and
     sums of energies do not. A batch without graphs gives empty outputs, in training mode still connected to the
@@ -33,7 +33,7 @@ class ForceField(nn.Module):
     Args:
         energy_model: maps a batch to atomic energies in eV, ``[num_atoms, 1]`` or ``[num_atoms]``, and is
             differentiable in ``pos`` and, for the stress, in ``cell``.
-        derive_stress: whether to predict ``stress``.
+        derive_stress: predict ``stress``.
     """
 
     def __init__(self, energy_model: nn.Module, derive_stress: bool = True) -> None:

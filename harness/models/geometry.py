@@ -12,7 +12,7 @@ __all__ = ["edge_lengths", "edge_vectors", "full_precision"]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Context in which autocast leaves products in the dtype of their factors.
+    """Context in which autocast is off: products have the dtype of their factors.
 
     Rounded to bfloat16, a position of 10 Å is off by up to 0.03 Å. So geometry and derivatives stay out of mixed
     precision, which is for the layers of the network.

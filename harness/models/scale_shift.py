@@ -12,11 +12,13 @@ import ase.io
 import torch
 from torch import Tensor, nn
 
+from harness.support.checks import is_number
+
 __all__ = ["ScaleShift", "TypeStatistics", "isolated_atom_energies", "resolve_scales", "resolve_shifts"]
 
 
 class TypeStatistics(Protocol):
-    """What is read of the statistics of a training set."""
+    """Statistics of a training set that scales and shifts are made of."""
 
     @property
     def type_names(self) -> Sequence[str]:
@@ -42,7 +44,7 @@ class ScaleShift(nn.Module):
         energy_model: maps a batch to outputs of order one.
         scales: :math:`\sigma_t` in eV, one per type.
         shifts: :math:`\mu_t` in eV, one per type.
-        trainable_scales: whether the scales are parameters.
+        trainable_scales: make the scales parameters, which are trained.
 
     Raises:
         ValueError: if scales and shifts differ in length, or are not finite, or a scale is zero.
@@ -180,7 +182,7 @@ def resolve_scales(energy_scales: Mapping[str, float] | str | float, statistics:
                 f"energy_scales=1.0"
             )
         return [float(statistics.force_rms)] * len(type_names)
-    if isinstance(energy_scales, (int, float)) and not isinstance(energy_scales, bool):
+    if is_number(energy_scales):
         return [float(energy_scales)] * len(type_names)
     raise TypeError(
         f"energy_scales must be 'force_rms', a number or a mapping of symbols to eV, found {energy_scales!r}"

@@ -10,6 +10,7 @@ from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.nn.models import SchNet
 
 from harness.models.geometry import edge_lengths, edge_vectors
+from harness.support.checks import is_number, is_whole_number
 
 __all__ = ["SchNetEnergy"]
 
@@ -17,7 +18,7 @@ _NUM_EMBEDDINGS = 100  # rows of PyTorch Geometric's embedding table; row 0 stan
 
 
 class _PerAtom(Aggregation):
-    """Readout that leaves the values of the atoms as they are."""
+    """Readout that returns the values of the atoms, without a sum."""
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The base class asks the device for the number of graphs here, which would make the host wait.
@@ -68,7 +69,7 @@ class SchNetEnergy(nn.Module):
         num_gaussians: int = 32,
     ) -> None:
         super().__init__()
-        if isinstance(cutoff, bool) or not isinstance(cutoff, int | float) or not cutoff > 0:
+        if not is_number(cutoff) or not float(cutoff) > 0:
             raise ValueError(f"cutoff must be a positive number of Å, found {cutoff}")
         smallest = {"hidden_channels": 2, "num_filters": 1, "num_interactions": 1, "num_gaussians": 2}
         sizes = {
@@ -78,7 +79,7 @@ class SchNetEnergy(nn.Module):
             "num_gaussians": num_gaussians,
         }
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int):
+            if not is_whole_number(size):
                 raise TypeError(f"{name} must be a whole number, found {size!r}")
             if size < smallest[name]:
                 raise ValueError(f"{name} must be at least {smallest[name]}, found {size}")

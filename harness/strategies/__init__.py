@@ -1,4 +1,4 @@
-"""Strategies: what each of Lightning's needs so that results on many ranks stay exact."""
+"""Strategies: Lightning's, with the changes that keep results on many ranks exact."""
 
 from harness.strategies.checks import check_strategy
 from harness.strategies.choices import (

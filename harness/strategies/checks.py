@@ -7,12 +7,7 @@ from collections.abc import Iterable
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from harness.strategies.deepspeed import ZeroStrategy
 
@@ -22,10 +17,10 @@ __all__ = ["check_strategy"]
 def check_strategy(
     strategy: Strategy | str, accelerator: str, precision: str, callbacks: Iterable[Callback] = ()
 ) -> None:
-    """Refuse what cannot train forces, or not exactly, before any training.
+    """Refuse a strategy or precision that cannot train forces, or not exactly, before any training.
 
     Args:
-        strategy: what trains.
+        strategy: of the trainer.
         accelerator: ``cpu``, ``cuda``, ``gpu`` or ``auto``.
         precision: of the trainer.
         callbacks: of the trainer.
@@ -40,7 +35,7 @@ def check_strategy(
             "frees behind the forward pass, in which forces are derived and which their loss goes through once more. "
             "Expected FSDP2: strategy=fsdp, or harness.strategies.choices.fully_sharded()."
         )
-    if type(strategy) is DeepSpeedStrategy:  # what others derive from it is theirs to answer for
+    if type(strategy) is DeepSpeedStrategy:  # a subclass may have mended these
         raise ValueError(
             "Lightning's DeepSpeedStrategy rounds energies to float32, does not shard models that derive forces (stage "
             "3), and writes folders that are unpickled without restrictions. Expected strategy=deepspeed_zero2, or "
@@ -52,7 +47,7 @@ def check_strategy(
         )
     _check_precision(strategy, on_cpu, precision)
     if isinstance(strategy, ModelParallelStrategy | ZeroStrategy):
-        averaging = [type(each).__name__ for each in callbacks if isinstance(each, WeightAveraging)]
+        averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
         if averaging:
             raise ValueError(
                 f"{averaging[0]} copies the whole model, but {type(strategy).__name__} splits it, or its master "

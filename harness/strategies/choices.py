@@ -70,7 +70,7 @@ def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
     """DeepSpeed's ZeRO for force fields.
 
     Args:
-        stage: what is split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
+        stage: parts that are split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
         options: of Lightning's ``DeepSpeedStrategy``, such as ``timeout``.
 
     Raises:
@@ -80,7 +80,7 @@ def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
 
 
 def cluster_plugins() -> list[SLURMEnvironment]:
-    """What a trainer needs to know of the cluster: where srun has started the ranks, not to requeue the job itself.
+    """Plugins of the cluster for the trainer: where srun has started the ranks, one that does not requeue the job.
 
     Lightning would, on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other. Here
     :class:`~harness.callbacks.ResumeCheckpoint` saves, and ``launch/slurm.sbatch`` puts the job back into the queue.

@@ -24,11 +24,11 @@ __all__ = ["AccumulatesInWindows", "ZeroStrategy", "keep_whole"]
 
 
 class AccumulatesInWindows:
-    """To be put before ``DeepSpeedStrategy``: steps of several micro-batches that end where Lightning's end.
+    """Mixin before ``DeepSpeedStrategy``: steps of several micro-batches that end where Lightning's end.
 
     DeepSpeed counts micro-batches across epochs and steps at every k-th, so that the last step of an epoch would go on
-    in the next one while Lightning counts anew, and it divides the loss by k once more, after Lightning. Here Lightning
-    says where a step ends, also a shorter last one, and the loss is divided once.
+    in the next one while Lightning counts anew, and it divides the loss by k once more, after Lightning. Here a step
+    ends where Lightning ends it, also a shorter last one, and the loss is divided once.
 
     Example:
         >>> from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -39,7 +39,7 @@ class AccumulatesInWindows:
     """Lightning steps at the end of a window, as without DeepSpeed."""
 
     def block_backward_sync(self) -> AbstractContextManager[None]:
-        """Nothing: DeepSpeed is told the end of a step, and its ``no_sync`` refuses ZeRO 2."""
+        """A context that does nothing: ``training_step`` sets the end of a step, and ``no_sync`` refuses ZeRO 2."""
         return nullcontext()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,10 +58,10 @@ class ZeroStrategy(AccumulatesInWindows, WholeCheckpoints, DeepSpeedStrategy):  
     """Lightning's ``DeepSpeedStrategy`` with whole checkpoints in one file, and labels in the dtype that they have.
 
     DeepSpeed's own checkpoints are folders that only the same number of ranks continues, and that are unpickled without
-    restrictions. Here the shards of weights and optimizer are gathered; a checkpoint is what other strategies write.
+    restrictions. Here the shards of weights and optimizer are gathered; a checkpoint is like those of other strategies.
 
     Args:
-        stage: what is split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
+        stage: parts that are split over the ranks: 1 the optimizer's states, 2 the gradients too, 3 the parameters too.
         options: any other argument of ``DeepSpeedStrategy``.
 
     Raises:
@@ -199,7 +199,7 @@ def keep_whole(module: nn.Module, model: nn.Module) -> None:
     must require gradients there, become an argument of their own, and predictions a tuple; callers see no difference.
 
     Args:
-        module: what is handed to DeepSpeed.
+        module: the one that is handed to DeepSpeed.
         model: the part of it that derives forces.
     """
     from deepspeed.utils import set_z3_leaf_modules

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from harness.distributed import (
     ProcessGroup,
@@ -40,7 +35,7 @@ def connect(trainer: Trainer) -> None:
 
 
 def splits_parameters(strategy: Strategy) -> bool:
-    """Whether a rank holds only a part of each parameter."""
+    """True if a rank holds only a part of every parameter."""
     if isinstance(strategy, DeepSpeedStrategy):
         return bool(strategy.zero_stage_3)
     return isinstance(strategy, ModelParallelStrategy | FSDPStrategy)
@@ -58,7 +53,7 @@ def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
     """Number of this rank among those that share a batch, and how many they are.
 
     Args:
-        trainer: what trains; without one, all ranks of the process group share a batch.
+        trainer: the trainer; without one, all ranks of the process group share a batch.
     """
     ranks = None if trainer is None else getattr(trainer.strategy, "distributed_sampler_kwargs", None)
     return (ranks["rank"], ranks["num_replicas"]) if ranks else (rank_in_group(), data_parallel_size())

@@ -74,7 +74,7 @@ def refuse_folder(path: Any) -> None:
     """Refuse a checkpoint that is a folder, such as DeepSpeed and Lightning's sharded strategies write.
 
     Raises:
-        ValueError: with what makes one file of it.
+        ValueError: with the commands that make one file of it.
     """
     if Path(path).is_dir():
         raise ValueError(
