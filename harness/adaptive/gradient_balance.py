@@ -86,7 +86,7 @@ class GradientBalance(Callback):
         self._next: dict[str, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, or is driven by something else."""
+        """Refuse gradients that cannot be measured, and coefficients that have another controller."""
         if stage == "fit":
             refuse_other_controllers(self, trainer, pl_module)
             self.check(trainer, pl_module)

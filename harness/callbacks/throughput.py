@@ -1,4 +1,4 @@
-"""How fast a training is: structures, atoms and edges a second, and where the time goes."""
+"""Speed of a training: structures, atoms and edges a second, time of a step, and time spent on waiting for data."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class ThroughputMonitor(Callback):
 
 @dataclass(frozen=True)
 class _Reading:
-    """Where a training is: optimizer steps, and seconds and work since some moment.
+    """State of a training at one moment: optimizer steps, and seconds and work since some moment before.
 
     Attributes:
         step: number of optimizer steps.

@@ -58,7 +58,7 @@ class LogKeys:
 
     @property
     def prefix(self) -> str:
-        """What all keys begin with, up to the stroke."""
+        """Begin of all keys, the slash included."""
         if self.section == "error":
             return f"{self.stage}_{self.level}/"
         if self.section == "report" or self.stage != TRAIN_LOSS:
