@@ -86,7 +86,7 @@ class SoftAdapt(Callback):
         self._step_before = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a loss whose coefficients another part moves."""
+        """Refuse a loss whose coefficients have another controller."""
         if stage == "fit":
             refuse_other_controllers(self, trainer, pl_module)
 

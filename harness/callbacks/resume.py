@@ -1,4 +1,4 @@
-"""Checkpoints that an interrupted training resumes from, and its orderly end when it is preempted."""
+"""The checkpoint that an interrupted training continues from, and the end of a training that is preempted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RANDOM_STATES = "random_states"
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps the newest two checkpoints of a training, and saves one and stops when a signal asks for it.
+    """Keeps the newest two checkpoints of a training, and ends it with one when a signal requests that.
 
     Saves ``last.ckpt`` when an epoch is complete (validation, schedulers and logs included), optionally every n steps,
     and ``previous.ckpt`` is the one before. A signal sets a flag, nothing more. The flags of all ranks are summed
@@ -46,7 +46,7 @@ class ResumeCheckpoint(Checkpoint):
         dirpath: folder of the two checkpoints.
         every_n_epochs: epochs between checkpoints.
         every_n_steps: optimizer steps between checkpoints within an epoch; None for none.
-        signals: names of the signals that mean "leave"; SLURM sends the one of ``--signal``.
+        signals: names of the signals that request a stop; SLURM sends the one of ``--signal``.
     """
 
     num_step_sums = 1
@@ -69,7 +69,7 @@ class ResumeCheckpoint(Checkpoint):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.signals = [signal.Signals[name] for name in signals]
-        self._told_to_leave: signal.Signals | None = None
+        self._request: signal.Signals | None = None
         self._requests = DelayedScalar()  # ranks that are requested to stop
         self._handlers: dict[signal.Signals, Any] = {}
         self._step_before = 0
@@ -119,11 +119,11 @@ class ResumeCheckpoint(Checkpoint):
     # --- when ---
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the signal handlers from before Lightning's."""
+        """Remember the handlers that the signals had before Lightning."""
         if threading.current_thread() is threading.main_thread():  # Python gives signals to that thread alone
             self._handlers = {number: signal.getsignal(number) for number in self.signals}
         if stage == "fit":
-            self._told_to_leave, self._complete = None, None
+            self._request, self._complete = None, None
             self._requests.forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,11 +133,11 @@ class ResumeCheckpoint(Checkpoint):
         ignore_sigterm_broadcast(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before a test if preempted, such as in the last epoch; a test that has begun is finished.
+        """Stop before a test if a signal came, such as in the last epoch; a test that has begun is finished.
 
         The training is complete then, and its end is saved.
         """
-        leave = self._is_told(trainer)
+        leave = self._any_request(trainer)
         self._listen()
         if leave:
             raise Preempted(f"told to leave before the test: the training is complete, and saved in {self.last}")
@@ -149,7 +149,7 @@ class ResumeCheckpoint(Checkpoint):
             trainer.fit_loop.restarting = False
             self._restore_random_state()
             return
-        leave = self._is_told(trainer)
+        leave = self._any_request(trainer)
         if leave or epoch % self.every_n_epochs == 0:
             self._save(trainer)
         if leave:
@@ -168,13 +168,13 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every n steps, and when any rank is preempted."""
+        """Save every n steps, and when any rank is requested to stop."""
         if trainer.global_step == self._step_before or trainer.is_last_batch:
             return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
         if is_validated_next(trainer):
             return  # Lightning would leave the validation out; a signal is still there after the next step
         # in someone else's module it takes a collective of its own
-        leave = self._requests.read() > 0 if isinstance(pl_module, ForceFieldModule) else self._is_told(trainer)
+        leave = self._requests.read() > 0 if isinstance(pl_module, ForceFieldModule) else self._any_request(trainer)
         if leave or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
         if leave:
@@ -186,14 +186,14 @@ class ResumeCheckpoint(Checkpoint):
         self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the signal handlers."""
+        """Restore the handlers of the signals."""
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
     def step_numbers(self, batch: Batch) -> list[float]:
         """1 if this rank is requested to stop, else 0."""
-        return [float(self._told_to_leave is not None)]
+        return [float(self._request is not None)]
 
     def on_step_sums(self, sums: Tensor) -> None:
         """Start to copy the number of ranks that are requested to stop; on a GPU it is read a step later."""
@@ -201,17 +201,17 @@ class ResumeCheckpoint(Checkpoint):
 
     def _listen(self) -> None:
         def note(number: int, frame: FrameType | None) -> None:
-            self._told_to_leave = signal.Signals(number)
+            self._request = signal.Signals(number)
 
         for number in self._handlers:
             signal.signal(number, note)
 
-    def _is_told(self, trainer: Trainer) -> bool:
-        """True if any rank is preempted; a collective that all ranks call."""
-        return bool(trainer.strategy.reduce_boolean_decision(self._told_to_leave is not None, all=False))
+    def _any_request(self, trainer: Trainer) -> bool:
+        """True on all ranks if any is requested to stop, by a collective of its own: all ranks must call it."""
+        return bool(trainer.strategy.reduce_boolean_decision(self._request is not None, all=False))
 
     def _message(self, trainer: Trainer) -> str:
-        told = f"{self._told_to_leave.name} came" if self._told_to_leave else "another rank was told to leave"
+        told = f"{self._request.name} came" if self._request else "another rank was told to leave"
         return f"{told}: saved step {trainer.global_step} of epoch {trainer.current_epoch} to {self.last}"
 
     # --- what ---

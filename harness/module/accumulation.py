@@ -24,7 +24,7 @@ class Accumulation:
     """
 
     def __init__(self, callbacks: Iterable[Any] = ()) -> None:
-        self._schedules = [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
+        self._schedules = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
         self._window: Window | None = None  # of the step in progress, if it has several micro-batches
 
     def check(self, trainer: Trainer, loss: MetricsManager) -> None:

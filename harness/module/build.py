@@ -58,7 +58,7 @@ def _instantiate_manager(source: Mapping[str, Any], type_names: list[str] | None
 def build_managers(
     source: ManagerSource | None, number: int, argument: str, type_names: list[str] | None
 ) -> nn.ModuleList:
-    """One manager for each data set, since each accumulates on its own; none without a source."""
+    """One manager for each data set, since every set has its own sums; none without a source."""
     if source is None:
         return nn.ModuleList()
     if isinstance(source, MetricsManager):

@@ -1,4 +1,4 @@
-"""Control of a loss's coefficients by one part at a time: a later one would undo the other silently."""
+"""Coefficient control: one schedule, learnt weighting or callback moves the coefficients of a loss, never two."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["controllers_of", "loss_of", "refuse_other_controllers", "refuse_several"]
 
-# they do not say so themselves
+# callbacks of NequIP have no attribute `controls_coefficients`
 _OF_NEQUIP = ("SoftAdapt", "LossCoefficientScheduler", "LinearLossCoefficientScheduler")
 
 
 def controllers_of(loss: Any, callbacks: Sequence[Callback]) -> list[str]:
-    """Names of all that moves the coefficients of a loss: its schedule, what it learns, and callbacks.
+    """Names of all controllers of a loss's coefficients: its schedule, its weighting, and callbacks.
 
-    Callbacks say so by an attribute ``controls_coefficients = True``; those of a class with ``counts_once = True``
-    count once.
+    Callbacks that control coefficients have an attribute ``controls_coefficients = True``. All instances of a class
+    with ``counts_once = True`` count as one, such as the stages of a ramp.
     """
-    found = [each for each in callbacks if getattr(each, "controls_coefficients", False)]
-    names = [type(each).__name__ for each in found if not getattr(each, "counts_once", False)]
-    names += dict.fromkeys(type(each).__name__ for each in found if getattr(each, "counts_once", False))
+    found = [callback for callback in callbacks if getattr(callback, "controls_coefficients", False)]
+    several = [type(callback).__name__ for callback in found if getattr(callback, "counts_once", False)]
+    names = [type(callback).__name__ for callback in found if not getattr(callback, "counts_once", False)]
+    names += dict.fromkeys(several)
     kinds = dict.fromkeys(map(type, callbacks))
     names += [f"NequIP's {kind.__name__}" for kind in kinds if _is_of_nequip(kind) and kind.__name__ in _OF_NEQUIP]
     if getattr(loss, "schedule", None) is not None:
@@ -52,7 +53,7 @@ def loss_of(pl_module: LightningModule) -> Any:
 
 
 def refuse_several(names: list[str]) -> None:
-    """Refuse more than one driver.
+    """Refuse more than one controller.
 
     Raises:
         ValueError: with the names of all.
@@ -65,11 +66,11 @@ def refuse_several(names: list[str]) -> None:
 
 
 def refuse_other_controllers(callback: Callback, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse to move the coefficients of a module's loss if anything else of this trainer does.
+    """Refuse a callback that controls the coefficients of a module's loss beside another controller.
 
     Raises:
         TypeError: the module has no loss with coefficients.
         ValueError: with the names of all.
     """
-    callbacks = [callback, *(each for each in trainer.callbacks if each is not callback)]  # type: ignore[attr-defined]
+    callbacks = [callback, *(other for other in trainer.callbacks if other is not callback)]  # type: ignore[attr-defined]
     refuse_several(controllers_of(loss_of(pl_module), callbacks))

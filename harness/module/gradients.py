@@ -1,4 +1,4 @@
-r"""Gradients of a loss's components, each by itself: how much each has to say in a step, and whether they agree.
+r"""Gradients of the single components of a loss: their lengths, their shares in a step, and the angles between them.
 
 For a component with the value :math:`v_k`, the coefficient :math:`c_k` and the model's parameters :math:`\theta`
 
@@ -10,7 +10,7 @@ of the merged values, so that the numbers are those of one process on the data o
 ends at each rank's own row, and the sum of these parts over the ranks (one all-reduce) is the gradient. The parts of
 the micro-batches of a step add up in the same way.
 
-Nothing of it disturbs the training: the gradients are asked for, and never put where the optimizer looks.
+They come from ``torch.autograd.grad``, so ``.grad`` of the parameters is untouched, and the training with it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Gradients:
         """Shares, norms with coefficients, and cosines of pairs, by the names that they are logged under."""
         logged: dict[str, float] = {}
         for what, numbers in (("share", self.shares), ("norm", self.weighted_norms)):
-            logged |= {f"gradient_{what}/{name}": each for name, each in zip(self.names, numbers.tolist(), strict=True)}
+            logged |= {
+                f"gradient_{what}/{name}": value for name, value in zip(self.names, numbers.tolist(), strict=True)
+            }
         for first, second in combinations(range(len(self.names)), 2):
             pair = f"{self.names[first]}:{self.names[second]}"
             logged[f"gradient_cosine/{pair}"] = float(self.cosines[first, second])
@@ -130,7 +132,7 @@ class GradientMeter:
                 f"strategy=ddp or deepspeed_zero2, or leave out what measures gradients."
             )
         chosen_parameters(pl_module.model, self.prefixes)
-        compiled = [name or "the model" for name, each in pl_module.model.named_modules() if _is_compiled(each)]
+        compiled = [name or "the model" for name, part in pl_module.model.named_modules() if _is_compiled(part)]
         if compiled and getattr(functorch_config, "donated_buffer", False):
             raise ValueError(
                 f"torch.compile lets the backward pass of {compiled[0]} use up its buffers, so that gradients of "
@@ -167,7 +169,7 @@ def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -
     Raises:
         ValueError: a prefix that no trained parameter has; the names at its place are listed.
     """
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for prefix in prefixes or ():
         if not any(_is_part(name, prefix) for name in trained):
             raise ValueError(
@@ -177,7 +179,7 @@ def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -
     chosen = (
         trained
         if prefixes is None
-        else {name: each for name, each in trained.items() if any(_is_part(name, prefix) for prefix in prefixes)}
+        else {name: weight for name, weight in trained.items() if any(_is_part(name, prefix) for prefix in prefixes)}
     )
     if not chosen:
         raise ValueError(
@@ -188,7 +190,7 @@ def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """True for a module compiled by ``torch.compile(module)`` or ``module.compile()``."""
+    """True after ``torch.compile(module)`` or ``module.compile()``."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
@@ -213,8 +215,9 @@ def local_gradients(values: Values, parameters: Sequence[Tensor], scale: float =
 
     Args:
         values: of a step of the loss, with their graph, which stays.
-        parameters: what the gradients are of.
-        scale: factor for the way back, such as that of mixed precision in float16; a power of two changes nothing else.
+        parameters: that gradients are taken with respect to.
+        scale: factor on the values in the backward pass, such as that of mixed precision in float16; gradients are
+            divided by it, so that a power of two changes nothing but underflow.
 
     Returns:
         ``[num_components, num_parameters]`` in the parameters' dtype: their elements, one parameter after the other.
@@ -231,7 +234,7 @@ def local_gradients(values: Values, parameters: Sequence[Tensor], scale: float =
                 torch.zeros_like(parameter) if piece is None else piece
                 for parameter, piece in zip(parameters, pieces, strict=True)
             ]
-            rows.append(torch.cat([each.reshape(-1) for each in elements]))
+            rows.append(torch.cat([gradient.reshape(-1) for gradient in elements]))
     return torch.stack(rows).div_(scale)
 
 
@@ -239,7 +242,7 @@ def compare(values: Values, gradients: Tensor) -> Gradients:
     """Norms and cosines of whole gradients; makes the host wait.
 
     Args:
-        values: of the step that the gradients are of.
+        values: of the same step.
         gradients: ``[num_components, num_parameters]``, summed over the ranks.
     """
     if values.coeffs is None:

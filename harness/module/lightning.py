@@ -56,7 +56,7 @@ class ForceFieldModule(LightningModule):
 
     Args:
         model: any ``nn.Module`` from a batch dictionary to a dictionary of predictions.
-        loss: the loss: its ``weighted_sum`` is minimised. A manager, or what makes one, see :data:`ManagerSource`.
+        loss: the loss: its ``weighted_sum`` is minimised. A manager, or a source of one, see :data:`ManagerSource`.
         val_metrics: metrics of each validation set.
         test_metrics: metrics of each test set; those of validation if not given.
         train_metrics: metrics watched on the training batches.
@@ -129,8 +129,8 @@ class ForceFieldModule(LightningModule):
         managers: dict[str, Any] = {TRAIN_LOSS: self.loss}
         if self.train_metrics is not None:
             managers[TRAIN_METRIC] = self.train_metrics
-        managers |= {stage_of_set("val", index): each for index, each in enumerate(self.val_metrics)}
-        return managers | {stage_of_set("test", index): each for index, each in enumerate(self.test_metrics)}
+        managers |= {stage_of_set("val", index): manager for index, manager in enumerate(self.val_metrics)}
+        return managers | {stage_of_set("test", index): manager for index, manager in enumerate(self.test_metrics)}
 
     @property
     def _train_managers(self) -> list[MetricsManager]:
@@ -162,7 +162,7 @@ class ForceFieldModule(LightningModule):
             monitors = [getattr(callback, "monitor", None) for callback in callbacks]
             if isinstance(self._lr_scheduler, Mapping):
                 monitors.append(self._lr_scheduler.get("monitor"))
-            trained = {name: each for name, each in self.managers.items() if not name.startswith("test")}
+            trained = {name: manager for name, manager in self.managers.items() if not name.startswith("test")}
             warn_of_monitors(trained, monitors)
             self._accumulation.check(self.trainer, self.loss)
 
@@ -208,7 +208,7 @@ class ForceFieldModule(LightningModule):
         """Loss of a batch, scaled so that the average of gradients over ranks is the gradient of the whole batch.
 
         Under ``Trainer(accumulate_grad_batches=k)`` the batch is one of k micro-batches, whose gradients add up to that
-        of the one batch that they make up; see :mod:`harness.metrics.accumulation`. What is logged is that batch's,
+        of the one batch that they make up; see :mod:`harness.metrics.accumulation`. Logged values are of that batch,
         too.
         """
         if batch_idx == 0:
@@ -304,11 +304,11 @@ class ForceFieldModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of every validation set."""
-        self._finish_epoch({stage_of_set("val", index): each for index, each in enumerate(self.val_metrics)})
+        self._finish_epoch({stage_of_set("val", index): manager for index, manager in enumerate(self.val_metrics)})
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every test set."""
-        self._finish_epoch({stage_of_set("test", index): each for index, each in enumerate(self.test_metrics)})
+        self._finish_epoch({stage_of_set("test", index): manager for index, manager in enumerate(self.test_metrics)})
 
     # --- checkpoints and optimizers ---
 

@@ -58,7 +58,7 @@ class LogKeys:
 
     @property
     def prefix(self) -> str:
-        """Common beginning of the keys, with the stroke."""
+        """Common beginning of the keys, the slash included."""
         if self.section == "error":
             return f"{self.stage}_{self.level}/"
         if self.section == "report" or self.stage != TRAIN_LOSS:

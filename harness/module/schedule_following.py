@@ -72,7 +72,7 @@ class ScheduleFollower:
     def _rate(self, trainer: Trainer, managers: Sequence[MetricsManager]) -> float:
         """Learning rate relative to that of the start; warns, once, of one that rises and that a schedule follows."""
         ratio, start = relative_learning_rate(trainer)
-        followed = any(each.schedule is not None and each.schedule.needs_learning_rate for each in managers)
+        followed = any(manager.schedule is not None and manager.schedule.needs_learning_rate for manager in managers)
         if ratio > 1 + 1e-6 and followed and not self._warned_of_rate:
             self._warned_of_rate = True
             rank_zero_warn(
@@ -100,7 +100,7 @@ def check_length(trainer: Trainer, managers: Iterable[MetricsManager]) -> None:
     Raises:
         ValueError: parts of an epoch are not known.
     """
-    by_step = any(each.schedule is not None and each.schedule_interval == "step" for each in managers)
+    by_step = any(manager.schedule is not None and manager.schedule_interval == "step" for manager in managers)
     if by_step and not math.isfinite(trainer.num_training_batches):
         raise ValueError(
             "A schedule with `interval: step` needs to know how many batches an epoch has, and the training data "
@@ -117,7 +117,7 @@ def warn_of_unreached(trainer: Trainer, managers: Iterable[MetricsManager]) -> N
             if late:
                 rank_zero_warn(
                     f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "
-                    f"{', '.join(f'{each:g}' for each in late)}."
+                    f"{', '.join(f'{epoch:g}' for epoch in late)}."
                 )
 
 
