@@ -137,7 +137,7 @@ def _settings(folder: Path) -> DictConfig | None:
 def _sweep_of(file: Path) -> Path | None:
     """Directory of the sweep that a point belongs to, by Hydra's settings of the point."""
     settings = _read_yaml(file)
-    if OmegaConf.select(settings, "hydra.mode") != "MULTIRUN":
+    if OmegaConf.select(settings, "hydra.job.num") is None:  # a run on its own
         return None
     subdir = settings.hydra.sweep._get_node("subdir")  # as it is written: it is made of the point's number
     depth = 1 + len(Path(str(subdir)).parts)
