@@ -55,7 +55,7 @@ Coefficients = Mapping[str, Any]
 """Coefficients by component, or by component and atom type; a schedule that is made has numbers by flat name."""
 
 Interval = Literal["epoch", "step"]
-"""How often a training moves its coefficients on: at the start of every epoch, or at every step, with fractions of
+"""Interval at which a training moves its coefficients on: at the start of every epoch, or at every step, with fractions of
 epochs. It belongs to what follows a schedule, such as :meth:`harness.metrics.MetricsManager.follow`."""
 
 Key = TypeVar("Key")

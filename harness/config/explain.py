@@ -52,8 +52,8 @@ def message(error: Exception) -> str:
         target = re.search(r"target '([\w.]+)'", place)
         if target is not None and place.startswith("locating"):
             return f"{_not_found(target.group(1), cause)} (locating target '{target.group(1)}')"
-        told = _wrong_arguments(target.group(1), cause) if target is not None else None
-        return f"{told or message(cause)} ({place})"
+        reported = _wrong_arguments(target.group(1), cause) if target is not None else None
+        return f"{reported or message(cause)} ({place})"
     if isinstance(error, MissingMandatoryValue):
         return f"{str(error).splitlines()[0]}. Give it on the command line, such as {error.full_key}=..."
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -153,22 +153,24 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
         overrides: of the configuration; those of the command line if not given.
         config_dir: of the user's own; that of the command line if ``overrides`` are not given.
     """
-    told = text.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
-    plugin = re.search(r"Could not find 'hydra/(?:sweeper|launcher)(?:/sampler)?/(optuna|tpe|submitit_\w+|ray)'", told)
+    reported = text.partition("Set the environment variable HYDRA_FULL_ERROR")[0].strip()
+    plugin = re.search(
+        r"Could not find 'hydra/(?:sweeper|launcher)(?:/sampler)?/(optuna|tpe|submitit_\w+|ray)'", reported
+    )
     if plugin is not None and plugin.group(1) == "ray":
-        return f"hydra-ray-launcher is not installed: pip install hydra-ray-launcher.\n({told})"
+        return f"hydra-ray-launcher is not installed: pip install hydra-ray-launcher.\n({reported})"
     if plugin is not None:
         of = "hydra-submitit-launcher" if plugin.group(1).startswith("submitit") else "hydra-optuna-sweeper"
-        return f"{of} is not installed; it comes with pip install 'potential-harness[sweep]'.\n({told})"
-    if "BasicSweeper does not support sweep type" in told:
-        last = told.splitlines()[-1]
+        return f"{of} is not installed; it comes with pip install 'potential-harness[sweep]'.\n({reported})"
+    if "BasicSweeper does not support sweep type" in reported:
+        last = reported.splitlines()[-1]
         return f"a range of values needs a sampler that draws from it: sweep=optuna or sweep=pareto.\n({last})"
-    misspelt = re.search(r"Could not override '([^'\n]+)'", told)
+    misspelt = re.search(r"Could not override '([^'\n]+)'", reported)
     if misspelt is None:
-        return told or "the configuration cannot be composed"
-    full = re.search(r"^\s*full_key: (\S.*?)\s*$", told, re.MULTILINE)  # a key within the value that was given
+        return reported or "the configuration cannot be composed"
+    full = re.search(r"^\s*full_key: (\S.*?)\s*$", reported, re.MULTILINE)  # a key within the value that was given
     key = full.group(1) if full else misspelt.group(1)
-    shown = re.search(r"^To append to your config use \+(.+)$", told, re.MULTILINE)
+    shown = re.search(r"^To append to your config use \+(.+)$", reported, re.MULTILINE)
     wrong = shown.group(1) if shown else misspelt.group(1)
     of_hydra = key.startswith("hydra.")
     if overrides is None:
@@ -183,29 +185,29 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     meant += "It is one of sweep=optuna and sweep=pareto. " if key == "hydra.sweeper.n_trials" else ""
     listed = "hydra" if of_hydra else "job"
-    return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({told})"
+    return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({reported})"
 
 
 def _composed(overrides: Sequence[str], wrong: str, config_dir: str | None, of_hydra: bool) -> DictConfig:
     """Compose the config that a wrong override was applied to: all choices, and the values given before it."""
     folders = [Path(config_folder()), *([Path(config_dir).absolute()] if config_dir else [])]
     before = list(overrides).index(wrong) if wrong in overrides else len(overrides)
-    chosen = [each.lstrip("+~").partition("=")[0].partition("@")[0] for each in overrides]
+    chosen = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
     kept = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     kept += [
-        each
-        for number, each in enumerate(overrides)
-        if each != wrong and (number < before or any((folder / chosen[number]).is_dir() for folder in folders))
+        override
+        for number, override in enumerate(overrides)
+        if override != wrong and (number < before or any((folder / chosen[number]).is_dir() for folder in folders))
     ]
     with initialize_config_dir(str(folders[0]), version_base="1.3"):
         try:
             return compose("train", kept, return_hydra_config=of_hydra)
         except hydra.errors.HydraException:  # such as values of a sweep
             good: list[str] = []
-            for each in kept:
+            for override in kept:
                 with suppress(hydra.errors.HydraException):
-                    compose("train", [*good, each])
-                    good.append(each)
+                    compose("train", [*good, override])
+                    good.append(override)
             return compose("train", good, return_hydra_config=of_hydra)
 
 

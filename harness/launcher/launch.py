@@ -152,7 +152,7 @@ def launch(
                     elif point.returns.status == JobStatus.COMPLETED:
                         context.callbacks.on_job_end(config=point.config, job_return=point.returns)
                 time.sleep(POLL if running else 0)
-                for agent in [each for each in running if each.poll() is not None]:
+                for agent in [process for process in running if process.poll() is not None]:
                     point = running.pop(agent)
                     free.append(point.slot)
                     _finish(point, agent.returncode)
@@ -353,7 +353,7 @@ def _shown(value: float | None) -> str:
 
 def _fail(point: _Point, what: str) -> None:
     """Report that a sweep point has failed, and record it."""
-    where = f"\n(what its ranks have said: {point.console})" if point.console else ""
+    where = f"\n(output of its ranks: {point.console})" if point.console else ""
     print(f"\nerror: {point.label} failed: {what}{where}", file=sys.stderr, flush=True)
     current_session().failed.append(point.label)
     if point.folder != Path():

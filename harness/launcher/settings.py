@@ -9,6 +9,8 @@ from typing import Any
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
+from harness.support.checks import is_whole_number, whole_number
+
 __all__ = ["Settings", "SettingsError"]
 
 
@@ -66,15 +68,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("nproc_per_node", "parallel"):
             value = getattr(self, name)
-            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value != "auto" and (not is_whole_number(value) or value < 1):
                 raise SettingsError(f"hydra.launcher.{name} is a number, at least 1, or auto, found {value!r}.")
-        lowest = {"max_restarts": 0, "node_rank": 0, "omp_num_threads": 1}
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value is None and name == "omp_num_threads":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingsError(f"hydra.launcher.{name} is a whole number, at least {least}, found {value!r}.")
+        for name, least in {"max_restarts": 0, "node_rank": 0, "omp_num_threads": 1}.items():
+            if getattr(self, name) is not None or name != "omp_num_threads":
+                whole_number(f"hydra.launcher.{name}", getattr(self, name), least, SettingsError)
         most = self.node_range[1]
         if most > 1 and not self.rdzv_endpoint:
             raise SettingsError(

@@ -55,7 +55,7 @@ class Command:
     def identity(self) -> list[str]:
         """Arguments by which the same run is known again: sorted, and without ``resume``."""
         given = self.typed if self.point is None else self.overrides
-        return sorted(str(each) for each in given if not str(each).lstrip("+").startswith("resume="))
+        return sorted(str(argument) for argument in given if not str(argument).lstrip("+").startswith("resume="))
 
 
 TYPED = "HARNESS_COMMAND"
@@ -119,7 +119,7 @@ def typed() -> tuple[str, ...]:
     if point is not None:
         return point.typed
     handed = os.environ.get(TYPED)
-    return tuple(json.loads(handed) if handed else [each for each in sys.argv[1:] if each not in QUIET_RANK])
+    return tuple(json.loads(handed)) if handed else tuple(word for word in sys.argv[1:] if word not in QUIET_RANK)
 
 
 def config_options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -127,17 +127,18 @@ def config_options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]
     parser = argparse.ArgumentParser(add_help=False)
     for option, short in (("--config-dir", "-cd"), ("--config-path", "-cp"), ("--config-name", "-cn")):
         parser.add_argument(option, short)
+    parser.add_argument("--cfg", "-c")  # otherwise -c is an abbreviation of any of them
     options, others = parser.parse_known_args(list(arguments))
-    overrides = [each for each in others if "=" in each or each.startswith("~")]
-    return {name: value for name, value in vars(options).items() if value is not None}, overrides
+    overrides = [argument for argument in others if "=" in argument or argument.startswith("~")]
+    return {name: value for name, value in vars(options).items() if value is not None and name != "cfg"}, overrides
 
 
 def asks_for_sweep(arguments: Sequence[str]) -> bool:
     """True for a command line of a sweep: by ``--multirun``, ``hydra.mode`` or a file of ``conf/sweep``."""
-    plain = [each.lstrip("+").replace(" ", "") for each in arguments]
+    plain = [argument.lstrip("+").replace(" ", "") for argument in arguments]
     return bool(
         {"-m", "--multirun"} & set(plain)
-        or any(each.startswith("sweep=") and each not in ("sweep=null", "sweep=") for each in plain)
+        or any(argument.startswith("sweep=") and argument not in ("sweep=null", "sweep=") for argument in plain)
         or "hydra.mode=MULTIRUN" in plain
     )
 
@@ -154,7 +155,7 @@ def command() -> Command:
 
 def as_typed(overrides: Any) -> tuple[str, ...]:
     """Hydra's list of overrides, with its interpolations unresolved: ``${oc.env:...}`` may be a secret."""
-    return tuple(str(each) for each in cast(list[Any], OmegaConf.to_container(overrides, resolve=False)))
+    return tuple(str(override) for override in cast(list[Any], OmegaConf.to_container(overrides, resolve=False)))
 
 
 def _is_point() -> bool:

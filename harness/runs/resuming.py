@@ -21,14 +21,14 @@ def interrupted_stamp(is_sweep: bool) -> str | None:
     It is looked for with ``resume=auto``, and after a restart of the job by SLURM.
     """
     requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    asked = [each for each in sys.argv[1:] if each.lstrip("+").replace("'", "").replace('"', "") == "resume=auto"]
-    if not requeued and not asked:
+    plain = [argument.lstrip("+").replace("'", "").replace('"', "") for argument in sys.argv[1:]]
+    if not requeued and "resume=auto" not in plain:
         return None
     runs, sweeps, command = Path("outputs").absolute(), Path("multirun").absolute(), Command(typed(), ())
     found = None if is_sweep else interrupted_run(command, runs)
     if found is not None:
         return found.name
-    point = latest_run(command, sweeps)  # also if the command line does not tell: an experiment can ask for a sweep
+    point = latest_run(command, sweeps)  # also if the command line does not show it: an experiment can ask for a sweep
     if point is not None:
         stamps = [part for part in point.relative_to(sweeps).parts if re.fullmatch(_STAMP, part)]
         return stamps[0] if stamps else None

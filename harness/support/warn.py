@@ -53,7 +53,7 @@ _PACKAGE = Path(__file__).parents[1]
 def _formatted(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Warnings of this package without the line of code that they come from, which tells a user nothing."""
+    """Warnings of this package without the line of code that they come from, which is of no use to a user."""
     if Path(filename).is_relative_to(_PACKAGE):
         return f"warning: {message}\n"
     return _FORMAT(message, category, filename, lineno, line)

@@ -104,7 +104,7 @@ def test_a_rank_learns_its_point_from_one_variable(monkeypatch: pytest.MonkeyPat
 
 
 def test_options_of_the_config_are_told_from_overrides() -> None:
-    arguments = ["-m", "--config-dir", "mine", "a=1", "~b", "-cn=other", "--config-pa", "/conf"]
+    arguments = ["-m", "--config-dir", "mine", "a=1", "~b", "-cn=other", "--config-pa", "/conf", "-c", "job"]
     options, overrides = config_options(arguments)
     assert options == {"config_dir": "mine", "config_name": "other", "config_path": "/conf"}
     assert overrides == ["a=1", "~b"]
