@@ -55,8 +55,10 @@ Coefficients = Mapping[str, Any]
 """Coefficients by component, or by component and atom type; a schedule that is made has numbers by flat name."""
 
 Interval = Literal["epoch", "step"]
-"""Interval at which a training moves its coefficients on: at the start of every epoch, or at every step, with fractions of
-epochs. It belongs to what follows a schedule, such as :meth:`harness.metrics.MetricsManager.follow`."""
+"""Interval of a training's moves along a schedule: the start of every epoch, or every step, with fractions of epochs.
+
+It belongs to what follows a schedule, such as :meth:`harness.metrics.MetricsManager.follow`.
+"""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

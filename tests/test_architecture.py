@@ -38,6 +38,31 @@ def test_only_one_package_uses_torch_distributed(path: Path) -> None:
     assert path.parent.name == "distributed" or starts_ranks_of_tests or not uses
 
 
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Docstrings of a file, of attributes too, with their lines."""
+    bodies = [getattr(owner, "body", None) for owner in ast.walk(ast.parse(path.read_text()))]
+    nodes = [node for body in bodies if isinstance(body, list) for node in body if isinstance(node, ast.Expr)]
+    return [
+        (node.lineno, node.value.value)
+        for node in nodes
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_name_the_thing_first(path: Path) -> None:
+    """The first word is the thing or an imperative verb, and never a question."""
+    questions = ("What", "Whatever", "Whether", "Which", "Who", "Whose", "How", "Where", "When", "Why")
+    assert not [line for line, text in docstrings(path) if text.split(maxsplit=1)[0] in questions]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_class_does_too_much(path: Path) -> None:
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    methods = {each.name: sum(isinstance(node, ast.FunctionDef) for node in each.body) for each in classes}
+    assert not {name: number for name, number in methods.items() if number > 26}
+
+
 def test_public_names_are_there_and_sorted() -> None:
     assert all(hasattr(harness, name) for name in harness.__all__)
     assert harness.__all__ == sorted(harness.__all__)

@@ -126,16 +126,9 @@ class NonFiniteGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that does not name the components of its loss."""
-        self._check_module(pl_module)
+        _check_module(pl_module)
         self._seen, self._in_a_row, self._ending = [], 0, False
         self._forget()
-
-    def _check_module(self, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, ForceFieldModule):
-            raise TypeError(
-                f"NonFiniteGuard watches the loss of a ForceFieldModule, found {type(pl_module).__name__}. Leave it "
-                f"out of the callbacks: callbacks.nonfinite=null."
-            )
 
     def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that does not name the components of its loss, and to skip steps that cannot be skipped.
@@ -144,7 +137,7 @@ class NonFiniteGuard(Callback):
             TypeError: the module is no :class:`~harness.module.ForceFieldModule`.
             ValueError: see :meth:`check`.
         """
-        self._check_module(pl_module)
+        _check_module(pl_module)
         if stage == "fit" and self.action == "skip":
             made: Any = pl_module.configure_optimizers()
             self.check(trainer.strategy, [made["optimizer"] if isinstance(made, dict) else made])
@@ -297,16 +290,16 @@ class NonFiniteGuard(Callback):
         """Explanation of the cause, the same text on all ranks; ranks with the cause write their batches."""
         values = cast(Values, seen.values)
         components = nonfinite_components(module.loss, values)
-        evidence = gather_objects(self._gather(trainer, module, seen, list(components), trained))
-        at_fault = [rank for rank, each in enumerate(evidence) if each.culprits] or list(range(len(evidence)))
+        findings = gather_objects(self._gather(trainer, module, seen, list(components), trained))
+        at_fault = [rank for rank, each in enumerate(findings) if each.fields] or list(range(len(findings)))
         if rank_in_group() in at_fault:
-            self._write_batch(seen, evidence[rank_in_group()])
+            self._write_batch(seen, findings[rank_in_group()])
         several = f", in {len(seen.batches)} micro-batches" if len(seen.batches) > 1 else ""
         message = explain(
             f"step {seen.step} of epoch {seen.epoch} (batch {seen.batch_idx} of it{several}; all counted from 0)",
             float(cast(Tensor, values.weighted_sum)),
             components,
-            evidence,
+            findings,
             trained=trained,
             settings={
                 "the learning rate": f"{trainer.optimizers[0].param_groups[0]['lr']:g}",
@@ -330,36 +323,21 @@ class NonFiniteGuard(Callback):
 
         weights, gradients = weights_of(module), gradients_of(module) if of_gradient else []
         try:
-            culprits, forces = [], []
+            fields, forces = [], []
             for number, (batch, predictions) in enumerate(seen.batches):
                 found = find_nonfinite_fields(module.loss, components, predictions, batch, place)
                 if of_gradient:
-                    found = self._find_in_gradient(trainer, module, batch, place)
-                culprits += [_in_micro_batch(culprit, number, len(seen.batches)) for culprit in found]
+                    found = _find_in_gradient(trainer, module, batch, place)
+                fields += [_in_micro_batch(nonfinite_field, number, len(seen.batches)) for nonfinite_field in found]
                 forces.append(largest_force(batch, place))
             largest = max(filter(None, forces), default=None)
-            return RankFindings(culprits, weights, gradients, largest)
+            return RankFindings(fields, weights, gradients, largest)
         except Exception as error:  # the other ranks wait for an answer, whatever it is
-            trouble = f"its batch cannot be looked into: {type(error).__name__}: {error}"
-            return RankFindings(weights=weights, gradients=gradients, trouble=trouble)
+            note = f"its batch cannot be looked into: {type(error).__name__}: {error}"
+            return RankFindings(weights=weights, gradients=gradients, note=note)
 
-    @staticmethod
-    def _find_in_gradient(
-        trainer: Trainer, module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]
-    ) -> list[NonFiniteField]:
-        """Frames whose gradient is not finite, each from a forward pass of its own: the graph of the step is freed."""
-        devices = [module.device] if module.device.type == "cuda" else []
-        parameters = [each for each in module.model.parameters() if each.requires_grad]
-        buffers = [(each, each.clone()) for each in module.model.buffers()]
-        try:
-            with torch.random.fork_rng(devices), torch.enable_grad(), trainer.precision_plugin.forward_context():
-                return find_nonfinite_gradients(module.loss, module, batch, parameters, place)
-        finally:
-            for buffer, before in buffers:  # the step may be skipped, and changes nothing then
-                buffer.copy_(before)
-
-    def _write_batch(self, seen: _Seen, evidence: RankFindings) -> None:
-        at_fault = next((each.micro_batch or 0 for each in evidence.culprits), 0)
+    def _write_batch(self, seen: _Seen, findings: RankFindings) -> None:
+        at_fault = next((each.micro_batch or 0 for each in findings.fields), 0)
         batch, predictions = seen.batches[at_fault]
         content = {
             "batch": _on_cpu(batch),
@@ -367,7 +345,7 @@ class NonFiniteGuard(Callback):
             "epoch": seen.epoch,
             "step": seen.step,
             "micro_batch": at_fault,
-            "found": [str(each) for each in evidence.culprits],
+            "found": [str(each) for each in findings.fields],
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -400,8 +378,31 @@ class NonFiniteGuard(Callback):
         self.num_skipped, self._in_a_row = state_dict["num_skipped"], state_dict["in_a_row"]
 
 
-def _in_micro_batch(culprit: NonFiniteField, number: int, total: int) -> NonFiniteField:
-    return replace(culprit, micro_batch=number) if total > 1 else culprit
+def _check_module(pl_module: LightningModule) -> None:
+    if not isinstance(pl_module, ForceFieldModule):
+        raise TypeError(
+            f"NonFiniteGuard watches the loss of a ForceFieldModule, found {type(pl_module).__name__}. Leave it "
+            f"out of the callbacks: callbacks.nonfinite=null."
+        )
+
+
+def _find_in_gradient(
+    trainer: Trainer, module: ForceFieldModule, batch: Batch, place: Callable[[int], str | None]
+) -> list[NonFiniteField]:
+    """Frames whose gradient is not finite, each from a forward pass of its own: the graph of the step is freed."""
+    devices = [module.device] if module.device.type == "cuda" else []
+    parameters = [each for each in module.model.parameters() if each.requires_grad]
+    buffers = [(each, each.clone()) for each in module.model.buffers()]
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), trainer.precision_plugin.forward_context():
+            return find_nonfinite_gradients(module.loss, module, batch, parameters, place)
+    finally:
+        for buffer, before in buffers:  # the step may be skipped, and changes nothing then
+            buffer.copy_(before)
+
+
+def _in_micro_batch(nonfinite_field: NonFiniteField, number: int, total: int) -> NonFiniteField:
+    return replace(nonfinite_field, micro_batch=number) if total > 1 else nonfinite_field
 
 
 def _on_cpu(tensors: Batch) -> dict[str, Tensor]:

@@ -78,18 +78,18 @@ class RankFindings:
     """Findings of one rank in its part of a step.
 
     Attributes:
-        culprits: numbers that are not finite.
+        fields: numbers that are not finite.
         weights: names of parameters that are not.
         gradients: names of parameters whose gradient is not, which is the same on all ranks.
         force: the largest \\|force\\| among the labels, eV/Å, and its frame; None where there are no such labels.
-        trouble: why nothing could be found out.
+        note: why nothing could be found out.
     """
 
-    culprits: list[NonFiniteField] = field(default_factory=list)
+    fields: list[NonFiniteField] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     force: tuple[float, str] | None = None
-    trouble: str = ""
+    note: str = ""
 
 
 def nonfinite_components(manager: MetricsManager, values: Values) -> dict[str, dict[str, float]]:
@@ -147,7 +147,7 @@ def find_nonfinite_fields(
                 if bool((wrong & counts).any()):
                     # a prediction without a label does not count in the loss, and shows what is wrong just as well
                     wrong = wrong if side == "predictions" else wrong & counts
-                    found.setdefault((label, side), frames.culprit(label, side, level, numbers, wrong))
+                    found.setdefault((label, side), frames.nonfinite_field(label, side, level, numbers, wrong))
                     break  # errors of what is NaN are NaN
     return list(found.values())
 
@@ -230,7 +230,7 @@ class _Frames:
     def __init__(self, batch: Batch, type_names: Sequence[str], place: Callable[[int], str | None]) -> None:
         self._batch, self._type_names, self._place = batch, type_names, place
 
-    def culprit(self, label: str, side: str, level: str, numbers: Tensor, wrong: Tensor) -> NonFiniteField:
+    def nonfinite_field(self, label: str, side: str, level: str, numbers: Tensor, wrong: Tensor) -> NonFiniteField:
         rows = wrong.flatten(1).any(1).nonzero()[:, 0] if wrong.dim() > 1 else wrong.nonzero()[:, 0]
         graphs = self._graphs(level, rows)
         num_graphs = len(self._batch["num_atoms"]) if "num_atoms" in self._batch else None
@@ -337,7 +337,7 @@ def explain(
     where: str,
     weighted_sum: float,
     components: Mapping[str, Mapping[str, float]],
-    evidence: Sequence[RankFindings],
+    findings: Sequence[RankFindings],
     *,
     trained: bool,
     settings: Mapping[str, object],
@@ -348,14 +348,14 @@ def explain(
         where: the step.
         weighted_sum: the loss.
         components: see :func:`nonfinite_components`.
-        evidence: of every rank, in their order.
+        findings: of every rank, in their order.
         trained: whether the optimizer has stepped with it, so that weights may be its victims.
         settings: what may be changed, by name on the command line, with what it is now.
     """
     causes = [f"{name} = {own[name]:g}{_by_type(name, own)}" for name, own in components.items()]
     is_finite = math.isfinite(weighted_sum)
-    gradients = list(dict.fromkeys(name for each in evidence for name in each.gradients))
-    weights = list(dict.fromkeys(name for each in evidence for name in each.weights))
+    gradients = list(dict.fromkeys(name for each in findings for name in each.gradients))
+    weights = list(dict.fromkeys(name for each in findings for name in each.weights))
     if is_finite and trained and weights:
         lines = [f"The weights are NaN or infinite after {where}, whose loss is {weighted_sum:g}."]
     elif is_finite:
@@ -364,10 +364,10 @@ def explain(
     else:
         loss = "of coefficients that are not finite" if not causes else f"of {'; '.join(causes)}"
         lines = [f"The loss is {weighted_sum:g} in {where} because {loss}."]
-    wrong = {rank: each for rank, each in enumerate(evidence) if each.culprits or each.trouble}
+    wrong = {rank: each for rank, each in enumerate(findings) if each.fields or each.note}
     for rank, each in list(wrong.items())[:_SHOWN]:
-        lines += [f"  rank {rank}: {culprit}" for culprit in each.culprits]
-        lines += [f"  rank {rank}: {each.trouble}"] if each.trouble else []
+        lines += [f"  rank {rank}: {nonfinite_field}" for nonfinite_field in each.fields]
+        lines += [f"  rank {rank}: {each.note}"] if each.note else []
     if len(wrong) > _SHOWN:
         lines.append(f"  and {named(list(wrong)[_SHOWN:])}")
     if not wrong and causes:
@@ -380,7 +380,7 @@ def explain(
     elif trained:
         lines.append("  The optimizer has stepped with it; the weights are finite.")
     of_gradient = is_finite or (bool(weights) and not trained)
-    return "\n".join([*lines, f"Likely fix: {_fix(components, evidence, of_gradient, settings)}"])
+    return "\n".join([*lines, f"Likely fix: {_fix(components, findings, of_gradient, settings)}"])
 
 
 def _by_type(name: str, own: Mapping[str, float]) -> str:
@@ -390,22 +390,22 @@ def _by_type(name: str, own: Mapping[str, float]) -> str:
 
 def _fix(
     components: Mapping[str, object],
-    evidence: Sequence[RankFindings],
+    findings: Sequence[RankFindings],
     of_gradient: bool,
     settings: Mapping[str, object],
 ) -> str:
-    culprits = [culprit for each in evidence for culprit in each.culprits]
-    labels = [each for each in culprits if each.side == "labels"]
+    found = [nonfinite_field for each in findings for nonfinite_field in each.fields]
+    labels = [each for each in found if each.side == "labels"]
     if labels:
-        fields = list(dict.fromkeys(each.field for each in labels))
+        names = list(dict.fromkeys(each.field for each in labels))
         return (
             f"missing labels are NaN, and are left out with `ignore_nan` "
-            f"({' '.join(f'loss.ignore_nan.{name}=true' for name in fields)}); labels that are broken belong out of "
+            f"({' '.join(f'loss.ignore_nan.{name}=true' for name in names)}); labels that are broken belong out of "
             f"the data: see these frames."
         )
     if not components and not of_gradient:
         return "fixed coefficients, or a lower learning rate for those that are learnt."
-    forces = [(*each.force, rank) for rank, each in enumerate(evidence) if each.force]
+    forces = [(*each.force, rank) for rank, each in enumerate(findings) if each.force]
     outlier = ""
     if forces:
         force, frame, rank = max(forces)

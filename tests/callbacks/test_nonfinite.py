@@ -181,8 +181,8 @@ def test_predictions_without_a_label_are_told_too() -> None:
         "forces": torch.tensor([[torch.nan] * 3, [torch.nan] * 3, [1.0] * 3, [1.0] * 3]),
         "total_energy": torch.zeros(2, 1),
     }
-    (culprit,) = find_nonfinite_fields(loss, ["forces_mse"], {"forces": torch.full((4, 3), torch.nan)}, batch)
-    assert (culprit.number, culprit.total, culprit.types, culprit.everywhere) == (12, 12, ["H", "O"], True)
+    (found,) = find_nonfinite_fields(loss, ["forces_mse"], {"forces": torch.full((4, 3), torch.nan)}, batch)
+    assert (found.number, found.total, found.types, found.everywhere) == (12, 12, ["H", "O"], True)
 
 
 def test_weights_that_are_not_finite(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
