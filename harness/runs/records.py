@@ -256,8 +256,9 @@ def latest_run(command: Command, root: Path) -> Path | None:
         command: of a run on its own, or of a whole sweep.
         root: folder of output directories.
     """
-    same = [each.parent for each in root.rglob(RECORD) if _identity_in(read(each.parent), command) == command.identity]
-    return max(same, key=lambda folder: read(folder).get("started", ""), default=None)
+    runs = {file.parent: read(file.parent) for file in root.rglob(RECORD)}
+    same = [folder for folder, found in runs.items() if _identity_in(found, command) == command.identity]
+    return max(same, key=lambda folder: runs[folder].get("started", ""), default=None)
 
 
 def interrupted_run(command: Command, root: Path) -> Path | None:

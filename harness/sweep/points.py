@@ -1,4 +1,4 @@
-"""A sweep and its points, with the values that each has come to."""
+"""A sweep and its points, with the last values of their validations and tests."""
 
 from __future__ import annotations
 
