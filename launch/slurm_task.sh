@@ -33,7 +33,7 @@ while ((again)); do # a signal ends `wait` before the child has ended
   again=0 code=0
   wait "$child" || code=$?
 done
-if ((code < 0)); then # bash 5.2 loses the code of a child that ends while a signal comes: it was told to leave
+if ((code < 0)); then # bash 5.2 loses the code of a child that ends while a signal comes: it was preempted
   code=75
 fi
 exit "$code"

@@ -140,7 +140,7 @@ class ResumeCheckpoint(Checkpoint):
         leave = self._any_request(trainer)
         self._listen()
         if leave:
-            raise Preempted(f"told to leave before the test: the training is complete, and saved in {self.last}")
+            raise Preempted(f"preempted before the test: the training is complete, and saved in {self.last}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the state after the epoch before, which is complete now; in its own hooks it is not."""
@@ -211,8 +211,8 @@ class ResumeCheckpoint(Checkpoint):
         return bool(trainer.strategy.reduce_boolean_decision(self._request is not None, all=False))
 
     def _message(self, trainer: Trainer) -> str:
-        told = f"{self._request.name} came" if self._request else "another rank was told to leave"
-        return f"{told}: saved step {trainer.global_step} of epoch {trainer.current_epoch} to {self.last}"
+        cause = f"{self._request.name} came" if self._request else "another rank was preempted"
+        return f"{cause}: saved step {trainer.global_step} of epoch {trainer.current_epoch} to {self.last}"
 
     # --- what ---
 

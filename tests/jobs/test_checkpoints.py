@@ -377,7 +377,7 @@ def count_calls(rank: int, world_size: int, folder: Path) -> list[dict[str, int]
 
 
 def test_a_training_step_sends_one_sum(tmp_path: Path) -> None:
-    """Whether a rank was told to leave travels with the loss, and Lightning's own question about it is not asked."""
+    """The request to stop is one more number in the loss's all-reduce; Lightning's own question is not asked."""
     for calls in spawn(2, count_calls, tmp_path):
         # of the loss and the metrics of training: a sum, and a maximum since there are maxima among them
         assert calls == [{"all_reduce": 2}] * 5

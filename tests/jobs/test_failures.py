@@ -341,7 +341,7 @@ def test_an_interrupted_run_goes_on_when_resume_is_added(tmp_path: Path) -> None
     command += [stopping, signal_at(7, "SIGTERM", tmp_path)]
     told = train(*command, folder=tmp_path, **TESTS)
     assert told.code == 75, told.err[-3000:]
-    assert "told to leave before the test" in told.out
+    assert "preempted before the test" in told.out
     again = train(*command, "resume=auto", folder=tmp_path, **TESTS)
     assert again.code == 0, again.err[-3000:]
     (folder,) = again.runs

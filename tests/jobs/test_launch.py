@@ -103,7 +103,7 @@ def test_slurm_script_says_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_slurm_script_passes_on_arguments_variables_and_exit_code(tmp_path: Path) -> None:
-    """Of a job that fails, which nobody has told to leave: it is not put back into the queue; 75 is."""
+    """Exit code of a job that fails without preemption: it is not requeued; 75 is."""
     python = tmp_path / "python"
     python.write_text(
         "#!/usr/bin/env bash\n"
@@ -199,7 +199,7 @@ def test_slurm_job_of_two_tasks_goes_on_after_its_time_limit(by_srun: tuple[Fini
 def test_slurm_job_of_two_nodes_goes_on_after_its_time_limit(
     by_srun: tuple[Finished, Finished, Job], tmp_path: Path
 ) -> None:
-    """One torchrun on each. Values are those of the job of two tasks, and of one that nobody has told to leave."""
+    """One torchrun on each. Values are those of the job of two tasks, and of one that was not preempted."""
     stopped, again, job = told_to_leave(tmp_path / "job", nodes=2, RANKS_PER_NODE="1")
     assert_went_on(stopped, again, job)
     whole = Job(tmp_path / "whole", *ARGUMENTS, nodes=2, RANKS_PER_NODE="1").run()
