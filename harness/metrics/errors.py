@@ -100,7 +100,7 @@ class ErrorMetric(Metric, ABC):
     value: Value = staticmethod(mean)
     """(sum, count) → value."""
     linear_in_sum: ClassVar[bool] = False
-    """Declares that your own ``value`` is a multiple of the sum at a given count, which gradient accumulation needs; see
+    """Declares your own ``value`` to be a multiple of the sum at a given count, which gradient accumulation needs; see
     :func:`is_linear`."""
 
     full_state_update = False
