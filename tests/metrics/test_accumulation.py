@@ -18,7 +18,7 @@ from support.spawning import spawn
 from support.step_cost import Operators, counted_collectives
 
 import harness
-from harness.distributed import gradient_scale
+from harness.distributed import gradient_scale, merge_over_ranks
 from harness.metrics import is_linear
 
 LINEAR = ("mae", "mse", "huber", "huber_sum", "stratified", "stratified_sum")
@@ -355,15 +355,26 @@ ROOT = [
 
 
 def ordinary_step(rank, world_size, explicit):
-    """A step of one batch, as hexadecimal numbers, with its collectives and the numbers that they merge."""
+    """Values (hexadecimal), gradient, collectives and operators of a step of one batch, which merges its rows alone."""
     managers = [oracle.manager(ROOT, TYPES), oracle.manager(WATCHED, TYPES)]
     features, target = micro_batches(rank, "unequal")[1]
     theta = oracle.parameters()
     window = managers[0].window() if explicit else None
+    merged = []
+
+    def merge(additive, maxima, group):
+        merged.append((additive.numel(), maxima.numel()))
+        return merge_over_ranks(additive, maxima, group)
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("harness.metrics.row.merge_over_ranks", merge)
     with counted_collectives() as counted, Operators() as operators:
         values = harness.step_together(*managers, preds=oracle.predict(features, theta), target=target, window=window)
         values[0].weighted_sum.backward()
     numbers = [{name: number.hex() for name, number in each.to_host().items()} for each in values]
+    monkeypatch.undo()
+    rows = [manager.measure(target, target) for manager in managers]
+    assert merged == [(sum(row.additive.numel() for row in rows), sum(row.maxima.numel() for row in rows))]
     return numbers, theta.grad.tolist(), dict(counted), operators.names
 
 
