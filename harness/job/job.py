@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from harness.callbacks.resume import COMPLETE
@@ -134,10 +135,15 @@ def _print_end(job: Job, best: str | None) -> None:
 
 
 def _print_files(job: Job, part: object) -> None:
-    if isinstance(part, WritesFiles):
-        for label, files in part.written_files.items():
-            for file in files if isinstance(files, list | tuple) else [files]:
-                _print_location(job, label, file)
+    if not isinstance(part, WritesFiles):
+        return
+    written = part.written_files
+    if not isinstance(written, Mapping):  # no reason to fail after the training
+        rank_zero_warn(f"{type(part).__name__}.written_files is a mapping of labels to paths, found {written!r}.")
+        return
+    for label, files in written.items():
+        for file in files if isinstance(files, list | tuple) else [files]:
+            _print_location(job, label, file)
 
 
 def _print_location(job: Job, label: str, location: object) -> None:

@@ -18,6 +18,7 @@ from harness.train import run_job
 
 OWN = (
     "+callbacks.own={_target_: support.own_parts.OwnCallback, output_dir: '${output_dir}'}",
+    "+callbacks.wrong={_target_: support.own_parts.WrongFiles}",
     "+logger.own={_target_: support.own_parts.OwnLogger}",
     "~model",
     "+model={_target_: support.own_parts.OwnModel}",
@@ -74,6 +75,7 @@ def test_every_part_is_asked_once_on_every_rank_and_its_files_are_listed(
     assert "two files   a.txt" in places
     assert "two files   b [1].txt" in places  # no markup of a terminal
     assert not [line for line in places if line.startswith("none")]
+    assert done.err.count("WrongFiles.written_files is a mapping of labels to paths, found ('a.txt',)") == 1
     assert places[-1] == "own run     https://example.org/run/1"
 
 

@@ -57,6 +57,12 @@ class OwnCallback(_Counted, Callback):
         return {"one file": self.output_dir / "one.txt", "two files": ["a.txt", Path("b [1].txt")], "none": []}
 
 
+class WrongFiles(Callback):
+    """Files without labels."""
+
+    written_files = ("a.txt",)
+
+
 class OwnLogger(_Counted, Logger):
     """A logger with a run that is to be ended, at an address that is known then."""
 
