@@ -33,7 +33,8 @@ from hydra.core.utils import JobReturn, JobRuntime, JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from harness.launcher.agent import (
     ALIVE,
@@ -85,6 +86,8 @@ class _Point:
     command: Command
     config: DictConfig
     returns: JobReturn
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Variables of ``hydra.job.env_set``, see :func:`_variables`."""
     file: Path | None = None
     console: Path | None = None
     slot: dict[str, str] = field(default_factory=dict)
@@ -249,6 +252,7 @@ def _composed(
         returns.hydra_cfg, returns.cfg = cast(DictConfig, HydraConfig.instance().cfg), deepcopy(composed)
         with read_write(returns.cfg), open_dict(returns.cfg):
             del returns.cfg["hydra"]
+        point.variables = _variables(composed)
         returns.overrides = list(as_typed(composed.hydra.overrides.task))
         point.command = Command(typed(), tuple(returns.overrides), number)
         point.folder.mkdir(parents=True, exist_ok=True)
@@ -264,6 +268,28 @@ def _composed(
     return point
 
 
+def _variables(composed: DictConfig) -> dict[str, str]:
+    """Variables of ``hydra.job.env_set`` that refer to settings outside of ``hydra``, which Hydra cannot resolve.
+
+    Their values are resolved but for ``${oc.env:...}``, which may be a secret, and differ on other nodes.
+    """
+    found, alone = {}, deepcopy(cast(DictConfig, HydraConfig.instance().cfg))  # as Hydra makes it
+    OmegaConf.register_new_resolver("oc.env", _as_written, replace=True)
+    try:
+        for name in composed.hydra.job.env_set:
+            try:
+                alone.hydra.job.env_set[name]
+            except InterpolationResolutionError:
+                found[str(name)] = str(composed.hydra.job.env_set[name])
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return found
+
+
+def _as_written(*arguments: Any) -> str:
+    return f"${{oc.env:{','.join('null' if each is None else _quoted(str(each)) for each in arguments)}}}"
+
+
 def _arguments(point: _Point) -> list[str]:
     """Arguments of ``python -m harness.train`` for the ranks of a sweep point.
 
@@ -277,6 +303,7 @@ def _arguments(point: _Point) -> list[str]:
         "hydra.mode": "RUN",
         "hydra.run.dir": quoted(str(point.folder)),
         "hydra.sweep.dir": quoted(str(Path(str(hydra.sweep.dir)).absolute())),
+        **{f"hydra.job.env_set.{name}": _quoted(value, '"') for name, value in point.variables.items()},
     }
     return [
         *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
@@ -289,8 +316,13 @@ def _arguments(point: _Point) -> list[str]:
 
 def quoted(text: str) -> str:
     """Text as a quoted value of an override, in which nothing has a meaning for Hydra or OmegaConf."""
-    escaped = re.sub(r"(\\*)(?='|$)", r"\1\1", text)  # backslashes before a quote
-    return "'" + escaped.replace("'", "\\'").replace("${", "\\${") + "'"
+    return _quoted(text).replace("${", "\\${")
+
+
+def _quoted(text: str, mark: str = "'") -> str:
+    """Text between quotation marks, in which only interpolations have a meaning."""
+    escaped = re.sub(rf"(\\*)(?={mark}|$)", r"\1\1", text)  # backslashes before a quotation mark
+    return mark + escaped.replace(mark, f"\\{mark}") + mark
 
 
 def _start(point: _Point, settings: Settings, folder: Path, show: bool) -> subprocess.Popen[bytes]:

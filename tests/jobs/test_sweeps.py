@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from support.commands import BIN, ROOT, TINY, kill_tree, read_csv, run, train, wait_for
 
+from harness.config.resolvers import register_resolvers
 from harness.launcher import Settings, SettingsError, agent
 from harness.launcher.launch import _slots, _stop_signals, _visible_gpus, quoted
 from harness.runs import (
@@ -631,6 +632,7 @@ def test_a_refused_command_leaves_the_results_of_one_before(tmp_path: Path) -> N
 
 def test_a_run_on_its_own_has_no_name_of_a_point() -> None:
     assert not HydraConfig.initialized()
+    register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         logger = compose("train", ["name=alone", "output_dir=somewhere"]).logger.wandb
     assert (logger.name, logger.group) == (None, "alone")
