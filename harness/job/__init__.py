@@ -2,12 +2,13 @@
 
 from harness.job.build import Job, build, build_module, follow_schedule, read_schedule
 from harness.job.job import execute, prepare, train
-from harness.job.protocols import ChecksJob, FinishesRun, WritesFiles
+from harness.job.protocols import ChecksJob, FinishesRun, KeepsCheckpoints, WritesFiles
 
 __all__ = [
     "ChecksJob",
     "FinishesRun",
     "Job",
+    "KeepsCheckpoints",
     "WritesFiles",
     "build",
     "build_module",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["ChecksJob", "FinishesRun", "Location", "WritesFiles"]
+__all__ = ["ChecksJob", "FinishesRun", "KeepsCheckpoints", "Location", "WritesFiles"]
 
 Location = str | PathLike[str]
 """Path of a file or folder, or an address."""
@@ -54,3 +55,18 @@ class FinishesRun(Protocol):
 
     def finish(self) -> object:
         """End the run; called once, when the job has ended and before ``written_files`` is read."""
+
+
+@runtime_checkable
+class KeepsCheckpoints(Protocol):
+    """A callback with checkpoints that an interrupted run resumes from."""
+
+    @property
+    def dirpath(self) -> Path:
+        """Folder of the checkpoints."""
+
+    def newest(self) -> Path | None:
+        """Newest whole checkpoint in the folder; None without any."""
+
+    def put_aside(self) -> None:
+        """Rename the checkpoints of another run in the folder, so that they are not taken for those of this one."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
-from harness.callbacks import ResumeCheckpoint
 from harness.config.explain import BAD_INPUT, message
 from harness.distributed import START_LIMIT, launched_rank, launched_ranks, share
 from harness.job.consistency import facts, refusal
 from harness.job.job import Job, prepare
+from harness.job.protocols import KeepsCheckpoints
 from harness.runs import Command, claim, goes_on, is_interrupted
 
 __all__ = ["start", "time_limit"]
@@ -65,7 +65,7 @@ def start(config: DictConfig, limit: timedelta, command: Command) -> Job:
 
 def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback], command: Command) -> str | None:
     """The newest whole checkpoint of this command in this output directory, if it was interrupted and is to go on."""
-    keeping = next((callback for callback in callbacks if isinstance(callback, ResumeCheckpoint)), None)
+    keeping = next((callback for callback in callbacks if isinstance(callback, KeepsCheckpoints)), None)
     if keeping is None or not config.train:
         return None
     if not goes_on(config) or not is_interrupted(Path(config.output_dir), command):
