@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
+from harness.support.checks import is_number
 from harness.support.configs import unwrapped
 
 __all__ = [
@@ -219,7 +220,7 @@ class PerAtomModifier:
         if level != "graph":
             raise ValueError(f"PerAtomModifier divides graph fields only; {self.field!r} is a {level} field.")
         if self.factor is not None:
-            if isinstance(self.factor, bool) or not isinstance(self.factor, int | float):
+            if not is_number(self.factor):
                 raise TypeError(f"PerAtomModifier's factor is a number or null, found {self.factor!r}.")
             if not abs(self.factor) < float("inf") or self.factor == 0:
                 raise ValueError(f"PerAtomModifier's factor must be finite and not 0, found {self.factor}.")

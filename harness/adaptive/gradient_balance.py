@@ -12,6 +12,7 @@ from harness.adaptive.set_point import SetPoint
 from harness.module import ForceFieldModule, Step, log_to_all
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.module.gradients import GradientMeter
+from harness.support.checks import is_number
 
 __all__ = ["GradientBalance", "balanced_factors"]
 
@@ -66,14 +67,14 @@ class GradientBalance(Callback):
         parameters: Sequence[str] | None = None,
         limit: float = 1000.0,
     ) -> None:
-        if not _is_number(rate) or not 0 < rate <= 1:
+        if not is_number(rate) or not 0 < rate <= 1:
             raise ValueError(f"rate is a number above 0 and at most 1, found {rate!r}.")
-        if not _is_number(limit) or not 1 <= limit < math.inf:
+        if not is_number(limit) or not 1 <= limit < math.inf:
             raise ValueError(f"limit is a number of at least 1, found {limit!r}.")
         if not (target is None or isinstance(target, Mapping)):
             raise TypeError(f"`target` is {{component: share}} or null, found {target!r}.")
         for name, share in (target or {}).items():
-            if not _is_number(share) or not 0 < share < math.inf:
+            if not is_number(share) or not 0 < share < math.inf:
                 raise ValueError(
                     f"The target share of {name!r} is a number above 0, found {share!r}. A component without a share "
                     f"has the coefficient null."
@@ -192,7 +193,3 @@ def balanced_factors(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if sum_of(scaled(middle)) < total else (low, middle)
     return scaled(high)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from harness.adaptive.set_point import SetPoint
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule, Step
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
+from harness.support.checks import is_number, is_whole_number
 
 __all__ = ["SoftAdapt", "soft_factors"]
 
@@ -65,13 +66,13 @@ class SoftAdapt(Callback):
     def __init__(
         self, beta: float, interval: Literal["batch", "epoch"] = "epoch", frequency: int = 1, eps: float = 1e-8
     ) -> None:
-        if isinstance(beta, bool) or not isinstance(beta, int | float) or not math.isfinite(beta):
+        if not is_number(beta) or not math.isfinite(beta):
             raise ValueError(f"beta is a finite number, found {beta!r}.")
         if interval not in ("batch", "epoch"):
             raise ValueError(f"interval is batch or epoch, found {interval!r}.")
-        if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
+        if not is_whole_number(frequency) or frequency < 1:
             raise ValueError(f"frequency is a whole number of intervals, at least 1, found {frequency!r}.")
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+        if not is_number(eps) or not 0 < eps < math.inf:
             raise ValueError(f"eps is a number above 0, found {eps!r}.")
         self.beta = float(beta)
         self.interval = interval

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.metrics import Values
+from harness.support.checks import is_number
 
 __all__ = ["UncertaintyWeighting"]
 
@@ -58,7 +59,7 @@ class UncertaintyWeighting(nn.Module):
     def __init__(self, initial_log_variance: float = 0.0, speed: float = 1.0) -> None:
         super().__init__()
         for name, value in (("initial_log_variance", initial_log_variance), ("speed", speed)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value) or not math.isfinite(value):
                 raise ValueError(f"{name} is a finite number, found {value!r}.")
         if abs(initial_log_variance) > _LIMIT:
             raise ValueError(f"initial_log_variance is within ±{_LIMIT:g}, found {initial_log_variance}.")

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from harness.loggers import log_image
 from harness.module import ForceFieldModule, LogKeys
 from harness.module.log_keys import TRAIN, TRAIN_LOSS
+from harness.support.figures import new_figure, save_figure
 from harness.support.files import try_write
 
 __all__ = ["CoefficientCurve"]
@@ -116,8 +117,6 @@ class CoefficientCurve(Callback):
         self._points = [(position, dict(coeffs)) for position, coeffs in state_dict.get("points", [])]
 
     def _draw(self, path: Path) -> None:
-        # Figure without pyplot: no global state and no display
-        from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         epochs = sorted(self._history)
@@ -125,7 +124,7 @@ class CoefficientCurve(Callback):
         names = list(dict.fromkeys(name for epoch in epochs for name in self._history[epoch]))
         table = np.array([[self._history[epoch].get(name, (np.nan, 0.0)) for name in names] for epoch in epochs])
         types = self._moving_types(epochs)
-        figure = Figure(figsize=(7, 5.4 if not types else 7.8), layout="constrained")
+        figure = new_figure(7, 5.4 if not types else 7.8, layout="constrained")
         above, *between, below = figure.subplots(3 if types else 2, 1, sharex=True)
         if self._points:
             positions = [position for position, _ in self._points]
@@ -155,7 +154,7 @@ class CoefficientCurve(Callback):
         below.set_xlim(edges[0], edges[-1])
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(names), 4))
-        figure.savefig(path, dpi=100)
+        save_figure(figure, path, dpi=100)
 
     def _moving_types(self, epochs: Sequence[int]) -> list[str]:
         """Weights of atom types that change in the training."""

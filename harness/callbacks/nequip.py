@@ -18,6 +18,7 @@ from harness.module import ForceFieldModule, LogKeys, Step, log_to_all, logged_s
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.module.log_keys import TRAIN_LOSS, Level
 from harness.schedules import PiecewiseConstant
+from harness.support.checks import whole_number
 from harness.support.lightning_private import last_step_of_epoch
 from harness.support.text import did_you_mean
 
@@ -123,8 +124,7 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
     def __init__(self, final_coeffs: Mapping[str, float], transition_epochs: int, start_epoch: int = 0) -> None:
         super().__init__()
         for name, value, least in (("transition_epochs", transition_epochs, 1), ("start_epoch", start_epoch, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` is a whole number, at least {least}, found {value!r}.")
+            whole_number(f"`{name}`", value, least)
         checked = PiecewiseConstant({start_epoch: final_coeffs})(start_epoch)
         total = sum(checked.values())
         if not total > 0:
@@ -194,8 +194,7 @@ class LossCoefficientMonitor(Callback):
     def __init__(self, interval: Literal["epoch", "batch"], frequency: int) -> None:
         if interval not in ("epoch", "batch"):
             raise ValueError(f"`interval` is epoch or batch, found {interval!r}.")
-        if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
-            raise ValueError(f"`frequency` is a whole number, at least 1, found {frequency!r}.")
+        whole_number("`frequency`", frequency)
         self.interval = interval
         self.frequency = frequency
         self._step = 0

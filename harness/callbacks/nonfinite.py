@@ -33,6 +33,7 @@ from harness.loggers import wandb_loggers
 from harness.metrics import Values
 from harness.module import ForceFieldModule, Step, define_axes, log_to_all, logged_step
 from harness.strategies import splits_parameters
+from harness.support.checks import whole_number
 from harness.support.device import DelayedScalar
 
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
@@ -100,8 +101,7 @@ class NonFiniteGuard(Callback):
     def __init__(self, action: str = "stop", output_dir: str | Path = ".", max_skipped: int = 10) -> None:
         if action not in ("stop", "skip"):
             raise ValueError(f"action is stop or skip, found {action!r}.")
-        if isinstance(max_skipped, bool) or not isinstance(max_skipped, int) or max_skipped < 0:
-            raise ValueError(f"max_skipped is a whole number, at least 0, found {max_skipped!r}.")
+        whole_number("max_skipped", max_skipped, least=0)
         self.action = action
         self.output_dir = Path(output_dir)
         self.max_skipped = max_skipped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,9 @@ from torch import Tensor
 from harness.distributed import ProcessGroup, gather_objects, rank_in_group
 from harness.loggers import log_image
 from harness.module.log_keys import LogKeys, stage_of_set
-from harness.support.files import try_write
+from harness.support.checks import whole_number
+from harness.support.figures import new_figure
+from harness.support.files import replacing, try_write
 
 __all__ = ["ParityPlot"]
 
@@ -57,8 +58,8 @@ class ParityPlot(Callback):
         validation_every_n_epochs: int | None = None,
     ) -> None:
         for name, value in (("max_points", max_points), ("validation_every_n_epochs", validation_every_n_epochs)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a whole number, at least 1, found {value!r}.")
+            if value is not None:
+                whole_number(name, value)
         self.output_dir = Path(output_dir)
         self.max_points = max_points
         self.seed = seed
@@ -263,7 +264,6 @@ _GREY = "0.35"
 
 
 def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> None:
-    from matplotlib.figure import Figure  # without pyplot: no global state and no display
     from PIL import Image  # which matplotlib needs, too
 
     rows = 1 if len(panels) <= 3 else 2 if len(panels) <= 8 else 3
@@ -271,7 +271,7 @@ def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> No
     # margins in inches: to let matplotlib find them takes as long as to draw
     side, left, right, bottom, top = 3.3, 0.85, 0.55, 0.55, 0.8
     width, height = columns * (left + side + right), rows * (bottom + side + top)
-    figure = Figure(figsize=(width, height))
+    figure = new_figure(width, height)
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     figure.subplots_adjust(wspace=(left + right) / side, hspace=(bottom + top) / side)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
@@ -279,12 +279,11 @@ def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> No
         _draw_panel(axis, panel, type_names)
     for axis in axes[len(panels) :]:
         axis.remove()
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=130, format="png")
-    with Image.open(part) as image:  # in 256 colours: a third of the size, and no difference to be seen
-        few = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE)
-    few.save(part, format="png", optimize=True)
-    os.replace(part, path)  # W&B may be reading the one before
+    with replacing(path) as part:  # W&B may be reading the one before
+        figure.savefig(part, dpi=130, format="png")
+        with Image.open(part) as image:  # in 256 colours: a third of the size, and no difference to be seen
+            few = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE)
+        few.save(part, format="png", optimize=True)
 
 
 def _draw_panel(axis: Any, panel: _Panel, type_names: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ from harness.loggers import WandbLogger, wandb_loggers
 from harness.metrics import MeanAbsoluteError, MetricsManager, RootMeanSquaredError
 from harness.module import ForceFieldModule, LogKeys, logged_step
 from harness.module.log_keys import stage_of_set
+from harness.support.checks import whole_number
+from harness.support.figures import new_figure, save_figure
 from harness.support.files import try_write
 
 __all__ = ["PerTypeReport"]
@@ -40,8 +42,7 @@ class PerTypeReport(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, output_dir: str | Path | None = None) -> None:
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is a whole number, at least 1, found {every_n_epochs!r}.")
+        whole_number("every_n_epochs", every_n_epochs)
         self.every_n_epochs = every_n_epochs
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.files: list[Path] = []
@@ -146,15 +147,12 @@ class _Table:
 
     def draw(self, path: Path, title: str) -> None:
         """Bars of the charted components, a panel for each unit; many types are broken into several rows."""
-        # Figure without pyplot: no global state and no display
-        from matplotlib.figure import Figure
-
         units = list(dict.fromkeys(self.units[name] for name in self.charted))
         num_rows = math.ceil(len(self.type_names) / _TYPES_IN_A_ROW)
         parts = np.array_split(np.arange(len(self.type_names)), num_rows)
         longest = max(map(len, parts))
         size = min(max(2.0 + 0.8 * longest, 6.0), 15.0), 0.6 + 2.9 * num_rows * len(units)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = new_figure(*size, layout="constrained")
         panels: Any = figure.subplots(num_rows * len(units), 1, squeeze=False)[:, 0]
         figure.suptitle(title)
         for number, unit in enumerate(units):
@@ -169,7 +167,7 @@ class _Table:
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9
             )
         panels[-1].set_xlabel("atom type, and number of atoms")
-        figure.savefig(path, dpi=110)
+        save_figure(figure, path, dpi=110)
 
     def _draw_row(self, axis: Any, names: Sequence[str], part: np.ndarray) -> None:
         width = 0.8 / len(names)

@@ -22,6 +22,7 @@ from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.module import ForceFieldModule
 from harness.runs.exits import Preempted
+from harness.support.checks import whole_number
 from harness.support.device import DelayedScalar
 from harness.support.lightning_private import ignore_sigterm_broadcast, is_validated_next
 
@@ -60,8 +61,8 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         super().__init__()
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a whole number, at least 1, found {value!r}.")
+            if value is not None:
+                whole_number(name, value)
         unknown = [name for name in signals if name not in signal.Signals.__members__]
         if unknown:
             raise ValueError(f"Unknown signals {unknown}; such as SIGTERM, SIGUSR1, SIGUSR2.")

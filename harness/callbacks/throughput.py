@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.distributed import gather_objects, max_over_ranks, rank_in_group
 from harness.fields import NUM_ATOMS, Batch
 from harness.module import ForceFieldModule, log_to_all
+from harness.support.checks import whole_number
 from harness.support.lightning_private import unwatch_fetches, watch_fetches
 
 __all__ = ["CountsWork", "ThroughputMonitor"]
@@ -58,10 +59,8 @@ class ThroughputMonitor(Callback):
     num_step_sums = len(_WORK)
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and (
-            isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
-        ):
-            raise ValueError(f"every_n_steps is a whole number, at least 1, found {every_n_steps!r}.")
+        if every_n_steps is not None:
+            whole_number("every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
         self._logs = False  # on all ranks alike
         self._before: _Reading | None = None  # at the step that was logged last

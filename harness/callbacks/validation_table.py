@@ -16,6 +16,7 @@ from harness.callbacks.tables import COLUMNS, is_better, values_table
 from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.module import ForceFieldModule, logged_step
 from harness.module.log_keys import TRAIN_LOSS, stage_of_set
+from harness.support.checks import whole_number
 
 __all__ = ["ValidationTable"]
 
@@ -41,10 +42,8 @@ class ValidationTable(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, columns: Sequence[str] = COLUMNS, max_types: int = 8) -> None:
-        if isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs is a whole number, at least 1, found {every_n_epochs!r}.")
-        if isinstance(max_types, bool) or not isinstance(max_types, int) or max_types < 0:
-            raise ValueError(f"max_types is a whole number, at least 0, found {max_types!r}.")
+        whole_number("every_n_epochs", every_n_epochs)
+        whole_number("max_types", max_types, least=0)
         if unknown := [name for name in columns if name not in COLUMNS]:
             raise ValueError(f"Unknown columns {unknown}. Valid ones: {', '.join(COLUMNS)}.")
         self.every_n_epochs = every_n_epochs

@@ -149,7 +149,7 @@ class AtomsDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.cache_neighbors = cache_neighbors
-        if min_distance is not None and (isinstance(min_distance, bool) or not isinstance(min_distance, int | float)):
+        if min_distance is not None and not is_number(min_distance):
             raise TypeError(f"min_distance is a number of Å or null, found {min_distance!r}")
         if min_distance is not None and not 0 < min_distance < float("inf"):
             raise ValueError(f"min_distance must be a positive number of Å, found {min_distance}; null does not look")

@@ -14,7 +14,6 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from harness.metrics.components import ComponentMapping, MetricEntry, WeightedEntry, check_coeff
 from harness.schedules import Interval, Schedule, as_schedule, check_interval, described
+from harness.support.checks import is_number
 from harness.support.device import to_device
 from harness.support.text import did_you_mean
 
@@ -295,7 +295,7 @@ class WeightedComponents(ComponentMapping, nn.Module):
         Raises:
             ValueError: no epoch, or no learning rate for a schedule that follows it.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, Real) or not 0 <= float(epoch) < math.inf:
+        if not is_number(epoch) or not 0 <= epoch < math.inf:
             raise ValueError(f"An epoch is a number of at least 0, found {epoch!r}.")
         if self._schedule is not None and self._schedule.needs_learning_rate and learning_rate is None:
             if epoch > 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from torchmetrics import Metric
 from harness.fields import FieldModifier, as_modifier
 from harness.metrics.errors import ErrorMetric, MeanSquaredError
 from harness.metrics.torchmetrics_private import default_states, is_composition
+from harness.support.checks import is_number
 from harness.support.text import did_you_mean
 
 __all__ = [
@@ -278,7 +278,7 @@ def check_coeff(coeff: object, name: str) -> float | None:
     """Coefficient of the component ``name`` as a float, or None; an error if it is negative or not finite."""
     if coeff is None:
         return None
-    if isinstance(coeff, bool) or not isinstance(coeff, Real):
+    if not is_number(coeff):
         raise TypeError(f"The coefficient of {name!r} is a number or null, found {coeff!r} ({type(coeff).__name__}).")
     if not 0 <= float(coeff) < math.inf:
         raise ValueError(f"The coefficient of {name!r} must be finite and not negative, found {coeff}.")
@@ -307,7 +307,7 @@ def _check_type_coeffs(
     weights = []
     for key in type_names:
         weight = coeffs[key]
-        if isinstance(weight, bool) or not isinstance(weight, Real):
+        if not is_number(weight):
             raise TypeError(f"Component {name!r}: the weight of type {key} is a number, found {weight!r}.")
         if not 0 < float(weight) < math.inf:
             raise ValueError(

@@ -12,7 +12,6 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from harness.metrics.row import Elements
+from harness.support.checks import is_number
 
 __all__ = [
     "ErrorMetric",
@@ -338,7 +338,7 @@ def _check_reduction(reduction: str) -> str:
 
 
 def _check_positive(number: float, what: str) -> float:
-    if isinstance(number, bool) or not isinstance(number, Real):
+    if not is_number(number):
         raise TypeError(f"{what} is a number, found {number!r} of type {type(number).__name__}.")
     if not float(number) > 0:
         raise ValueError(f"{what} must be positive, found {number}.")
@@ -350,7 +350,7 @@ def _check_strata(delta_dict: Mapping[float, float]) -> tuple[tuple[float, float
         raise TypeError(f"delta_dict maps lower bounds to deltas, found {delta_dict!r} ({type(delta_dict).__name__}).")
     strata: dict[float, float] = {}
     for bound, delta in delta_dict.items():
-        if isinstance(bound, bool) or not isinstance(bound, Real):
+        if not is_number(bound):
             raise TypeError(f"delta_dict's lower bounds are numbers, found {bound!r} ({type(bound).__name__}).")
         if not 0 <= float(bound) < math.inf:
             raise ValueError(f"delta_dict's lower bounds are finite and not negative, found {bound}.")

@@ -31,6 +31,7 @@ from harness.metrics import Values
 from harness.module.lightning import ForceFieldModule
 from harness.module.step import Step, is_nth_step
 from harness.strategies import splits_parameters
+from harness.support.checks import whole_number
 
 __all__ = ["GradientMeter", "Gradients", "chosen_parameters", "compare", "local_gradients"]
 
@@ -95,8 +96,7 @@ class GradientMeter:
     """
 
     def __init__(self, every_n_steps: int, parameters: Sequence[str] | None = None) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps is a whole number, at least 1, found {every_n_steps!r}.")
+        whole_number("every_n_steps", every_n_steps)
         names = None if parameters is None else parameters
         if isinstance(names, str) or not (names is None or all(isinstance(name, str) for name in names)):
             raise TypeError(f"`parameters` is a list of prefixes of names such as [readout], found {parameters!r}.")

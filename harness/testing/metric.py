@@ -25,6 +25,7 @@ from torchmetrics import Metric
 
 from harness.fields import ATOM_TYPES, Batch, field_spec, get_field
 from harness.metrics import ErrorMetric, MetricsManager, merge_accumulated
+from harness.support.checks import is_whole_number
 from harness.testing.ranks import RankFailedError, spawn
 
 __all__ = ["MetricCheckError", "Oracle", "check_metric"]
@@ -140,7 +141,7 @@ def check_metric(
         raise ValueError(
             f"per_type needs a field with one row for each atom (level node); {field!r} is a {level} field."
         )
-    wrong = [number for number in ranks if isinstance(number, bool) or not isinstance(number, int) or number < 1]
+    wrong = [number for number in ranks if not is_whole_number(number) or number < 1]
     if wrong:
         raise ValueError(f"`ranks` are numbers of ranks from 1 on, found {wrong[0]!r}.")
     case = _Case(
