@@ -25,7 +25,6 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
-from harness.callbacks import NonFiniteError
 from harness.config.command_line import ConfigError, run_with_hydra
 from harness.config.explain import BAD_INPUT, HINT, message
 from harness.config.resolvers import now
@@ -41,8 +40,8 @@ from harness.distributed import (
 from harness.job import Job, execute
 from harness.job.consistency import refusal
 from harness.job.failures import reported
+from harness.job.protocols import FinishesRun
 from harness.job.start import start, time_limit
-from harness.loggers import WandbLogger
 from harness.runs import (
     POINT,
     RUN_STAMP,
@@ -216,12 +215,12 @@ def train(config: DictConfig, asked_for: Command) -> Objective:
             reason = "interrupted" if isinstance(error, Interrupted) else error
             print(f"\nstopped: {reason}. The same command with resume=auto goes on.", flush=True)
         raise
-    except NonFiniteError as error:
+    except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        _fail_together(error, job, max(limit, START_LIMIT))
-    except BAD_INPUT as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if getattr(error, "on_all_ranks", False) is True:  # such as a loss that is not finite
+            _fail_together(error, job, max(limit, START_LIMIT))
+        if not isinstance(error, BAD_INPUT):
             raise
         if launched_rank() == 0:
             if not is_point:
@@ -230,24 +229,24 @@ def train(config: DictConfig, asked_for: Command) -> Objective:
         raise JobFailed(message(error)) from error
     finally:
         if is_point:  # the next point in this process has a run of its own
-            _finish_wandb(job, exit_code=1 if sys.exc_info()[0] else 0)
+            _finish_loggers(job, exit_code=1 if sys.exc_info()[0] else 0)
     return objective(config, results)
 
 
 def _fail_together(error: Exception, job: Job | None, limit: timedelta) -> NoReturn:
     """Report an error of all ranks once, and exit when all is written: a launcher ends the others with the first."""
     if launched_rank() == 0:
-        _finish_wandb(job, exit_code=1)
+        _finish_loggers(job, exit_code=1)
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
     with suppress(RankAbsentError):
         share("all is written", "", limit)
     raise JobFailed(str(error)) from error
 
 
-def _finish_wandb(job: Job | None, exit_code: int) -> None:
+def _finish_loggers(job: Job | None, exit_code: int) -> None:
     for logger in job.loggers if job else []:
-        if isinstance(logger, WandbLogger):
-            logger.finish(exit_code=exit_code)
+        if isinstance(logger, FinishesRun):
+            logger.finish(exit_code)
 
 
 def _remove_if_empty(output_dir: Path) -> None:

@@ -70,9 +70,9 @@ class NonFiniteGuard(Callback):
     A gradient can be NaN where the loss is finite, as that of the root or norm of a zero. It is not looked at where
     ranks have only parts of it (FSDP, DeepSpeed), nor under ``16-mixed``, whose scaler skips such steps by itself.
     In any case weights that are not finite are never saved: the training ends, and the checkpoints of before stay. Only
-    checkpoints of weights alone (``save_weights_only``) are not looked at, of which Lightning tells no callback.
+    checkpoints of weights alone (``save_weights_only``) are not checked, since Lightning calls no callback for them.
 
-    What is said names the components, the atom types, the ranks and the frames, whether it is labels or predictions,
+    The message names the components, the atom types, the ranks and the frames, whether it is labels or predictions,
     and what helps; it is the message of a :class:`NonFiniteError`, an alert in W&B, and a file. In the folder
     ``nonfinite`` are, for a step s of epoch e as they are logged: ``epoch{e}_step{s}.txt``, that message;
     ``epoch{e}_step{s}_rank{r}.pt`` of each rank at fault, with ``batch`` and ``predictions``; and, with the end of the
@@ -240,7 +240,7 @@ class NonFiniteGuard(Callback):
 
     @property
     def _last_whole(self) -> _Seen | None:
-        """Last complete step; another one may have begun, since a validation can come between micro-batches."""
+        """Last step with all its micro-batches; a validation can come between those of the next one."""
         return next((seen for seen in reversed(self._seen) if seen.values is not None), None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -265,7 +265,7 @@ class NonFiniteGuard(Callback):
         if self.num_skipped == 1:
             message = self._explain(trainer, module, seen, trained=False)
             rank_zero_warn(
-                f"{message}\nThe step is skipped. Later ones are counted as {SKIPPED}, and not told; more than "
+                f"{message}\nThe step is skipped. Later ones are counted as {SKIPPED}, without a message; more than "
                 f"{self.max_skipped} in a row end the training."
             )
             self._publish(trainer, seen, "A step is skipped", message)

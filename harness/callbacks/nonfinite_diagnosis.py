@@ -129,7 +129,7 @@ def find_nonfinite_fields(
         manager: of the components.
         components: their names.
         preds: predictions by field name.
-        batch: labels by field name; the ``frame_index`` of its graphs tells which frames they are.
+        batch: labels by field name; the ``frame_index`` of its graphs names their frames.
         place: where a frame of the training set comes from, by its index; None if that is not known.
     """
     found: dict[tuple[str, str], NonFiniteField] = {}

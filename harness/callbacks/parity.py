@@ -237,7 +237,7 @@ def _joined(
 
 
 def _part(sets: Mapping[int, Mapping[str, _Quantity]], index: int, panel: _Panel, max_points: int) -> Points:
-    """This rank's points for a panel: those of its sample that can be among the ones with the smallest keys."""
+    """Points of this rank's sample whose random keys may be among the smallest of all ranks."""
     quantity = sets.get(index, {}).get(panel.name)
     if quantity is None:
         return np.empty((0, 4))
@@ -249,7 +249,7 @@ def _part(sets: Mapping[int, Mapping[str, _Quantity]], index: int, panel: _Panel
 
 
 def _group(module: LightningModule) -> ProcessGroup | None:
-    """The ranks that share the test set; the others, if a strategy splits the world, have the same frames again."""
+    """Process group of the ranks that share the test set; None for all. Other groups have the same frames again."""
     return getattr(module, "process_group", None)
 
 

@@ -144,7 +144,7 @@ class ResumeCheckpoint(Checkpoint):
             raise Preempted(f"preempted before the test: the training is complete, and saved in {self.last}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after the epoch before, which is complete now; in its own hooks it is not."""
+        """Save the completed epoch at the start of the next: in Lightning's hooks for its end it is not complete."""
         epoch = trainer.current_epoch
         if self._first_batch:  # a start, or a restart between two epochs: there is nothing new to save
             trainer.fit_loop.restarting = False

@@ -35,7 +35,7 @@ class ValidationTable(Callback):
         every_n_epochs: epochs between tables.
         columns: which there are, beside the names of the components: ``value``, ``best`` so far, its ``epoch``,
             ``types`` and ``unit``.
-        max_types: the most atom types that have columns of their own; of more, their number is told.
+        max_types: the most atom types that have columns of their own; of more, only their number is shown.
 
     Raises:
         ValueError: an unknown column, or a number that is none.

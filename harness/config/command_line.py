@@ -53,7 +53,7 @@ def run_with_hydra(job: Callable[[DictConfig], Any]) -> None:
 
 
 class _HeldStderr(io.TextIOBase):
-    """Standard error that holds back what Hydra writes until the job is called.
+    """Buffer for standard error until the job is called, so that one rank reports Hydra's error.
 
     Hydra reports a wrong configuration by itself and exits, on every rank, and argparse does so with wrong options; one
     rank is to report it, with an explanation. Handlers of logging keep the stream, so that it must go on when the job

@@ -102,7 +102,7 @@ class LookAheadLoader:
 
 
 class StatefulLookAheadLoader(LookAheadLoader):
-    """The same of a loader with ``state_dict``; the state is that after the batch handed out last."""
+    """:class:`LookAheadLoader` of a loader with ``state_dict``: saves the state after the last batch handed out."""
 
     def __init__(self, loader: Iterable[Any], accumulate_grad_batches: NumMicroBatches) -> None:
         super().__init__(loader, accumulate_grad_batches)

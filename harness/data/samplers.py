@@ -78,7 +78,7 @@ class GlobalBatchSampler(Sampler[list[int]], ABC):
 
     @property
     def sampler(self) -> GlobalBatchSampler:
-        """This object: Lightning looks for ``set_epoch`` on the sampler of a batch sampler."""
+        """Self, since Lightning calls ``set_epoch`` on ``batch_sampler.sampler``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

@@ -33,16 +33,16 @@ class Job:
 
     config: DictConfig
     console: Console
-    """Silent off rank 0."""
+    """Console that prints on rank 0 only."""
     datamodule: LightningDataModule
-    """Set up."""
+    """Data module, set up."""
     module: ForceFieldModule
     callbacks: list[Callback]
     """As configured; those that have no use, such as a progress bar that is switched off, are not in the trainer."""
     loggers: list[Logger]
     trainer: Trainer
     position: TrainingPosition
-    """In the trainer, too."""
+    """Callback that knows epoch and step; also among ``trainer.callbacks``."""
     device_notes: list[logging.LogRecord]
     """Lines of Lightning about the devices, printed once the job starts."""
     resume_from: str | None = None

@@ -18,6 +18,7 @@ from harness.job.build import Job, build
 from harness.job.preflight import check, check_settings
 from harness.job.protocols import FinishesRun, WritesFiles
 from harness.metrics import MetricsManager
+from harness.module.log_keys import LogKeys, stage_of_set
 from harness.strategies import connect
 
 __all__ = ["execute", "prepare", "train"]
@@ -110,9 +111,9 @@ def _test(job: Job, best: str | None) -> dict[str, float]:
     job.trainer.test(job.module, datamodule=job.datamodule, verbose=False)
     results = _floats(job.trainer.callback_metrics)
     for index, manager in enumerate(job.module.test_metrics):
-        prefix = f"test{index}_epoch/"
-        values = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
         if isinstance(manager, MetricsManager):
+            keys = LogKeys(stage_of_set("test", index))
+            values = {name: results[key] for name in manager.value_names if (key := keys.key(name)) in results}
             job.console.print(values_table(f"test set {index}", manager, values))
     return results
 

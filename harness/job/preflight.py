@@ -25,6 +25,7 @@ from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
+from harness.module.log_keys import LogKeys
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
 
@@ -246,9 +247,8 @@ def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> No
 
 def _check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
     """Refuse to monitor a value that nothing logs, before the first epoch has been trained in vain."""
-    managers = [("train_loss_epoch", module.loss), ("train_metric_epoch", module.train_metrics)]
-    managers += [(f"val{index}_epoch", manager) for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
-    valid = [f"{stage}/{name}" for stage, manager in managers if manager is not None for name in manager.value_names]
+    managers = {LogKeys(stage): each for stage, each in module.managers.items() if not stage.startswith("test")}
+    valid = [keys.key(name) for keys, manager in managers.items() for name in manager.value_names]
     monitors = {"monitor": config.monitor, "lr_scheduler.monitor": (config.lr_scheduler or {}).get("monitor")}
     monitors |= {f"objectives[{number}]": key for number, key in enumerate(config.get("objectives") or [])}
     monitors |= {
@@ -259,5 +259,5 @@ def _check_monitors(config: DictConfig, callbacks: list[Callback], module: Force
             close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
             raise ValueError(
                 f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "
-                f"They begin with {', '.join(dict.fromkeys(name.partition('/')[0] + '/' for name in valid))}."
+                f"They begin with {', '.join(keys.prefix for keys in managers)}."
             )

@@ -53,8 +53,12 @@ class WritesFiles(Protocol):
 class FinishesRun(Protocol):
     """A logger whose run outlasts training and test."""
 
-    def finish(self) -> object:
-        """End the run; called once, when the job has ended and before ``written_files`` is read."""
+    def finish(self, exit_code: int | None = None) -> object:
+        """End the run; called when the job has ended, before ``written_files`` is read.
+
+        Args:
+            exit_code: not 0 for a run that has failed while its process goes on; None to find out by itself.
+        """
 
 
 @runtime_checkable

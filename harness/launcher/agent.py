@@ -90,7 +90,7 @@ def agent_environment(**further: str) -> dict[str, str]:
 
 
 def _run_agent(file: Path, joined: bool = False, **changes: Any) -> int:
-    """Start the ranks of a sweep point on this node, and record why if they fail, or leave that to node 0.
+    """Start this node's ranks of a sweep point; node 0 records a failure in ``run.json``.
 
     Returns:
         An exit code.

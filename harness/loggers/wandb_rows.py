@@ -44,8 +44,8 @@ class EarlierRows:
         """Forget rows from that number on, which the server does not have."""
         self._left = Counter(key for at, key in self._numbered if at < number)
 
-    def take(self, row: Mapping[str, Any], step: int | None) -> bool:
-        """True if the run has this row; each of its rows is taken once."""
+    def use_up(self, row: Mapping[str, Any], step: int | None) -> bool:
+        """Use up one stored copy of the row; False if the run has none."""
         key = _key(_logged_names(row), step)
         if self._left[key] <= 0:
             return False

@@ -191,7 +191,7 @@ class WandbRun:
         row = {key: plain(value) for key, value in row.items()}
         if not is_written:  # there were values on a device, for which the training does not wait
             self._journal.write(row, step)
-        if not self._earlier.take(row, step):
+        if not self._earlier.use_up(row, step):
             self._send(row, step)
 
     def _send(self, row: dict[str, Any], step: int | None) -> None:

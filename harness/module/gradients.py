@@ -21,7 +21,6 @@ from itertools import combinations
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from harness.module.lightning import ForceFieldModule
 from harness.module.step import Step, is_nth_step
 from harness.strategies import splits_parameters
 from harness.support.checks import whole_number
+from harness.support.torch_private import donates_buffers, is_compiled
 
 __all__ = ["GradientMeter", "Gradients", "chosen_parameters", "compare", "local_gradients"]
 
@@ -132,8 +132,8 @@ class GradientMeter:
                 f"strategy=ddp or deepspeed_zero2, or leave out what measures gradients."
             )
         chosen_parameters(pl_module.model, self.prefixes)
-        compiled = [name or "the model" for name, part in pl_module.model.named_modules() if _is_compiled(part)]
-        if compiled and getattr(functorch_config, "donated_buffer", False):
+        compiled = [name or "the model" for name, part in pl_module.model.named_modules() if is_compiled(part)]
+        if compiled and donates_buffers():
             raise ValueError(
                 f"torch.compile lets the backward pass of {compiled[0]} use up its buffers, so that gradients of "
                 f"single components cannot be had before it. Set torch._functorch.config.donated_buffer = False where "
@@ -187,11 +187,6 @@ def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -
             "that trains some."
         )
     return chosen
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """True after ``torch.compile(module)`` or ``module.compile()``."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _is_part(name: str, prefix: str) -> bool:

@@ -96,7 +96,7 @@ def report_entries(config: DictConfig) -> dict[str, Any]:
         where there is no such thing.
     """
     loggers = _select(config, "logger") or {}
-    wandb = [name for name in loggers if str(_select(config, f"logger.{name}._target_")).endswith("WandbLogger")]
+    wandb = [name for name in loggers if _select(config, f"logger.{name}.project")]
     objectives = _select(config, "objectives")
     return {
         "name": point_name(),

@@ -24,7 +24,7 @@ class WholeCheckpoints:
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """True: the optimizer's state comes from the checkpoint that the trainer has read."""
+        """True: Lightning restores the optimizer from the checkpoint that it has read."""
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Warnings: those that only the first of counts, those that are left out, and the rank that gives them."""
+"""Warnings: given once (:class:`OneWarning`), filtered (:func:`quieten`), or of rank 0 (:func:`is_rank_zero`)."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def as_number(value: Any) -> float | None:
     """Value as a float, NaN for JSON's null; None where it is no number."""
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if not is_number(value) and not isinstance(value, str):
         return None
     try:
         return float(value)

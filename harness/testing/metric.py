@@ -100,7 +100,7 @@ def check_metric(
     r"""Take a metric through the laws that a training on any number of ranks relies on.
 
     The metric is tried by itself (pickled and copied, on one batch and several, reset, from its state dict) and as a
-    component of a :class:`~harness.manager.MetricsManager`: rows that merge, random cuts and orders, empty batches,
+    component of a :class:`~harness.metrics.MetricsManager`: rows that merge, random cuts and orders, empty batches,
     missing labels, values by atom type, a checkpoint in mid-epoch, gradients, and real gloo ranks, of which some have
     no data. Each value must be that of the oracle, and each rank's gradient that of one process on the whole batch.
 
@@ -297,7 +297,7 @@ class _Check:
 
     @contextmanager
     def law(self, law: str) -> Iterator[None]:
-        """Errors of the metric become those of the law; without any, it holds."""
+        """Context of one law: an exception in it is reported as a breach of the law."""
         try:
             yield
         except MetricCheckError:

@@ -1,0 +1,32 @@
+"""Each private name of torch that tells of compiled modules is there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+from torch import nn
+
+from harness.support.torch_private import NAMES, donates_buffers, is_compiled
+
+
+def test_a_compiled_module_is_known_by_either_name() -> None:
+    plain, in_place = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert not is_compiled(plain)
+    in_place.compile()
+    assert is_compiled(in_place)
+    assert in_place._compiled_call_impl is not None  # type: ignore[truthy-function]
+    wrapped = torch.compile(plain)
+    assert hasattr(wrapped, "_orig_mod")
+    assert is_compiled(wrapped)
+
+
+@pytest.mark.parametrize("donates", [False, True])
+def test_the_setting_of_donated_buffers_is_read(donates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hasattr(functorch_config, "donated_buffer")
+    monkeypatch.setattr(functorch_config, "donated_buffer", donates)
+    assert donates_buffers() is donates
+
+
+def test_every_name_is_tested() -> None:
+    assert NAMES == ("_orig_mod", "_compiled_call_impl", "donated_buffer")
