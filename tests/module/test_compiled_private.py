@@ -22,10 +22,10 @@ def test_a_compiled_module_is_known_by_either_name() -> None:
 
 
 @pytest.mark.parametrize("donates", [False, True])
-def test_the_setting_of_donated_buffers_is_read(donates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_of_donated_buffers_is_read(donates: bool) -> None:
     assert hasattr(functorch_config, "donated_buffer")
-    monkeypatch.setattr(functorch_config, "donated_buffer", donates)
-    assert donates_buffers() is donates
+    with functorch_config.patch(donated_buffer=donates):
+        assert donates_buffers() is donates
 
 
 def test_every_name_is_tested() -> None:
