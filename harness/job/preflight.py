@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from harness.distributed import launched_ranks
 from harness.job.build import Job
@@ -42,6 +42,7 @@ def check_settings(config: DictConfig) -> None:
         FileNotFoundError: there is no such checkpoint.
     """
     _check_sections(config)
+    _check_interval(config)
     _check_numbers(config)
     if config.resume not in ("restart", "auto", None):
         raise ValueError(f"resume is restart, auto or null, found {config.resume!r}.")
@@ -111,6 +112,19 @@ def _check_sections(config: DictConfig) -> None:
             raise ValueError(
                 f"{name} is a config with a `_target_`, the name of what is called, found {section!r}. Choose one of "
                 f"the files of its folder in conf/, such as {name.partition('.')[0]}=..., or give it a `_target_`."
+            )
+
+
+def _check_interval(config: DictConfig) -> None:
+    """Refuse an interval that no schedule is followed at: that of ``schedule`` is in its own section."""
+    loss = config.loss if isinstance(config.loss, DictConfig) else {}
+    in_vain = {"schedule_interval": True, "loss.schedule_interval": loss.get("schedule") is None}
+    for key, is_unused in in_vain.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and is_unused:
+            raise ValueError(
+                f"{key}={value} would change nothing: how often a training moves on along `schedule` is "
+                f"schedule.interval={value}."
             )
 
 

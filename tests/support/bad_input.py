@@ -335,6 +335,12 @@ CASES: dict[str, Case] = {
     "negative learning rate": case("optimizer.lr=-1", words=["optimizer", "Adam", "-1"]),
     "unknown option of the optimizer": case("+optimizer.momentum=0.9", words=["optimizer", "Adam", "momentum"]),
     "unknown option of the scheduler": case("+lr_scheduler.scheduler.gamma=1", words=["lr_scheduler", "gamma"]),
+    "interval beside the schedule": case(
+        "+schedule_interval=step", words=["schedule_interval=step", "schedule.interval=step"]
+    ),
+    "interval of a loss without schedule": case(
+        "+loss.schedule_interval=step", words=["loss.schedule_interval=step", "schedule.interval=step"]
+    ),
     "epochs of text": case("max_epochs=many", words=["max_epochs", "'many'", "whole number"]),
     "no epochs": case("max_epochs=0", words=["max_epochs", "0", "at least 1"]),
     "seed of text": case("seed=one", words=["seed", "'one'", "whole number"]),
