@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MACE_VENV := .venv-mace
 RANKS ?= 2
 WORKERS ?= 2
+MACE_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
+  tests/jobs/test_other_models_jobs.py
 STRICT := fields.py schedules.py distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install hooks train test test-slow test-all lint lint-code lint-format lint-shell lint-docker types imports \
+.PHONY: help install hooks train test test-slow test-mace test-all lint lint-code lint-format lint-shell lint-docker types imports \
   docs benchmark dist release ci lock clean
 
 help:  ## this list
@@ -35,7 +38,16 @@ test: install  ## the test suite but for what is marked slow
 test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
 	$(BIN)/python -m pytest -m slow
 
-test-all: test test-slow  ## every test
+test-mace: $(MACE_VENV)/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
+	$(MACE_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MACE_TESTS)
+
+$(MACE_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(MACE_VENV)/bin/python || $(PYTHON) -m venv $(MACE_VENV)
+	$(MACE_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(MACE_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[mace,test-tools]'
+	touch $@
+
+test-all: test test-slow test-mace  ## every test
 
 lint: install  ## ruff, shellcheck, hadolint
 	@$(MAKE) --no-print-directory lint-code lint-format lint-shell lint-docker
@@ -83,4 +95,4 @@ lock:  ## exact versions of what is in the image, into constraints-image.txt
 	mv build/lock.txt constraints-image.txt
 
 clean:  ## remove what make has made, but not outputs/
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(MACE_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

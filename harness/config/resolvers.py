@@ -41,6 +41,8 @@ def register_resolvers() -> None:
     cached: dict[str, Callable[..., Any]] = {
         "harness.run_stamp": lambda: os.environ.get(RUN_STAMP) or now(),
         "harness.part": _part,
+        # of a model's weights, for a precision of the trainer
+        "harness.weights_dtype": lambda precision: "float64" if str(precision) in ("64", "64-true") else "float32",
         # online only with a key; otherwise a run is kept on disk for `wandb sync`
         "harness.wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
     }

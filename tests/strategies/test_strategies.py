@@ -87,8 +87,10 @@ def deviation(expected: Seen, found: Seen) -> tuple[float, float]:
     )
 
 
-def same_training(expected: Seen, ranks: list[Seen], values: float = VALUES, parameters: float = PARAMETERS) -> None:
-    assert max(float(value.abs().max()) for value in expected["moved"].values()) > 1e-2
+def same_training(
+    expected: Seen, ranks: list[Seen], values: float = VALUES, parameters: float = PARAMETERS, moved: float = 1e-2
+) -> None:
+    assert max(float(value.abs().max()) for value in expected["moved"].values()) > moved
     for found in ranks:
         of_values, of_parameters = deviation(expected, found)
         assert of_values < values

@@ -3,8 +3,9 @@
     python tests/support/strategy_ranks.py frames.xyz folder strategy,optimizer[,precision[,option ...]] ...
 
 Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
-default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``,
-of two micro-batches a step.
+default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``, of two micro-batches a step;
+``model=...``, of another package; ``ema``, of the weights; ``eval=...``, frames of all ranks together in an
+evaluation step.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.cpu_deepspeed import CpuZero
+from support.other_models import build
 from torch.distributed.tensor import DTensor
 
 import harness
@@ -71,21 +73,25 @@ def run(
         split={"val": 3, "test": 3},
         cutoff=4.0,
         batch_size=5,
+        eval_batch_size=int(options["eval"]) if "eval" in options else None,
         seed=1,
         type_names=["Cu", "Pd", "Ag", "Au"],
         dtype=dtype,
     )
     data.setup()
-    model = schnet_force_field(
-        data.statistics,
-        cutoff=4.0,
-        hidden_channels=8,
-        num_filters=8,
-        num_interactions=1,
-        num_gaussians=8,
-        seed=3,
-        trainable_scales=True,
-    )
+    if "model" in options:
+        model = build(options["model"], data.statistics, dtype)
+    else:
+        model = schnet_force_field(
+            data.statistics,
+            cutoff=4.0,
+            hidden_channels=8,
+            num_filters=8,
+            num_interactions=1,
+            num_gaussians=8,
+            seed=3,
+            trainable_scales=True,
+        )
     by_type = [{"name": "by_type", "field": "forces", "metric": harness.RootMeanSquaredError(), "per_type": True}]
     module = ForceFieldModule(
         model.double() if dtype == "float64" else model,
@@ -121,7 +127,12 @@ def run(
         max_epochs=2,
         log_every_n_steps=1,
         logger=False,
-        callbacks=[saved, record, parity.ParityPlot(folder)],
+        callbacks=[
+            saved,
+            record,
+            parity.ParityPlot(folder),
+            *([EMAWeightAveraging(decay=0.9, use_buffers=False)] if "ema" in options else []),
+        ],
         use_distributed_sampler=False,
         inference_mode=False,
         num_sanity_val_steps=0,

@@ -1,0 +1,183 @@
+"""MACE: atomic energies of a ``ScaleShiftMACE`` of mace-torch, with forces and stresses derived as for every model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from ase.data import atomic_numbers
+from torch import Tensor, nn
+
+from harness.fields import Batch
+from harness.models.force_field import ForceField
+from harness.models.geometry import edge_vectors
+from harness.models.packages import missing_package
+from harness.models.references import connected_zero
+from harness.models.scale_shift import ScaleShift, TypeStatistics, resolve_scales, resolve_shifts
+from harness.support.guest import guest
+
+__all__ = ["MACEEnergy", "mace_force_field"]
+
+
+class MACEEnergy(nn.Module):
+    r"""Interaction energy of each atom in eV by MACE, float64 ``[num_atoms, 1]``.
+
+    Calls ``ScaleShiftMACE`` with the vectors of the batch's edges, which are taken in the dtype of the positions and
+    rounded to that of the weights once. MACE's own references are zero: those of the training are added outside, in
+    float64. A batch without atoms gives no energies, which still depend on every parameter.
+
+    Args:
+        mace: a ``mace.modules.ScaleShiftMACE`` whose atomic energies are zero.
+        elements: position of each atom type among the model's ``atomic_numbers``, which MACE wants in order.
+
+    Reference:
+        I. Batatia et al., "MACE: Higher order equivariant message passing neural networks for fast and accurate force
+        fields", NeurIPS 2022.
+    """
+
+    elements: Tensor
+
+    def __init__(self, mace: nn.Module, elements: Sequence[int]) -> None:
+        super().__init__()
+        self.mace = mace
+        self.register_buffer("elements", torch.tensor(list(elements), dtype=torch.int64))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Energies of the atoms; differentiable in ``pos`` and ``cell``."""
+        weight = next(self.mace.parameters())
+        vectors = edge_vectors(batch).to(weight.dtype)
+        types = self.elements.index_select(0, batch["atom_types"])
+        num_atoms, num_elements = types.shape[0], self.elements.shape[0]
+        if num_atoms == 0:
+            return torch.zeros(0, 1, dtype=torch.float64, device=weight.device) + connected_zero(self.mace, vectors)
+        counts = batch["num_atoms"]
+        # the vectors travel as shifts between atoms at the origin: nothing is rounded by adding positions to them
+        inputs = {
+            "positions": vectors.new_zeros(num_atoms, 3),
+            "shifts": vectors,
+            "node_attrs": nn.functional.one_hot(types, num_elements).to(weight.dtype),
+            "edge_index": batch["edge_index"],
+            "cell": batch["cell"].to(weight.dtype),
+            "batch": batch["batch"],
+            "ptr": torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+        }
+        outputs = self.mace(inputs, training=self.training, compute_force=False)
+        energies: Tensor = outputs["node_energy"].reshape(-1, 1)
+        return energies
+
+
+def mace_force_field(
+    statistics: TypeStatistics,
+    *,
+    cutoff: float,
+    channels: int = 64,
+    max_L: int = 1,
+    max_ell: int = 3,
+    num_interactions: int = 2,
+    correlation: int = 3,
+    num_bessel: int = 8,
+    num_polynomial_cutoff: int = 5,
+    radial_mlp: Sequence[int] = (64, 64, 64),
+    mlp_irreps: str = "16x0e",
+    gate: str = "silu",
+    interaction_first: str = "RealAgnosticResidualInteractionBlock",
+    interaction: str = "RealAgnosticResidualInteractionBlock",
+    avg_num_neighbors: float | None = None,
+    energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
+    energy_scales: float | str = "force_rms",
+    stress: bool = True,
+    dtype: str = "float32",
+    seed: int | None = None,
+    **options: Any,
+) -> ForceField:
+    """MACE with the references and the scale of its training set, and forces and stresses derived from its energies.
+
+    Args:
+        statistics: ``type_names``, ``energy_shifts``, ``force_rms`` and ``mean_neighbors`` of the training set.
+        cutoff: in Å; that of the neighbour lists.
+        channels: features of an atom and order.
+        max_L: largest order of the messages.
+        max_ell: largest order of the spherical harmonics.
+        num_interactions: number of interaction blocks.
+        correlation: body order of the products, minus 1.
+        num_bessel: radial basis functions.
+        num_polynomial_cutoff: power of the cutoff function.
+        radial_mlp: widths of the radial network.
+        mlp_irreps: hidden irreps of the last readout.
+        gate: its nonlinearity, one of ``mace.modules.gate_dict``.
+        interaction_first: class of the first interaction, one of ``mace.modules.interaction_classes``.
+        interaction: class of the others.
+        avg_num_neighbors: by which sums over neighbours are divided; that of the training set if None.
+        energy_shifts: see :func:`~harness.models.scale_shift.resolve_shifts`.
+        energy_scales: a number of eV, or ``force_rms``: MACE has one scale for all types.
+        stress: predict stresses.
+        dtype: of the weights, ``float32`` or ``float64``; a model is built in it, not converted.
+        seed: of the initial weights, which then neither depend on the global random state nor change it; None draws
+            them from it.
+        options: further arguments of ``ScaleShiftMACE``, such as ``pair_repulsion``, ``distance_transform``,
+            ``cueq_config`` or ``oeq_config``.
+
+    Raises:
+        ModuleNotFoundError: mace-torch is not installed.
+        ValueError: a name or a type that MACE does not know.
+    """
+    if isinstance(energy_scales, Mapping):
+        raise ValueError("MACE has one energy scale for all types: give energy_scales a number of eV, or force_rms.")
+    numbers = [_atomic_number(name) for name in statistics.type_names]
+    ordered = sorted(numbers)
+    scale = resolve_scales(energy_scales, statistics)[0]
+    shifts = resolve_shifts(energy_shifts, statistics)
+    neighbors = avg_num_neighbors if avg_num_neighbors is not None else statistics.mean_neighbors  # type: ignore[attr-defined]
+    own_seed = seed if seed is not None else int(torch.randint(2**31, ()).item())
+    with guest(_dtype(dtype)):
+        try:
+            import mace.modules as modules  # before e3nn, whose import needs what this one sets
+            from e3nn import o3
+        except ModuleNotFoundError as error:
+            raise missing_package(error, "MACE", "mace") from error
+        import numpy as np
+
+        torch.manual_seed(own_seed)
+        model = modules.ScaleShiftMACE(
+            r_max=float(cutoff),
+            num_bessel=num_bessel,
+            num_polynomial_cutoff=num_polynomial_cutoff,
+            max_ell=max_ell,
+            interaction_cls=_named(modules.interaction_classes, interaction, "interaction"),
+            interaction_cls_first=_named(modules.interaction_classes, interaction_first, "interaction_first"),
+            num_interactions=num_interactions,
+            num_elements=len(ordered),
+            hidden_irreps=o3.Irreps([(channels, (order, (-1) ** order)) for order in range(max_L + 1)]),
+            MLP_irreps=o3.Irreps(mlp_irreps),
+            atomic_energies=np.zeros(len(ordered)),
+            avg_num_neighbors=float(neighbors),
+            atomic_numbers=ordered,
+            correlation=correlation,
+            gate=_named(modules.gate_dict, gate, "gate"),
+            radial_MLP=list(radial_mlp),
+            atomic_inter_scale=scale,
+            atomic_inter_shift=0.0,
+            **options,
+        )
+    energy = MACEEnergy(model, [ordered.index(number) for number in numbers])
+    return ForceField(ScaleShift(energy, [1.0] * len(numbers), shifts), derive_stress=stress)
+
+
+def _atomic_number(name: str) -> int:
+    if name not in atomic_numbers or atomic_numbers[name] < 1:
+        raise ValueError(f"MACE knows atom types by their elements; {name!r} is no chemical symbol.")
+    return atomic_numbers[name]
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "float64"):
+        raise ValueError(f"model.dtype is float32 or float64, found {name!r}.")
+    return torch.float32 if name == "float32" else torch.float64
+
+
+def _named(valid: Mapping[str, Any], name: str, argument: str) -> Any:
+    if name not in valid:
+        raise ValueError(f"model.{argument}={name} is unknown to MACE; it has {', '.join(valid)}.")
+    return valid[name]

@@ -1,0 +1,160 @@
+"""SevenNet: atomic energies of the layers of ``sevenn``, with forces and stresses derived as for every model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from ase.data import atomic_numbers
+from torch import Tensor, nn
+
+from harness.fields import Batch
+from harness.models.force_field import ForceField
+from harness.models.geometry import edge_vectors
+from harness.models.packages import missing_package
+from harness.models.references import connected_zero
+from harness.models.scale_shift import ScaleShift, TypeStatistics, resolve_scales, resolve_shifts
+from harness.support.guest import guest
+
+__all__ = ["SevenNetEnergy", "sevennet_force_field"]
+
+_NOT_OF_ATOMS = ("reduce_total_enegy", "force_output")  # spelt so in sevenn
+
+
+class SevenNetEnergy(nn.Module):
+    r"""Interaction energy of each atom in eV by SevenNet, ``[num_atoms, 1]``.
+
+    Runs the layers of sevenn's ``AtomGraphSequential`` up to the atomic energies. Its own forces and stress are left
+    out: they wait for the device, and are those of :class:`~harness.models.force_field.ForceField`. The vectors of the
+    edges are taken in the dtype of the positions and rounded to that of the weights once.
+
+    Args:
+        layers: an ``AtomGraphSequential`` of ``build_E3_equivariant_model``, whose index of an element is that of the
+            atom type, and whose shifts are zero.
+
+    Reference:
+        Y. Park et al., "Scalable parallel algorithm for graph neural network interatomic potentials in molecular
+        dynamics simulations", J. Chem. Theory Comput. 20, 4857 (2024).
+    """
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {name: layer for name, layer in layers.named_children() if name not in _NOT_OF_ATOMS}
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Energies of the atoms; differentiable in ``pos`` and ``cell``."""
+        weight = next(self.layers.parameters())
+        vectors = edge_vectors(batch).to(weight.dtype)
+        if batch["pos"].shape[0] == 0:
+            return vectors.new_zeros(0, 1) + connected_zero(self.layers, vectors)
+        data: dict[str, Any] = {
+            "x": batch["atom_types"],
+            "edge_index": batch["edge_index"],
+            "edge_vec": vectors,
+            "batch": batch["batch"],
+            "num_atoms": batch["num_atoms"],
+            "atomic_numbers": batch["atomic_numbers"],
+        }
+        for name, layer in self.layers.items():
+            data = layer(data)
+            if name == "onehot_idx_to_onehot":  # sevenn makes them float32 whatever the weights are
+                data["x"], data["node_attr"] = data["x"].to(weight.dtype), data["node_attr"].to(weight.dtype)
+        energies: Tensor = data["atomic_energy"].reshape(-1, 1)
+        return energies
+
+
+def sevennet_force_field(
+    statistics: TypeStatistics,
+    *,
+    cutoff: float,
+    channels: int = 32,
+    lmax: int = 1,
+    num_convolution_layer: int = 3,
+    is_parity: bool = True,
+    weight_nn_hidden_neurons: Sequence[int] = (64, 64),
+    num_bessel: int = 8,
+    cutoff_p: int = 6,
+    self_connection_type: str = "nequip",
+    conv_denominator: float | None = None,
+    energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
+    energy_scales: Mapping[str, float] | str | float = "force_rms",
+    stress: bool = True,
+    dtype: str = "float32",
+    seed: int | None = None,
+    **options: Any,
+) -> ForceField:
+    """SevenNet with the references and scales of its training set, and forces and stresses derived from its energies.
+
+    Args:
+        statistics: ``type_names``, ``energy_shifts``, ``force_rms`` and ``mean_neighbors`` of the training set.
+        cutoff: in Å; that of the neighbour lists.
+        channels: features of an atom and order.
+        lmax: largest order of features and spherical harmonics.
+        num_convolution_layer: interaction blocks.
+        is_parity: include features of odd mirror parity.
+        weight_nn_hidden_neurons: widths of the radial network.
+        num_bessel: radial basis functions.
+        cutoff_p: power of the cutoff function.
+        self_connection_type: ``nequip``, ``linear`` or ``none``.
+        conv_denominator: by which sums over neighbours are divided; the mean number of neighbours of the training set
+            if None.
+        energy_shifts: see :func:`~harness.models.scale_shift.resolve_shifts`.
+        energy_scales: see :func:`~harness.models.scale_shift.resolve_scales`.
+        stress: predict stresses.
+        dtype: of the weights, ``float32`` or ``float64``.
+        seed: of the initial weights, which then neither depend on the global random state nor change it; None draws
+            them from it.
+        options: further entries of sevenn's model config, such as ``cuequivariance_config``.
+
+    Raises:
+        ModuleNotFoundError: sevenn is not installed.
+        ValueError: a type that is no chemical symbol, or an argument that sevenn does not know.
+    """
+    unknown = [name for name in statistics.type_names if name not in atomic_numbers]
+    if unknown:
+        raise ValueError(f"SevenNet knows atom types by their elements; no chemical symbol is {unknown}.")
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"model.dtype is float32 or float64, found {dtype!r}.")
+    numbers = [atomic_numbers[name] for name in statistics.type_names]
+    scales, shifts = resolve_scales(energy_scales, statistics), resolve_shifts(energy_shifts, statistics)
+    neighbors = conv_denominator if conv_denominator is not None else statistics.mean_neighbors  # type: ignore[attr-defined]
+    own_seed = seed if seed is not None else int(torch.randint(2**31, ()).item())
+    with guest(torch.float32 if dtype == "float32" else torch.float64):
+        try:
+            from sevenn._const import DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG
+            from sevenn.model_build import build_E3_equivariant_model
+        except ModuleNotFoundError as error:
+            raise missing_package(error, "SevenNet", "sevennet") from error
+        strange = sorted(set(options) - set(DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG))
+        if strange:
+            raise ValueError(
+                f"SevenNet's model config has no {', '.join(strange)}; it has "
+                f"{', '.join(sorted(DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG))}."
+            )
+        torch.manual_seed(own_seed)
+        layers = build_E3_equivariant_model(
+            {
+                **DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG,
+                "cutoff": float(cutoff),
+                "channel": channels,
+                "lmax": lmax,
+                "is_parity": is_parity,
+                "num_convolution_layer": num_convolution_layer,
+                "radial_basis": {"radial_basis_name": "bessel", "bessel_basis_num": num_bessel},
+                "cutoff_function": {"cutoff_function_name": "poly_cut", "poly_cut_p_value": cutoff_p},
+                "weight_nn_hidden_neurons": list(weight_nn_hidden_neurons),
+                "self_connection_type": self_connection_type,
+                "conv_denominator": float(neighbors),
+                "shift": [0.0] * len(numbers),
+                "scale": scales,
+                "_type_map": {number: index for index, number in enumerate(numbers)},
+                "_number_of_species": len(numbers),
+                **options,
+            }
+        )
+    energy = SevenNetEnergy(layers).to(torch.float32 if dtype == "float32" else torch.float64)
+    return ForceField(ScaleShift(energy, [1.0] * len(numbers), shifts), derive_stress=stress)
