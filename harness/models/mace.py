@@ -10,7 +10,6 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor, nn
 
-from harness.fields import Batch
 from harness.models.force_field import ForceField
 from harness.models.geometry import edge_vectors
 from harness.models.packages import missing_package
@@ -44,7 +43,7 @@ class MACEEnergy(nn.Module):
         self.mace = mace
         self.register_buffer("elements", torch.tensor(list(elements), dtype=torch.int64))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Energies of the atoms; differentiable in ``pos`` and ``cell``."""
         weight = next(self.mace.parameters())
         vectors = edge_vectors(batch).to(weight.dtype)

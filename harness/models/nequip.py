@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.fields import Batch
 from harness.models.packages import missing_package
 from harness.models.references import ReferenceEnergies, connected_zero
 from harness.models.scale_shift import TypeStatistics, resolve_scales, resolve_shifts
@@ -44,7 +43,7 @@ class NequIPForceField(nn.Module):
         self.references = ReferenceEnergies(shifts)
         self.derive_stress = bool(stress)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predictions of the batch.
 
         Returns:

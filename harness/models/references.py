@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from harness.fields import Batch
 
 __all__ = ["ReferenceEnergies", "connected_zero"]
 
@@ -35,7 +33,7 @@ class ReferenceEnergies(nn.Module):
             raise ValueError(f"energy shifts must be finite, found {list(shifts)}")
         self.register_buffer("shifts", torch.tensor([float(value) for value in shifts], dtype=torch.float64))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Reference energies ``[num_graphs, 1]``."""
         per_atom = self.shifts.index_select(0, batch["atom_types"])
         sums = per_atom.new_zeros(batch["num_atoms"].shape[0])

@@ -10,7 +10,6 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor, nn
 
-from harness.fields import Batch
 from harness.models.force_field import ForceField
 from harness.models.geometry import edge_vectors
 from harness.models.packages import missing_package
@@ -45,7 +44,7 @@ class SevenNetEnergy(nn.Module):
             {name: layer for name, layer in layers.named_children() if name not in _NOT_OF_ATOMS}
         )
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Energies of the atoms; differentiable in ``pos`` and ``cell``."""
         weight = next(self.layers.parameters())
         vectors = edge_vectors(batch).to(weight.dtype)

@@ -34,8 +34,7 @@ def crystal(seed: int = 0, num_atoms: int = 6) -> Atoms:
     generator = np.random.default_rng(seed)
     cell = [[4.1, 0.2, 0.0], [0.7, 3.9, -0.3], [0.1, 0.9, 4.4]]
     symbols = generator.choice(TYPE_NAMES, size=num_atoms).tolist()
-    atoms = Atoms(symbols, scaled_positions=generator.uniform(-0.3, 1.2, size=(num_atoms, 3)), cell=cell, pbc=True)
-    return atoms
+    return Atoms(symbols, scaled_positions=generator.uniform(-0.3, 1.2, size=(num_atoms, 3)), cell=cell, pbc=True)
 
 
 def water(box: float = 20.0) -> Atoms:
@@ -234,7 +233,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name: str)
 
 @pytest.mark.skipif("nequip" not in INSTALLED, reason="nequip is not installed")
 def test_a_refusal_of_nequip_is_told_with_its_words() -> None:
-    with pytest.raises(ValueError, match="NequIP refuses its arguments.*at least one convnet layer"):
+    with pytest.raises(ValueError, match=r"NequIP refuses its arguments.*at least one convnet layer"):
         build("nequip", statistics(), num_layers=0)
     with pytest.raises(ValueError, match="letters and digits"):
         build("nequip", DataStatistics(("H_1",), torch.zeros(1), 1.0, 12.0, 1, 1))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.other_models import INSTALLED
-
 from strategies.test_strategies import PARAMETERS, VALUES, Seen, launch, same_training, write_frames
+from support.other_models import INSTALLED
 
 MODELS = [name for name in ("mace", "nequip") if name in INSTALLED]
 pytestmark = [
