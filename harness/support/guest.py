@@ -33,7 +33,7 @@ def guest(dtype: torch.dtype | None = None) -> Iterator[None]:
     default_dtype = torch.get_default_dtype()
     matmul_precision = torch.get_float32_matmul_precision()
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    sharing = torch.multiprocessing.get_sharing_strategy()
+    sharing = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
     try:
         with isolate_rng(), warnings.catch_warnings():
             for message in _TALK:
@@ -45,7 +45,7 @@ def guest(dtype: torch.dtype | None = None) -> Iterator[None]:
         torch.set_default_dtype(default_dtype)
         torch.set_float32_matmul_precision(matmul_precision)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-        torch.multiprocessing.set_sharing_strategy(sharing)
+        torch.multiprocessing.set_sharing_strategy(sharing)  # type: ignore[no-untyped-call]
         for name, value in variables.items():
             if value is None:
                 os.environ.pop(name, None)
