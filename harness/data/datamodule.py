@@ -159,6 +159,7 @@ class AtomsDataModule(LightningDataModule):
         self.check_units = check_units
         self._asked_type_names = _checked_type_names(type_names)
         self._is_set_up = False
+        self._fingerprint: dict[str, str] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, split them and take the statistics; the first call does everything, later ones nothing.
@@ -258,6 +259,8 @@ class AtomsDataModule(LightningDataModule):
         The ranks of a job compare them before the first step. Paths of the files are not among them.
         """
         self.setup()
+        if self._fingerprint is not None:
+            return dict(self._fingerprint)
         files = {
             f"{name} file {number}": path
             for name, paths in (("train", self.train_files), ("val", self.val_files), ("test", self.test_files))
@@ -267,7 +270,8 @@ class AtomsDataModule(LightningDataModule):
         for part, indices in self._indices.items():
             digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
             found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
-        return found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
+        self._fingerprint = found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
+        return dict(self._fingerprint)
 
     def describe(self) -> str:
         """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""
