@@ -45,6 +45,9 @@ _CLOSEST_PAIRS = 50
 _FEWEST_PAIRS = 10
 _AGREEMENT = 0.6  # share of the work whose pairs have to give the common factor to a quarter
 _TOLERANCE = math.log(1.15)  # of a factor
+_FEWEST_FRAMES = 6  # of a regression
+_RELATIVE_ERROR = 0.2  # standard error of a slope that is relied upon: five of them from zero
+_CORRELATION = 0.5  # of the two sides of it, at least
 
 
 def check_units(frames: Sequence[Frame]) -> None:
@@ -229,6 +232,54 @@ def check_work(frames: Sequence[Frame]) -> None:
                 f"are {factor:.4g} times the work of the stresses, volume · stress : strain; expected 1. {likely} "
                 f"Convert the file to eV/Å³, positive for tension. {_SWITCH}"
             )
+    slope, error, chosen = stress_slope(pairs)
+    if chosen.any() and error <= _RELATIVE_ERROR * abs(slope):
+        likely = _explained(slope, _stress_factors(pairs, chosen), _COMPRESSION, math.log(2))
+        if likely:
+            raise ValueError(
+                f"{frames[0].origin}: energy differences of {int(chosen.sum())} pairs of frames (such as "
+                f"{pairs.example(chosen)}), less the work of the forces, are {slope:.3g} ± {error:.1g} times the work "
+                f"of the stresses, volume · stress : strain; expected 1. {likely} Convert the file to eV/Å³, positive "
+                f"for tension. {_SWITCH}"
+            )
+
+
+def stress_slope(pairs: _Pairs) -> tuple[float, float, NDArray[np.bool_]]:
+    r"""Slope of energy differences, less the work of the forces, against the work of the stresses; 1 in consistent units.
+
+    Over all pairs of frames with different cells, with the distance :math:`d` between the frames of a pair,
+
+    .. math:: s = \frac{\sum d^{-6} (\Delta E - W_F) W_\sigma}{\sum d^{-6} W_\sigma^2},
+
+    since the error of either work by the trapezoidal rule grows as :math:`d^3`. Pairs share frames and are not
+    independent: the standard error is that of the jackknife over frames.
+
+    Returns:
+        Slope, its standard error, and which pairs were used; none if there are fewer than 10 pairs or 6 frames, or
+        the weighted correlation of the two sides is below 0.5.
+
+    Reference:
+        Jackknife by B. Efron, C. Stein, Ann. Stat. 9, 586 (1981).
+    """
+    chosen = pairs.stress_work != 0
+    frames = np.unique(pairs.indices[chosen])
+    if chosen.sum() < _FEWEST_PAIRS or len(frames) < _FEWEST_FRAMES:
+        return math.nan, math.nan, np.zeros_like(chosen)
+    energy, work = (pairs.energy - pairs.force_work)[chosen], pairs.stress_work[chosen]
+    weights = (pairs.distance[chosen] / pairs.distance[chosen].min()) ** -6
+    sums = np.stack((weights * energy * work, weights * work * work))
+    of_frames = np.zeros((2, len(frames)))
+    for column in pairs.indices[chosen].T:
+        for row, values in zip(of_frames, sums, strict=True):
+            np.add.at(row, np.searchsorted(frames, column), values)
+    total = sums.sum(axis=1)
+    left = total[:, None] - of_frames  # without the pairs of one frame each
+    correlated = abs(total[0]) >= _CORRELATION * math.sqrt(total[1] * float((weights * energy**2).sum()))
+    if not correlated or not (left[1] > 1e-9 * total[1]).all():  # or one frame alone has all of the work
+        return math.nan, math.nan, np.zeros_like(chosen)
+    slopes = left[0] / left[1]
+    error = math.sqrt((len(frames) - 1) * float(np.var(slopes)))
+    return float(total[0] / total[1]), error, chosen
 
 
 _GRADIENTS = "the sign is the opposite one: gradients of the energy in the place of forces"
@@ -367,12 +418,13 @@ def _factor(pairs: _Pairs, chosen: NDArray[np.bool_], work: Array, energy: Array
     return median if agreeing >= _AGREEMENT else None
 
 
-def _explained(factor: float, known: Mapping[str, float], if_opposite: str) -> str:
+def _explained(factor: float, known: Mapping[str, float], if_opposite: str, tolerance: float = _TOLERANCE) -> str:
     """Sentence with the units that explain a factor; empty if it is about 1 or no unit explains it."""
     off = {text: abs(math.log(abs(factor) / expected)) for text, expected in known.items()}
-    likely = sorted((text for text in off if off[text] < _TOLERANCE), key=lambda text: off[text])[:3]
-    reasons = [] if not likely or abs(math.log(abs(factor))) < math.log(1.35) else [" or ".join(likely)]
-    if factor < 0 and (reasons or abs(math.log(-factor)) < math.log(1.35)):
+    likely = sorted((text for text in off if off[text] < tolerance), key=lambda text: off[text])[:3]
+    about_one = abs(math.log(abs(factor))) < max(tolerance, math.log(1.35))
+    reasons = [] if not likely or about_one else [" or ".join(likely)]
+    if factor < 0 and (reasons or about_one):
         reasons.append(if_opposite)
     return f"It seems that {', and '.join(reasons)}." if reasons else ""
 
