@@ -48,6 +48,7 @@ _TOLERANCE = math.log(1.15)  # of a factor
 _FEWEST_FRAMES = 6  # of a regression
 _RELATIVE_ERROR = 0.2  # standard error of a slope that is relied upon: five of them from zero
 _CORRELATION = 0.5  # of the two sides of it, at least
+_FAR_FROM_ONE = 0.1  # slopes that are below this by five standard errors are not 1, whatever they are
 
 
 def check_units(frames: Sequence[Frame]) -> None:
@@ -215,7 +216,7 @@ def check_work(frames: Sequence[Frame]) -> None:
     by_forces = np.abs(pairs.stress_work) <= 0.1 * np.abs(pairs.force_work)
     factor = _factor(pairs, by_forces, pairs.force_work)
     if factor is not None:
-        likely = _explained(factor, {**_force_factors(), **_per_atom(pairs, by_forces)}, _GRADIENTS)
+        likely = _explained(factor, {**_force_factors(_has_bonds(frames[0])), **_per_atom(pairs, by_forces)}, _GRADIENTS)
         if likely:
             raise ValueError(
                 f"{frames[0].origin}: energy differences of neighbouring frames (such as {pairs.example(by_forces)}) "
@@ -232,19 +233,23 @@ def check_work(frames: Sequence[Frame]) -> None:
                 f"are {factor:.4g} times the work of the stresses, volume · stress : strain; expected 1. {likely} "
                 f"Convert the file to eV/Å³, positive for tension. {_SWITCH}"
             )
-    slope, error, chosen = stress_slope(pairs)
-    if chosen.any() and error <= _RELATIVE_ERROR * abs(slope):
+    slope, error, correlation, chosen = stress_slope(pairs)
+    likely = ""
+    if error <= _RELATIVE_ERROR * abs(slope) and correlation >= _CORRELATION:
         likely = _explained(slope, _stress_factors(pairs, chosen), _COMPRESSION, math.log(2))
-        if likely:
-            raise ValueError(
-                f"{frames[0].origin}: energy differences of {int(chosen.sum())} pairs of frames (such as "
-                f"{pairs.example(chosen)}), less the work of the forces, are {slope:.3g} ± {error:.1g} times the work "
-                f"of the stresses, volume · stress : strain; expected 1. {likely} Convert the file to eV/Å³, positive "
-                f"for tension. {_SWITCH}"
-            )
+    elif abs(slope) + 5 * error < _FAR_FROM_ONE:
+        units = [name for name, factor in _stress_factors(pairs, chosen).items() if factor < abs(slope) + 5 * error]
+        likely = f"It seems that {' or '.join(units)}." if units else ""
+    if likely:
+        raise ValueError(
+            f"{frames[0].origin}: energy differences of {int(chosen.sum())} pairs of frames (such as "
+            f"{pairs.example(chosen)}), less the work of the forces, are {slope:.3g} ± {error:.1g} times the work of the "
+            f"stresses, volume · stress : strain; expected 1. {likely} Convert the file to eV/Å³, positive for tension. "
+            f"{_SWITCH}"
+        )
 
 
-def stress_slope(pairs: _Pairs) -> tuple[float, float, NDArray[np.bool_]]:
+def stress_slope(pairs: _Pairs) -> tuple[float, float, float, NDArray[np.bool_]]:
     r"""Slope of energy differences, less the work of the forces, against the work of the stresses; 1 in consistent units.
 
     Over all pairs of frames with different cells, with the distance :math:`d` between the frames of a pair,
@@ -255,8 +260,8 @@ def stress_slope(pairs: _Pairs) -> tuple[float, float, NDArray[np.bool_]]:
     independent: the standard error is that of the jackknife over frames.
 
     Returns:
-        Slope, its standard error, and which pairs were used; none if there are fewer than 10 pairs or 6 frames, or
-        the weighted correlation of the two sides is below 0.5.
+        Slope, its standard error, weighted correlation of the two sides without its sign, and which pairs were used.
+        Numbers are NaN and no pairs are used if there are fewer than 10 of them or 6 frames.
 
     Reference:
         Jackknife by B. Efron, C. Stein, Ann. Stat. 9, 586 (1981).
@@ -264,7 +269,7 @@ def stress_slope(pairs: _Pairs) -> tuple[float, float, NDArray[np.bool_]]:
     chosen = pairs.stress_work != 0
     frames = np.unique(pairs.indices[chosen])
     if chosen.sum() < _FEWEST_PAIRS or len(frames) < _FEWEST_FRAMES:
-        return math.nan, math.nan, np.zeros_like(chosen)
+        return math.nan, math.nan, math.nan, np.zeros_like(chosen)
     energy, work = (pairs.energy - pairs.force_work)[chosen], pairs.stress_work[chosen]
     weights = (pairs.distance[chosen] / pairs.distance[chosen].min()) ** -6
     sums = np.stack((weights * energy * work, weights * work * work))
@@ -274,12 +279,12 @@ def stress_slope(pairs: _Pairs) -> tuple[float, float, NDArray[np.bool_]]:
             np.add.at(row, np.searchsorted(frames, column), values)
     total = sums.sum(axis=1)
     left = total[:, None] - of_frames  # without the pairs of one frame each
-    correlated = abs(total[0]) >= _CORRELATION * math.sqrt(total[1] * float((weights * energy**2).sum()))
-    if not correlated or not (left[1] > 1e-9 * total[1]).all():  # or one frame alone has all of the work
-        return math.nan, math.nan, np.zeros_like(chosen)
+    if not (left[1] > 1e-9 * total[1]).all():  # one frame alone has all of the work
+        return math.nan, math.nan, math.nan, np.zeros_like(chosen)
+    correlation = abs(total[0]) / math.sqrt(total[1] * max(float((weights * energy**2).sum()), 1e-300))
     slopes = left[0] / left[1]
     error = math.sqrt((len(frames) - 1) * float(np.var(slopes)))
-    return float(total[0] / total[1]), error, chosen
+    return float(total[0] / total[1]), error, correlation, chosen
 
 
 _GRADIENTS = "the sign is the opposite one: gradients of the energy in the place of forces"
@@ -429,8 +434,12 @@ def _explained(factor: float, known: Mapping[str, float], if_opposite: str, tole
     return f"It seems that {', and '.join(reasons)}." if reasons else ""
 
 
-def _force_factors() -> dict[str, float]:
-    """Energy difference over work of the forces where one of them is in another unit."""
+def _force_factors(lengths_are_known: bool) -> dict[str, float]:
+    """Energy difference over work of the forces where one of them is in another unit.
+
+    Positions in Bohr would be a factor of 0.53, which anharmonic forces of frames far from each other give as well:
+    they are left to :func:`check_lengths` where it can judge.
+    """
     factors = {f"the energies are in {unit}": per_ev for unit, per_ev in _ENERGIES.items()}
     for unit, per_ev in _ENERGIES.items():
         factors[f"the forces are in {unit}/Å"] = 1 / per_ev
@@ -440,7 +449,8 @@ def _force_factors() -> dict[str, float]:
         factors[f"the forces are per {length} (such as Hartree and Hartree/Bohr for energies and forces)"] = (
             per_angstrom
         )
-        factors[f"the positions are in {length}"] = 1 / per_angstrom
+        if not lengths_are_known or per_angstrom < 1:
+            factors[f"the positions are in {length}"] = 1 / per_angstrom
     return factors
 
 
