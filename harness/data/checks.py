@@ -216,7 +216,9 @@ def check_work(frames: Sequence[Frame]) -> None:
     by_forces = np.abs(pairs.stress_work) <= 0.1 * np.abs(pairs.force_work)
     factor = _factor(pairs, by_forces, pairs.force_work)
     if factor is not None:
-        likely = _explained(factor, {**_force_factors(_has_bonds(frames[0])), **_per_atom(pairs, by_forces)}, _GRADIENTS)
+        likely = _explained(
+            factor, {**_force_factors(_has_bonds(frames[0])), **_per_atom(pairs, by_forces)}, _GRADIENTS
+        )
         if likely:
             raise ValueError(
                 f"{frames[0].origin}: energy differences of neighbouring frames (such as {pairs.example(by_forces)}) "
@@ -243,14 +245,14 @@ def check_work(frames: Sequence[Frame]) -> None:
     if likely:
         raise ValueError(
             f"{frames[0].origin}: energy differences of {int(chosen.sum())} pairs of frames (such as "
-            f"{pairs.example(chosen)}), less the work of the forces, are {slope:.3g} ± {error:.1g} times the work of the "
-            f"stresses, volume · stress : strain; expected 1. {likely} Convert the file to eV/Å³, positive for tension. "
-            f"{_SWITCH}"
+            f"{pairs.example(chosen)}), less the work of the forces, are {slope:.3g} ± {error:.1g} times the work of "
+            f"the stresses, volume · stress : strain; expected 1. {likely} Convert the file to eV/Å³, positive for "
+            f"tension. {_SWITCH}"
         )
 
 
 def stress_slope(pairs: _Pairs) -> tuple[float, float, float, NDArray[np.bool_]]:
-    r"""Slope of energy differences, less the work of the forces, against the work of the stresses; 1 in consistent units.
+    r"""Slope of energy differences, less the work of the forces, against the work of the stresses; 1 in these units.
 
     Over all pairs of frames with different cells, with the distance :math:`d` between the frames of a pair,
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.checkpoints import read
 from harness.job.consistency import data_facts, settings_of, versions
 from harness.loggers.secrets import without_secrets
+from harness.models import reference_energies as energy_shifts
 from harness.runs import command
 
 __all__ = ["MADE_WITH", "NOT_SET", "MadeWith", "differences", "energy_shifts", "made_with", "statistics_of"]
@@ -35,7 +36,16 @@ _OF_A_RUN = (
     "objectives",
     "logger",
 )
-_STATISTICS = ("type_names", "energy_shifts", "force_rms", "mean_neighbors", "num_frames", "num_atoms")
+_STATISTICS = (
+    "type_names",
+    "energy_shifts",
+    "force_rms",
+    "mean_neighbors",
+    "num_frames",
+    "num_atoms",
+    "undetermined",
+    "isolated_atoms",
+)
 
 
 class MadeWith(Callback):
@@ -112,19 +122,6 @@ def statistics_of(statistics: Any) -> dict[str, Any] | None:
     """Statistics of a training set as plain numbers, those of them that there are; None without any."""
     found = {name: getattr(statistics, name) for name in _STATISTICS if hasattr(statistics, name)}
     return {name: _plain(value) for name, value in found.items()} or None
-
-
-def energy_shifts(model: nn.Module, type_names: Sequence[str]) -> dict[str, float] | None:
-    """Reference energies in eV by type name: the tensor ``shifts`` of the first part of a model with one for each type.
-
-    Returns:
-        None for a model that has none, or splits them over the ranks.
-    """
-    for part in model.modules():
-        shifts = getattr(part, "shifts", None)
-        if isinstance(shifts, Tensor) and type(shifts) in (Tensor, nn.Parameter) and shifts.numel() == len(type_names):
-            return dict(zip(type_names, shifts.detach().double().flatten().tolist(), strict=True))
-    return None
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
