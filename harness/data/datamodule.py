@@ -287,7 +287,7 @@ class AtomsDataModule(LightningDataModule):
         }
 
     def missing_hint(self, name: str, field: str) -> str:
-        """Sentences on a field that none of the frames of a set has: what they have in its place.
+        """Sentences on a field that frames of a set lack: what they have in its place, or that it was left out.
 
         Args:
             name: of the set, as in :meth:`missing_labels`.

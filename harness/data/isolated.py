@@ -34,7 +34,8 @@ def without_isolated_atoms(frames: Sequence[Frame]) -> tuple[list[Frame], list[F
         if frame.energy is None:
             raise ValueError(
                 f"{frame.location}: an isolated atom ({frame.atoms.get_chemical_formula()}) without an energy; "
-                f"expected its energy in eV under the key of the other frames (data.keys.energy). Add it, or remove the frame"
+                f"expected its energy in eV under the key of the other frames (data.keys.energy). Add it, or "
+                f"remove the frame"
             )
         isolated.append(frame)
     return structures, isolated

@@ -167,7 +167,7 @@ def read_frames(
 
 
 def label_hint(frames: Sequence[Frame], label: str, keys: LabelKeys) -> str:
-    """Sentences on a label that no frame has: what the frames have instead, and the key to give.
+    """Sentences on a label that frames lack: what they have instead, and the key to give; or that it was left out.
 
     Args:
         frames: of a set.
@@ -181,9 +181,10 @@ def label_hint(frames: Sequence[Frame], label: str, keys: LabelKeys) -> str:
             return (
                 f"{len(left_out)} of {len(frames)} frames have a stress in the file that was left out: it refers to a "
                 f'volume, and {left_out[0].location} is not periodic in all three directions (pbc="{directions}"). '
-                f"Train without the stress, such as loss=energy_force metrics=energy_force, or correct pbc if the "
-                f"frames are periodic."
+                f"Correct pbc if the frames are periodic."
             )
+    if any(getattr(frame, label) is not None for frame in frames):
+        return ""
     frames = frames[:1000]  # a file is like its beginning
     available = sorted(set().union(*(_available(frame.atoms) for frame in frames)))
     sought = {"stress": f"{keys.stress!r} or {keys.virial!r}"}.get(label, repr(getattr(keys, label)))
@@ -220,7 +221,7 @@ def _may_be(value: Any, label: str, num_atoms: int) -> bool:
 
 
 def information(atoms: Atoms, key: str) -> Any:
-    """What a file says of a structure under a name; None if it says nothing."""
+    """Value that a file has for a structure under a name; None without one."""
     return _find(atoms, key)
 
 

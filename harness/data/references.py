@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 _NULL = 1e-12
 """Eigenvalues up to this are zero, of the matrix scaled to a unit diagonal: float64 is exact to 1e-14 for 100 types,
-and one frame of 100 atoms that has one atom exchanged, among 10⁵ others, gives 4e-9."""
+and one frame of 100 atoms that has one atom exchanged, among 10⁵ others, gives 8e-9."""
 _OUTSIDE = 1e-8
 """Part of a composition's length along undetermined directions from which on it is outside of the span."""
 _RELATIVE_TO_ATOMS = 20.0
