@@ -326,7 +326,7 @@ class AtomsDataModule(LightningDataModule):
         """Warn of references that the training energies leave open, if the model has them."""
         shifts, undetermined = self.statistics.energy_shifts, self.statistics.undetermined
         found = reference_energies(pl_module, self.type_names)
-        if undetermined is None or (found is not None and list(found.values()) != shifts.tolist()):
+        if undetermined is None or (found is not None and not np.allclose(list(found.values()), shifts, 1e-6, 1e-9)):
             return
         directions = undetermined.numpy()
         if stage == "fit" and any(frame.energy is not None for frame in self.train_set.frames):

@@ -14,7 +14,7 @@ from support.bad_input import BASE, composed, frames, isolated, relabelled
 
 from harness.data import AtomsDataModule
 from harness.data.references import EnergySums, References, fit_references, neutral_atom_energies, outside_of
-from harness.job import prepare
+from harness.job import execute, prepare
 from harness.models import isolated_atom_energies
 
 CHNO = ["H", "C", "N", "O"]
@@ -209,6 +209,19 @@ def test_a_training_tells_what_its_energies_leave_open(name: str, folder: Path) 
     assert len(found) == len(expected), found
     for text, pattern in zip(found, expected, strict=True):
         assert re.search(pattern, text), text
+
+
+def test_an_evaluation_tells_it_before_its_numbers(folder: Path) -> None:
+    config = composed([*BASE, f"data.train={folder}/fixed.xyz", "callbacks=none"])
+    config.output_dir = str(folder / "run")
+    job = prepare(config)
+    execute(job)
+    job.trainer.save_checkpoint(folder / "made.ckpt")
+    evaluation = ("train=false", f"ckpt_path={folder}/made.ckpt", "data.train=IN/fixed.xyz")
+    found = told(folder, *evaluation, "data.test=IN/other.xyz", "data.val=IN/other.xyz")
+    assert len(found) == 1, found
+    assert re.search(OTHER, found[0])
+    assert told(folder, *evaluation) == []
 
 
 # ---- isolated atoms
