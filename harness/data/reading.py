@@ -187,7 +187,8 @@ def label_hint(frames: Sequence[Frame], label: str, keys: LabelKeys) -> str:
         return ""
     frames = frames[:1000]  # a file is like its beginning
     available = sorted(set().union(*(_available(frame.atoms) for frame in frames)))
-    sought = {"stress": f"{keys.stress!r} or {keys.virial!r}"}.get(label, repr(getattr(keys, label)))
+    places = {name: f"{getattr(keys, name)!r} (data.keys.{name})" for name in ("stress", "virial", label)}
+    sought = f"{places['stress']} and {places['virial']}" if label == "stress" else places[label]
     return f"It is looked for under {sought}; the frames have {available}. {_suggested(frames, keys, label)}".strip()
 
 

@@ -141,12 +141,17 @@ def test_two_names_for_the_stress_of_a_frame_are_refused(tmp_path):
     [
         ("energy", {"free_energy": 1.0}, {}, "Did you mean data.keys.energy=free_energy?"),
         ("energy", {"REF_energy": 1.0, "energy_unit": "eV"}, {}, r"energy=REF_energy\?"),
-        ("energy", {"cut_off": 3.0}, {}, r"under 'energy'; the frames have \['cut_off'.*\]\.$"),
+        ("energy", {"cut_off": 3.0}, {}, r"under 'energy' \(data.keys.energy\); the frames have \['cut_off'.*\]\.$"),
         ("forces", {}, {"force": np.zeros((4, 3))}, "Did you mean data.keys.forces=force?"),
         ("forces", {"forces_unit": "eV/A"}, {"dft_forces": np.zeros((4, 3))}, r"forces=dft_forces\?$"),
         ("forces", {"force_constant": 3.0}, {}, r"\]\.$"),
         ("stress", {"REF_stress": np.eye(3)}, {}, r"stress=REF_stress\?$"),
-        ("stress", {"virials": np.eye(3)}, {}, r"'stress' or 'virial'; .*data.keys.virial=virials\?$"),
+        (
+            "stress",
+            {"virials": np.eye(3)},
+            {},
+            r"'stress' \(data.keys.stress\) and 'virial' \(.*data.keys.virial=virials\?$",
+        ),
     ],
 )
 def test_hints_on_labels_that_no_frame_has(label, info, arrays, words):
