@@ -45,6 +45,10 @@ _CLOSEST_PAIRS = 50
 _FEWEST_PAIRS = 10
 _AGREEMENT = 0.6  # share of the work whose pairs have to give the common factor to a quarter
 _TOLERANCE = math.log(1.15)  # of a factor
+_FEWEST_FRAMES = 6  # of a regression
+_RELATIVE_ERROR = 0.2  # standard error of a slope that is relied upon: five of them from zero
+_CORRELATION = 0.5  # of the two sides of it, at least
+_FAR_FROM_ONE = 0.1  # slopes that are below this by five standard errors are not 1, whatever they are
 
 
 def check_units(frames: Sequence[Frame]) -> None:
@@ -212,7 +216,9 @@ def check_work(frames: Sequence[Frame]) -> None:
     by_forces = np.abs(pairs.stress_work) <= 0.1 * np.abs(pairs.force_work)
     factor = _factor(pairs, by_forces, pairs.force_work)
     if factor is not None:
-        likely = _explained(factor, {**_force_factors(), **_per_atom(pairs, by_forces)}, _GRADIENTS)
+        likely = _explained(
+            factor, {**_force_factors(_has_bonds(frames[0])), **_per_atom(pairs, by_forces)}, _GRADIENTS
+        )
         if likely:
             raise ValueError(
                 f"{frames[0].origin}: energy differences of neighbouring frames (such as {pairs.example(by_forces)}) "
@@ -229,6 +235,58 @@ def check_work(frames: Sequence[Frame]) -> None:
                 f"are {factor:.4g} times the work of the stresses, volume · stress : strain; expected 1. {likely} "
                 f"Convert the file to eV/Å³, positive for tension. {_SWITCH}"
             )
+    slope, error, correlation, chosen = stress_slope(pairs)
+    likely = ""
+    if error <= _RELATIVE_ERROR * abs(slope) and correlation >= _CORRELATION:
+        likely = _explained(slope, _stress_factors(pairs, chosen), _COMPRESSION, math.log(2))
+    elif abs(slope) + 5 * error < _FAR_FROM_ONE:
+        units = [name for name, factor in _stress_factors(pairs, chosen).items() if factor < abs(slope) + 5 * error]
+        likely = f"It seems that {' or '.join(units)}." if units else ""
+    if likely:
+        raise ValueError(
+            f"{frames[0].origin}: energy differences of {int(chosen.sum())} pairs of frames (such as "
+            f"{pairs.example(chosen)}), less the work of the forces, are {slope:.3g} ± {error:.1g} times the work of "
+            f"the stresses, volume · stress : strain; expected 1. {likely} Convert the file to eV/Å³, positive for "
+            f"tension. {_SWITCH}"
+        )
+
+
+def stress_slope(pairs: _Pairs) -> tuple[float, float, float, NDArray[np.bool_]]:
+    r"""Slope of energy differences, less the work of the forces, against the work of the stresses; 1 in these units.
+
+    Over all pairs of frames with different cells, with the distance :math:`d` between the frames of a pair,
+
+    .. math:: s = \frac{\sum d^{-6} (\Delta E - W_F) W_\sigma}{\sum d^{-6} W_\sigma^2},
+
+    since the error of either work by the trapezoidal rule grows as :math:`d^3`. Pairs share frames and are not
+    independent: the standard error is that of the jackknife over frames.
+
+    Returns:
+        Slope, its standard error, weighted correlation of the two sides without its sign, and which pairs were used.
+        Numbers are NaN and no pairs are used if there are fewer than 10 of them or 6 frames.
+
+    Reference:
+        Jackknife by B. Efron, C. Stein, Ann. Stat. 9, 586 (1981).
+    """
+    chosen = pairs.stress_work != 0
+    frames = np.unique(pairs.indices[chosen])
+    if chosen.sum() < _FEWEST_PAIRS or len(frames) < _FEWEST_FRAMES:
+        return math.nan, math.nan, math.nan, np.zeros_like(chosen)
+    energy, work = (pairs.energy - pairs.force_work)[chosen], pairs.stress_work[chosen]
+    weights = (pairs.distance[chosen] / pairs.distance[chosen].min()) ** -6
+    sums = np.stack((weights * energy * work, weights * work * work))
+    of_frames = np.zeros((2, len(frames)))
+    for column in pairs.indices[chosen].T:
+        for row, values in zip(of_frames, sums, strict=True):
+            np.add.at(row, np.searchsorted(frames, column), values)
+    total = sums.sum(axis=1)
+    left = total[:, None] - of_frames  # without the pairs of one frame each
+    if not (left[1] > 1e-9 * total[1]).all():  # one frame alone has all of the work
+        return math.nan, math.nan, math.nan, np.zeros_like(chosen)
+    correlation = abs(total[0]) / math.sqrt(total[1] * max(float((weights * energy**2).sum()), 1e-300))
+    slopes = left[0] / left[1]
+    error = math.sqrt((len(frames) - 1) * float(np.var(slopes)))
+    return float(total[0] / total[1]), error, correlation, chosen
 
 
 _GRADIENTS = "the sign is the opposite one: gradients of the energy in the place of forces"
@@ -367,18 +425,23 @@ def _factor(pairs: _Pairs, chosen: NDArray[np.bool_], work: Array, energy: Array
     return median if agreeing >= _AGREEMENT else None
 
 
-def _explained(factor: float, known: Mapping[str, float], if_opposite: str) -> str:
+def _explained(factor: float, known: Mapping[str, float], if_opposite: str, tolerance: float = _TOLERANCE) -> str:
     """Sentence with the units that explain a factor; empty if it is about 1 or no unit explains it."""
     off = {text: abs(math.log(abs(factor) / expected)) for text, expected in known.items()}
-    likely = sorted((text for text in off if off[text] < _TOLERANCE), key=lambda text: off[text])[:3]
-    reasons = [] if not likely or abs(math.log(abs(factor))) < math.log(1.35) else [" or ".join(likely)]
-    if factor < 0 and (reasons or abs(math.log(-factor)) < math.log(1.35)):
+    likely = sorted((text for text in off if off[text] < tolerance), key=lambda text: off[text])[:3]
+    about_one = abs(math.log(abs(factor))) < max(tolerance, math.log(1.35))
+    reasons = [] if not likely or about_one else [" or ".join(likely)]
+    if factor < 0 and (reasons or about_one):
         reasons.append(if_opposite)
     return f"It seems that {', and '.join(reasons)}." if reasons else ""
 
 
-def _force_factors() -> dict[str, float]:
-    """Energy difference over work of the forces where one of them is in another unit."""
+def _force_factors(lengths_are_known: bool) -> dict[str, float]:
+    """Energy difference over work of the forces where one of them is in another unit.
+
+    Positions in Bohr would be a factor of 0.53, which anharmonic forces of frames far from each other give as well:
+    they are left to :func:`check_lengths` where it can judge.
+    """
     factors = {f"the energies are in {unit}": per_ev for unit, per_ev in _ENERGIES.items()}
     for unit, per_ev in _ENERGIES.items():
         factors[f"the forces are in {unit}/Å"] = 1 / per_ev
@@ -388,7 +451,8 @@ def _force_factors() -> dict[str, float]:
         factors[f"the forces are per {length} (such as Hartree and Hartree/Bohr for energies and forces)"] = (
             per_angstrom
         )
-        factors[f"the positions are in {length}"] = 1 / per_angstrom
+        if not lengths_are_known or per_angstrom < 1:
+            factors[f"the positions are in {length}"] = 1 / per_angstrom
     return factors
 
 

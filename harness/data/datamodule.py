@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -22,11 +23,15 @@ from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
+from harness.data.isolated import isolated_energies, without_isolated_atoms
 from harness.data.loader import ResumableDataLoader
-from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_fingerprint, read_frames
+from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_fingerprint, label_hint, read_frames
+from harness.data.references import outside_text, undetermined_text
+from harness.data.repeats import refuse_repeated_files, repeated_frames_text
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
+from harness.models import reference_energies
 from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
 from harness.support.checks import is_number, whole_number
 
@@ -69,6 +74,9 @@ class AtomsDataModule(LightningDataModule):
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
         min_distance: frames with closer atoms are refused, in Å; None does not look.
         check_units: whether files in other units are refused, where that shows; see :mod:`harness.data.checks`.
+        isolated_atoms: what frames of one atom with ``config_type=IsolatedAtom`` are. ``references``: those of the
+            training files give the energies of their elements in ``statistics.energy_shifts``, and all of them are left
+            out of the sets; ``frames``: frames like any other.
 
     Raises:
         KeyError: if ``keys`` or ``split`` has an unknown name.
@@ -100,6 +108,7 @@ class AtomsDataModule(LightningDataModule):
         cache_neighbors: bool = True,
         min_distance: float | None = 0.1,
         check_units: bool = True,
+        isolated_atoms: str = "references",
     ) -> None:
         super().__init__()
         self.train_files = _paths(train)
@@ -107,6 +116,8 @@ class AtomsDataModule(LightningDataModule):
         self.test_files = _paths(test)
         if not self.train_files:
             raise ValueError("train must name at least one file")
+        for name, paths in (("train", self.train_files), ("val", self.val_files), ("test", self.test_files)):
+            refuse_repeated_files(f"data.{name}", paths)
         if split is not None and not isinstance(split, Mapping):
             raise TypeError(f"split is a mapping such as {{val: 0.1, test: 50}}, found {split!r}")
         self.split = dict(split or {})
@@ -155,10 +166,14 @@ class AtomsDataModule(LightningDataModule):
             raise ValueError(f"min_distance must be a positive number of Å, found {min_distance}; null does not look")
         if not isinstance(check_units, bool):
             raise TypeError(f"check_units is true or false, found {check_units!r}")
+        if isolated_atoms not in ("references", "frames"):
+            raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
+        self.isolated_atoms = isolated_atoms
         self.min_distance = min_distance
         self.check_units = check_units
         self._asked_type_names = _checked_type_names(type_names)
         self._is_set_up = False
+        self._fingerprint: dict[str, str] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, split them and take the statistics; the first call does everything, later ones nothing.
@@ -171,7 +186,9 @@ class AtomsDataModule(LightningDataModule):
         """
         if self._is_set_up:
             return
-        frames = [frame for path in self.train_files for frame in self._read(path)]
+        read = {name: [self._read(path) for path in paths] for name, paths in self._files.items()}
+        read, self._isolated = self._without_isolated_atoms(read)
+        frames = [frame for of_file in read["train"] for frame in of_file]
         parts = {
             name: amount
             for name, amount in self.split.items()
@@ -179,8 +196,8 @@ class AtomsDataModule(LightningDataModule):
         }
         indices = split_indices(len(frames), parts, self.split_seed, self.num_train)
         chosen = {name: [frames[index] for index in of_part] for name, of_part in indices.items()}
-        val = [self._read(path) for path in self.val_files] or [chosen[name] for name in ("val",) if name in chosen]
-        test = [self._read(path) for path in self.test_files] or [chosen[name] for name in ("test",) if name in chosen]
+        val = read["val"] or [chosen[name] for name in ("val",) if name in chosen]
+        test = read["test"] or [chosen[name] for name in ("test",) if name in chosen]
 
         type_names = self._asked_type_names
         if type_names is None:
@@ -191,8 +208,39 @@ class AtomsDataModule(LightningDataModule):
         self.train_set = self._dataset(chosen["train"])
         self.val_sets = [self._dataset(part) for part in val]
         self.test_sets = [self._dataset(part) for part in test]
-        self.statistics: DataStatistics = training_statistics(self.train_set)
+        references = isolated_energies(self._isolated["train"])
+        self.statistics: DataStatistics = training_statistics(self.train_set, references, self.keys)
         self._is_set_up = True
+        for text in repeated_frames_text(self.train_set.frames, self._evaluation_frames()):
+            rank_zero_warn(text)
+
+    def _without_isolated_atoms(
+        self, read: Mapping[str, list[list[Frame]]]
+    ) -> tuple[dict[str, list[list[Frame]]], dict[str, list[Frame]]]:
+        """Frames of each file that are no isolated atoms, and the isolated atoms, by the argument with the files."""
+        isolated: dict[str, list[Frame]] = {name: [] for name in read}
+        if self.isolated_atoms == "frames":
+            return dict(read), isolated
+        structures: dict[str, list[list[Frame]]] = {name: [] for name in read}
+        for name, files in read.items():
+            for frames in files:
+                left, found = without_isolated_atoms(frames)
+                structures[name].append(left)
+                isolated[name] += found
+                if not left and name != "train":
+                    raise ValueError(
+                        f"{frames[0].origin} has isolated atoms alone (config_type=IsolatedAtom), which are references "
+                        f"and no {name} set; expected structures. Leave the file out, add it to data.train, or set "
+                        f"data.isolated_atoms=frames"
+                    )
+        if not any(structures["train"]):
+            raise ValueError(
+                f"{', '.join(map(str, self.train_files))} has isolated atoms alone (config_type=IsolatedAtom), which "
+                f"are references and no structures to train on; expected structures. Add a file to data.train, or set "
+                f"data.isolated_atoms=frames"
+            )
+        isolated_energies([frame for found in isolated.values() for frame in found])  # one energy in all sets
+        return structures, isolated
 
     def train_dataloader(self) -> ResumableDataLoader:
         """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch.
@@ -227,11 +275,7 @@ class AtomsDataModule(LightningDataModule):
         Args:
             name: ``train``, or ``val0``, ``test1`` … for the sets in their order.
         """
-        self.setup()
-        sets = {"train": self.train_set}
-        sets |= {f"val{index}": dataset for index, dataset in enumerate(self.val_sets)}
-        sets |= {f"test{index}": dataset for index, dataset in enumerate(self.test_sets)}
-        frames = sets[name].frames
+        frames = self._frames_of(name)
         labels: dict[str, list[Any]] = {
             "total_energy": [frame.energy for frame in frames],
             "forces": [frame.forces for frame in frames],
@@ -242,15 +286,57 @@ class AtomsDataModule(LightningDataModule):
             for field, values in labels.items()
         }
 
+    def missing_hint(self, name: str, field: str) -> str:
+        """Sentences on a field that frames of a set lack: what they have in its place, or that it was left out.
+
+        Args:
+            name: of the set, as in :meth:`missing_labels`.
+            field: ``total_energy``, ``forces`` or ``stress``.
+        """
+        return label_hint(self._frames_of(name), {"total_energy": "energy"}.get(field, field), self.keys)
+
     def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a training with more ranks than frames in a batch, before a process group is made to find out.
+        """Tell of energies without a reference, and refuse more ranks than frames in a batch.
+
+        If the model has the fitted ``statistics.energy_shifts``, or does not show what it has, one warning says which
+        of them the training energies leave open, and one for each validation and test set how many frames that
+        concerns.
 
         Raises:
             ValueError: with the numbers of frames and ranks.
         """
+        self._tell_of_references(pl_module, stage)
         ranks = launched_data_parallel_ranks(trainer.strategy)
         if stage == "fit" and ranks is not None:
             self.training_sampler(*ranks)
+
+    def _frames_of(self, name: str) -> list[Frame]:
+        self.setup()
+        sets = {"train": self.train_set}
+        sets |= {f"val{index}": dataset for index, dataset in enumerate(self.val_sets)}
+        sets |= {f"test{index}": dataset for index, dataset in enumerate(self.test_sets)}
+        return sets[name].frames
+
+    def _evaluation_frames(self) -> dict[str, list[Frame]]:
+        """Frames of each validation and test set, by its name in messages."""
+        named = {f"validation set {index}": dataset.frames for index, dataset in enumerate(self.val_sets)}
+        return named | {f"test set {index}": dataset.frames for index, dataset in enumerate(self.test_sets)}
+
+    def _tell_of_references(self, pl_module: LightningModule, stage: str) -> None:
+        """Warn of references that the training energies leave open, if the model has them."""
+        shifts, undetermined = self.statistics.energy_shifts, self.statistics.undetermined
+        found = reference_energies(pl_module, self.type_names)
+        if undetermined is None or (found is not None and not np.allclose(list(found.values()), shifts, 1e-6, 1e-9)):
+            return
+        directions = undetermined.numpy()
+        if stage == "fit" and any(frame.energy is not None for frame in self.train_set.frames):
+            text = undetermined_text(directions, shifts.tolist(), self.type_names)
+            if text:
+                rank_zero_warn(text)
+        for name, frames in self._evaluation_frames().items():
+            text = outside_text(name, frames, directions, self.type_names)
+            if text and (stage == "fit" or name.startswith("test")):
+                rank_zero_warn(text)
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide the batches, by name: content of the files, split, types, cutoff.
@@ -258,16 +344,19 @@ class AtomsDataModule(LightningDataModule):
         The ranks of a job compare them before the first step. Paths of the files are not among them.
         """
         self.setup()
+        if self._fingerprint is not None:
+            return dict(self._fingerprint)
         files = {
             f"{name} file {number}": path
-            for name, paths in (("train", self.train_files), ("val", self.val_files), ("test", self.test_files))
+            for name, paths in self._files.items()
             for number, path in enumerate(paths, start=1)
         }
         found = {name: file_fingerprint(path.expanduser()) for name, path in files.items()}
         for part, indices in self._indices.items():
             digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
             found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
-        return found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
+        self._fingerprint = found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
+        return dict(self._fingerprint)
 
     def describe(self) -> str:
         """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""
@@ -283,17 +372,38 @@ class AtomsDataModule(LightningDataModule):
             name: sum(getattr(frame, name) is not None for frame in self.train_set.frames)
             for name in ("energy", "forces", "stress")
         }
+        left_out = sum(frame.stress_left_out for frame in self.train_set.frames)
+        fitted = [name for name in self.type_names if name not in statistics.isolated_atoms]
+        origin = "by least squares" if len(fitted) == len(self.type_names) else "of isolated atoms"
+        if fitted and origin == "of isolated atoms":
+            origin += f", and {', '.join(fitted)} by least squares"
         return "\n".join(
             (
                 f"frames: {len(self.train_set)} train, {_sizes(self.val_sets)} val, {_sizes(self.test_sets)} test",
                 f"training frames: {sizes} atoms, {statistics.num_atoms} in all; labelled with "
-                + ", ".join(f"{name} {count}" for name, count in labels.items()),
+                + ", ".join(f"{name} {count}" for name, count in labels.items())
+                + (f"; stress of {left_out} left out, not periodic in all directions" if left_out else ""),
                 f"types: {', '.join(self.type_names)}",
                 f"neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom",
                 f"RMS of the force components: {statistics.force_rms:.4f} eV/Å",
-                f"energies of the types in eV by least squares (energy_shifts=fit): {shifts}",
+                *self._describe_isolated_atoms(),
+                f"energies of the types in eV {origin} (energy_shifts=fit): {shifts}",
             )
         )
+
+    def _describe_isolated_atoms(self) -> list[str]:
+        numbers = {name: len(frames) for name, frames in self._isolated.items() if frames}
+        if not numbers:
+            return []
+        found = ", ".join(f"{number} {name}" for name, number in numbers.items())
+        return [
+            f"isolated atoms: {found}; left out of the sets, references of the energies are those of train "
+            f"(data.isolated_atoms)"
+        ]
+
+    @property
+    def _files(self) -> dict[str, list[Path]]:
+        return {"train": self.train_files, "val": self.val_files, "test": self.test_files}
 
     def _read(self, path: Path) -> list[Frame]:
         frames = read_frames(path, self.keys)

@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-__all__ = ["Frame", "LabelKeys", "chemical_symbols", "file_fingerprint", "read_frames"]
+__all__ = ["Frame", "LabelKeys", "chemical_symbols", "file_fingerprint", "information", "label_hint", "read_frames"]
 
 # Results and information that are no labels; left out where the keys of a file are listed.
 _NOT_LABELS = frozenset({"numbers", "positions", "key_value_pairs", "data", "unique_id"})
@@ -33,7 +33,8 @@ class LabelKeys:
         energy: total energy in eV.
         forces: forces in eV/Å, ``[num_atoms, 3]``.
         stress: stress in eV/Å³, as ``[3, 3]``, 9 numbers, or 6 in Voigt order xx yy zz yz xz xy; tension is positive.
-        virial: virial in eV in the same forms, read if there is no stress: stress = -virial / volume.
+        virial: virial in eV in the same forms, read if there is no stress: stress = -virial / volume. Where its name is
+            not the default and that of the stress is, it is the virial that was asked for, and it comes first.
     """
 
     energy: str = "energy"
@@ -72,6 +73,11 @@ class LabelKeys:
             if getattr(self, field.name) != field.default
         }
 
+    @property
+    def virial_first(self) -> bool:
+        """True where the virial was named and the stress was not."""
+        return "virial" in self.changed() and "stress" not in self.changed()
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -84,6 +90,7 @@ class Frame:
         stress: symmetric ``[3, 3]`` in eV/Å³, positive for tension.
         origin: the file, or a description.
         index: number of the frame in the file.
+        stress_left_out: True if the file has a stress, which is no label since the frame has no volume.
     """
 
     atoms: Atoms
@@ -92,6 +99,7 @@ class Frame:
     stress: NDArray[np.float64] | None = None
     origin: str = "memory"
     index: int = 0
+    stress_left_out: bool = False
 
     @property
     def location(self) -> str:
@@ -109,9 +117,10 @@ def read_frames(
 ) -> list[Frame]:
     r"""All frames of a file with their labels: extended XYZ, an ASE database, a trajectory, or what else ASE reads.
 
-    A stress label is taken as it is; without one, a virial label :math:`W` gives the stress :math:`-W / V`. The
-    antisymmetric part of either, which no strain can predict, is dropped. NaN energies and stresses count as missing,
-    and so does the stress of a frame that is not periodic in all three directions, which has no volume to refer to.
+    A stress label is taken as it is; without one, a virial label :math:`W` gives the stress :math:`-W / V`; the virial
+    is the first to be looked for where ``keys`` has a name for it and none for the stress. The antisymmetric part of
+    either, which no strain can predict, is dropped. NaN energies and stresses count as missing, and so does the stress
+    of a frame that is not periodic in all three directions, which has no volume to refer to.
 
     Args:
         path: the file.
@@ -122,7 +131,8 @@ def read_frames(
         FileNotFoundError: if there is no such file.
         ValueError: if the file cannot be read or has no frames; if a frame has no atoms, a position or cell vector
             that is not finite, a periodic cell without volume, no label at all, or a label of the wrong shape or with
-            infinite values; or if a virial belongs to a frame without a volume.
+            infinite values; if a virial belongs to a frame without a volume; or if ``keys`` has names for both stress
+            and virial, and a frame has both.
         KeyError: if ``keys`` names a label that no frame has.
     """
     names = LabelKeys.from_mapping(keys)
@@ -151,9 +161,69 @@ def read_frames(
         if require_labels and not frame.is_labelled:
             raise ValueError(
                 f"{frame.location}: no label under the keys {names}; the frame has {sorted(_available(frame.atoms))}. "
-                "Give the keys that the file uses, or remove the frame"
+                f"{_suggested([frame], names)}Give the keys that the file uses, or remove the frame"
             )
     return frames
+
+
+def label_hint(frames: Sequence[Frame], label: str, keys: LabelKeys) -> str:
+    """Sentences on a label that frames lack: what they have instead, and the key to give; or that it was left out.
+
+    Args:
+        frames: of a set.
+        label: ``energy``, ``forces`` or ``stress``.
+        keys: that the frames were read with.
+    """
+    if label == "stress":
+        left_out = [frame for frame in frames if frame.stress_left_out]
+        if left_out:
+            directions = " ".join("FT"[int(periodic)] for periodic in left_out[0].atoms.pbc)
+            return (
+                f"{len(left_out)} of {len(frames)} frames have a stress in the file that was left out: it refers to a "
+                f'volume, and {left_out[0].location} is not periodic in all three directions (pbc="{directions}"). '
+                f"Correct pbc if the frames are periodic."
+            )
+    if any(getattr(frame, label) is not None for frame in frames):
+        return ""
+    frames = frames[:1000]  # a file is like its beginning
+    available = sorted(set().union(*(_available(frame.atoms) for frame in frames)))
+    places = {name: f"{getattr(keys, name)!r} (data.keys.{name})" for name in ("stress", "virial", label)}
+    sought = f"{places['stress']} and {places['virial']}" if label == "stress" else places[label]
+    return f"It is looked for under {sought}; the frames have {available}. {_suggested(frames, keys, label)}".strip()
+
+
+# Parts of names by which a label goes elsewhere; those of arrays are told from those of the whole frame by their shape.
+_NAMES = {"energy": ("energy",), "forces": ("force",), "stress": ("stress",), "virial": ("virial",)}
+
+
+def _suggested(frames: Sequence[Frame], keys: LabelKeys, *labels: str) -> str:
+    """Question whether a key of the frames is that of a label; no text where none looks like it."""
+    wanted = list(labels or ("energy", "forces", "stress"))
+    if "stress" in wanted:
+        wanted.append("virial")
+    found = []
+    for label in wanted:
+        for key in sorted(set().union(*(_available(frame.atoms) for frame in frames))):
+            alike = any(name in key.lower() for name in _NAMES[label]) and key != getattr(keys, label)
+            if alike and any(_may_be(_find(frame.atoms, key), label, len(frame.atoms)) for frame in frames):
+                found.append(f"data.keys.{label}={key}")
+    return f"Did you mean {' or '.join(found)}? " if found else ""
+
+
+def _may_be(value: Any, label: str, num_atoms: int) -> bool:
+    """True for numbers of the shape of a label."""
+    try:
+        shape = np.array(value, dtype=np.float64).shape
+    except (TypeError, ValueError):
+        return False
+    if label == "energy":
+        return shape in ((), (1,))
+    return shape == (num_atoms, 3) if label == "forces" else shape in ((6,), (9,), (3, 3), (1, 9), (1, 3, 3))
+
+
+def information(atoms: Atoms, key: str) -> Any:
+    """Value that a file has for a structure under a name; None without one."""
+    return _find(atoms, key)
 
 
 def _structures(file: Path) -> list[Atoms]:
@@ -212,13 +282,15 @@ def _frame(atoms: Atoms, names: LabelKeys, origin: str, index: int) -> Frame:
         raise ValueError(
             f"{location}: the forces {names.forces!r} must have shape {(len(atoms), 3)}, found {forces.shape}"
         )
+    stress, left_out = _stress(atoms, names, location)
     return Frame(
         atoms=atoms,
         energy=None if energy is None or np.isnan(energy).any() else float(energy.reshape(())),
         forces=None if forces is None or np.isnan(forces).all() else forces,
-        stress=_stress(atoms, names, location),
+        stress=stress,
         origin=origin,
         index=index,
+        stress_left_out=left_out,
     )
 
 
@@ -244,25 +316,34 @@ def _numbers(atoms: Atoms, key: str, label: str, location: str) -> NDArray[np.fl
     return numbers
 
 
-def _stress(atoms: Atoms, names: LabelKeys, location: str) -> NDArray[np.float64] | None:
-    stress = _numbers(atoms, names.stress, "stress", location)
+def _stress(atoms: Atoms, names: LabelKeys, location: str) -> tuple[NDArray[np.float64] | None, bool]:
+    """The stress in eV/Å³ ``[3, 3]``, and whether there is one that was left out for want of a volume."""
+    both_named = {"stress", "virial"} <= set(names.changed())
+    virial = _matrix(atoms, names.virial, "virial", location) if names.virial_first or both_named else None
+    stress = None if names.virial_first and virial is not None else _matrix(atoms, names.stress, "stress", location)
+    if both_named and stress is not None and virial is not None:
+        raise ValueError(
+            f"{location}: both the stress {names.stress!r} and the virial {names.virial!r} are named, and the frame "
+            f"has both; expected one of them to read. Leave out data.keys.stress or data.keys.virial"
+        )
     if stress is not None:
-        matrix = _symmetric_matrix(stress, names.stress, "stress", location)
-        if matrix is not None:
-            return matrix if atoms.pbc.all() else None
-    virial = _numbers(atoms, names.virial, "virial", location)
+        return (stress, False) if atoms.pbc.all() else (None, True)
     if virial is None:
-        return None
-    matrix = _symmetric_matrix(virial, names.virial, "virial", location)
-    if matrix is None:
-        return None
+        virial = _matrix(atoms, names.virial, "virial", location)
+    if virial is None:
+        return None, False
     if not atoms.pbc.all():
         raise ValueError(
             f"{location}: the virial {names.virial!r} needs a volume to become a stress, but the frame is not periodic "
             f"in all three directions (pbc={atoms.pbc.tolist()}); remove the virial or correct pbc"
         )
     volume: float = atoms.get_volume()
-    return -matrix / volume
+    return -virial / volume, False
+
+
+def _matrix(atoms: Atoms, key: str, label: str, location: str) -> NDArray[np.float64] | None:
+    numbers = _numbers(atoms, key, label, location)
+    return None if numbers is None else _symmetric_matrix(numbers, key, label, location)
 
 
 def _symmetric_matrix(numbers: NDArray[np.float64], key: str, label: str, location: str) -> NDArray[np.float64] | None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.data.collate import type_indices
 from harness.data.dataset import AtomsDataset
+from harness.data.reading import LabelKeys, label_hint
+from harness.data.references import EnergySums, compositions, fit_references
 
 __all__ = ["DataStatistics", "training_statistics"]
 
 _NEIGHBOR_FRAMES = 500  # neighbour lists of more frames would not change the mean but delay the start
+_CHUNK = 4096  # frames whose compositions are summed at once
+_DENSE_NUMBERS = 4_000_000  # numbers of atoms of all frames up to which they are kept for the fit: 32 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +26,17 @@ class DataStatistics:
 
     Attributes:
         type_names: chemical symbols in the order of the type indices.
-        energy_shifts: energies per type in eV that fit the total energies best, float64 ``[num_types]``.
+        energy_shifts: energies per type in eV, float64 ``[num_types]``: of isolated atoms where there are some, and
+            those that fit the total energies best; see :func:`~harness.data.references.fit_references`.
         force_rms: root mean square of all labelled force components in eV/Å; NaN without any.
         mean_neighbors: mean number of neighbours of an atom within the cutoff.
         num_frames: number of frames.
         num_atoms: number of atoms of all frames together.
+        undetermined: directions in which the energies leave ``energy_shifts`` open, orthonormal columns
+            ``[num_types, num_undetermined]``; None if that is not known.
+        isolated_atoms: energies in eV by symbol that are among ``energy_shifts``.
+        energy_key: name of the energies in the files.
+        hints: sentences on labels that no frame has, by label: what the frames have in their place.
     """
 
     type_names: tuple[str, ...]
@@ -35,40 +45,63 @@ class DataStatistics:
     mean_neighbors: float
     num_frames: int
     num_atoms: int
+    undetermined: Tensor | None = None
+    isolated_atoms: Mapping[str, float] = field(default_factory=dict)
+    energy_key: str = "energy"
+    hints: Mapping[str, str] = field(default_factory=dict)
 
 
-def training_statistics(dataset: AtomsDataset) -> DataStatistics:
+def training_statistics(
+    dataset: AtomsDataset, isolated_atoms: Mapping[str, float] | None = None, keys: LabelKeys | None = None
+) -> DataStatistics:
     r"""Statistics of ``dataset``; a function of the data alone, hence the same on every rank.
 
     The energy shifts minimise :math:`\sum_g \big(E_g - \sum_t n_{gt}\, \mu_t\big)^2` over the labelled frames, with
-    :math:`n_{gt}` atoms of type :math:`t` in frame :math:`g`; where the compositions leave them undetermined, those of
-    least norm are taken, and zeros without any energy. The mean number of neighbours is taken over up to 500 frames at
-    equal distances.
+    :math:`n_{gt}` atoms of type :math:`t` in frame :math:`g`; where the compositions leave them undetermined, see
+    :func:`~harness.data.references.fit_references`. They are zeros without any energy. Sums over frames are taken as
+    they come, so that no matrix of all compositions is needed; up to 4 million numbers it is kept for its precision.
+    The mean number of neighbours is taken over up to 500 frames at equal distances.
+
+    Args:
+        dataset: training frames.
+        isolated_atoms: energies of isolated atoms in eV by symbol, which are kept as they are.
+        keys: names of the labels in the files, for hints on labels that are missing.
     """
-    num_types = len(dataset.type_names)
-    counts, energies, squares, num_components, num_atoms = [], [], 0.0, 0, 0
-    for frame in dataset.frames:
-        num_atoms += len(frame.atoms)
-        if frame.energy is not None:
-            types = type_indices(frame, dataset.type_names).numpy()
-            counts.append(np.bincount(types, minlength=num_types))
-            energies.append(frame.energy)
+    type_names = tuple(dataset.type_names)
+    frames = dataset.frames
+    squares, num_components = 0.0, 0
+    for frame in frames:
         if frame.forces is not None:
             squares += float(np.nansum(frame.forces**2))
             num_components += int(np.count_nonzero(~np.isnan(frame.forces)))
 
-    shifts = np.zeros(num_types)
-    if energies:
-        shifts = np.linalg.lstsq(np.array(counts, dtype=np.float64), np.array(energies), rcond=None)[0]
+    labelled = [frame for frame in frames if frame.energy is not None]
+    sums, rows = EnergySums.empty(len(type_names)), []
+    keep_rows = len(labelled) * len(type_names) <= _DENSE_NUMBERS
+    for start in range(0, len(labelled), _CHUNK):
+        part = labelled[start : start + _CHUNK]
+        counts, energies = compositions(part, type_names), np.array([frame.energy for frame in part])
+        sums += EnergySums.of(counts, energies)
+        if keep_rows:
+            rows.append((counts, energies))
+    columns = tuple(np.concatenate(column) for column in zip(*rows, strict=True)) if rows else None
+    isolated = {name: energy for name, energy in (isolated_atoms or {}).items() if name in type_names}
+    references = fit_references(sums, type_names, isolated, columns)  # type: ignore[arg-type]
 
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _NEIGHBOR_FRAMES)).round().astype(int))
     samples = [dataset[int(index)] for index in chosen]
     num_edges = sum(sample["edge_index"].shape[1] for sample in samples)
+    missing = [name for name in ("energy", "forces", "stress") if all(getattr(each, name) is None for each in frames)]
+    names = keys or LabelKeys()
     return DataStatistics(
-        type_names=tuple(dataset.type_names),
-        energy_shifts=torch.from_numpy(shifts),
+        type_names=type_names,
+        energy_shifts=torch.from_numpy(references.energies),
         force_rms=float(np.sqrt(squares / num_components)) if num_components else float("nan"),
         mean_neighbors=num_edges / sum(sample["pos"].shape[0] for sample in samples),
         num_frames=len(dataset),
-        num_atoms=num_atoms,
+        num_atoms=sum(len(frame.atoms) for frame in frames),
+        undetermined=torch.from_numpy(references.undetermined),
+        isolated_atoms=isolated,
+        energy_key=names.energy,
+        hints={label: label_hint(frames, label, names) for label in missing},
     )

@@ -18,6 +18,7 @@ from rich.console import Console
 from harness.config.explain import message
 from harness.distributed import launched_rank
 from harness.job.failures import TrainingPosition
+from harness.job.made_with import MadeWith
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -74,7 +75,8 @@ def build(config: DictConfig) -> Job:
     loggers: list[Logger] = [instantiate(section) for section in (config.logger or {}).values() if section]
     position = TrainingPosition()
     with withheld() as device_notes:
-        trainer = make_trainer(config, make_strategy(config), [*callbacks, position], loggers)
+        made_with = MadeWith(config, datamodule)
+        trainer = make_trainer(config, make_strategy(config), [*callbacks, position, made_with], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
 

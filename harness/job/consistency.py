@@ -7,7 +7,7 @@ import hashlib
 import json
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import harness
 from harness.data.reading import file_fingerprint
 from harness.distributed import START_LIMIT, decide, launched_rank, share
 
-__all__ = ["MAY_DIFFER", "Facts", "difference", "facts", "refusal"]
+__all__ = ["MAY_DIFFER", "Facts", "data_facts", "difference", "facts", "refusal", "settings_of", "versions"]
 
 
 def refusal(
@@ -94,21 +94,24 @@ def facts(config: DictConfig, datamodule: LightningDataModule | None) -> Facts:
         config: of this rank.
         datamodule: of this rank, set up; None if it could not be made, which is an error of its own.
     """
-    settings = _settings(config)
-    may_differ = {name for name in settings if _may_differ(name)}
+    settings = settings_of(config)
     described = {
-        "version": _versions(),
-        "setting": {name: value for name, value in settings.items() if name not in may_differ},
+        "version": versions(),
+        "setting": {name: repr(value) for name, value in settings.items() if not _may_differ(name)},
     }
     if datamodule is not None:
-        described["data"] = (
-            dict(datamodule.fingerprint())
-            if hasattr(datamodule, "fingerprint")
-            else {name: settings[name] for name in sorted(may_differ) if name.startswith("data.")}
-        )
+        described["data"] = data_facts(config, datamodule)
         if config.ckpt_path:
             described["data"]["checkpoint"] = file_fingerprint(Path(config.ckpt_path))
     return described
+
+
+def data_facts(config: DictConfig, datamodule: LightningDataModule) -> dict[str, str]:
+    """Facts of the data by name: its ``fingerprint()``, or the paths in the config where it has none."""
+    if hasattr(datamodule, "fingerprint"):
+        return dict(datamodule.fingerprint())
+    settings = settings_of(config)
+    return {name: repr(settings[name]) for name in sorted(settings) if name.startswith("data.") and _may_differ(name)}
 
 
 def difference(first: Mapping[str, Mapping[str, str]], second: Mapping[str, Mapping[str, str]]) -> list[str] | None:
@@ -131,7 +134,8 @@ def _may_differ(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the package and of the libraries that decide what is trained, by name."""
     return {
         "harness": harness.__version__,
         "the sources of harness": _sources(),
@@ -149,15 +153,20 @@ def _sources() -> str:
     return f"sha256 {digest.hexdigest()[:16]}"
 
 
-def _settings(config: DictConfig) -> dict[str, str]:
-    """Every value of the resolved configuration, by its dotted name."""
+def settings_of(config: DictConfig, masked: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Every value of the resolved configuration, by its dotted name; the output directory is ``<output_dir>``.
+
+    Args:
+        config: the whole configuration.
+        masked: makes the nested dictionary of settings another one, such as one without secrets.
+    """
     # values that are made of the output directory may differ as it does
     neutral = OmegaConf.merge(config, {"output_dir": "<output_dir>"})
     try:
-        resolved = OmegaConf.to_container(neutral, resolve=True)
+        resolved: Any = OmegaConf.to_container(neutral, resolve=True)
     except OmegaConfBaseException:  # of a value that no part reads; where one does, it is an error of its own
         resolved = OmegaConf.to_container(neutral)
-    return {name: repr(value) for name, value in _leaves(resolved)}
+    return dict(_leaves(resolved if masked is None else masked(resolved)))
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

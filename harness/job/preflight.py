@@ -221,17 +221,18 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
                 reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
                 if name not in reads or entry.name not in manager.ever_weighted or not missing:
                     continue
+                hint = datamodule.missing_hint(data_set, name) if hasattr(datamodule, "missing_hint") else ""
                 if missing == total:
                     raise ValueError(
                         f"{what}: component {entry.name!r} has a coefficient ({entry.given_coeff}), but none of the "
-                        f"{total} frames of {data_set} has {name}. Are the label keys right (data.keys)? Otherwise set "
-                        f"its coefficient to null, or choose a loss and metrics without it, such as loss=energy_force "
-                        f"metrics=energy_force."
+                        f"{total} frames of {data_set} has {name}. {hint or 'Are the label keys right (data.keys)?'} "
+                        f"Otherwise set its coefficient to null, or choose a loss and metrics without it, such as "
+                        f"loss=energy_force metrics=energy_force."
                     )
                 if not entry.ignore_nan:
                     raise ValueError(
                         f"{what}: {missing} of the {total} frames of {data_set} have no {name}, which component "
-                        f"{entry.name!r} would turn into NaN. Leave them out with "
+                        f"{entry.name!r} would turn into NaN. {hint + ' ' if hint else ''}Leave them out with "
                         f"{'loss' if what == 'loss' else 'metrics'}.ignore_nan.{name}=true."
                     )
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from harness.support.checks import is_number
 
-__all__ = ["ScaleShift", "TypeStatistics", "isolated_atom_energies", "resolve_scales", "resolve_shifts"]
+__all__ = [
+    "ScaleShift",
+    "TypeStatistics",
+    "isolated_atom_energies",
+    "reference_energies",
+    "resolve_scales",
+    "resolve_shifts",
+]
 
 
 class TypeStatistics(Protocol):
@@ -91,8 +98,25 @@ class ScaleShift(nn.Module):
         return self
 
 
-def isolated_atom_energies(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Energies in eV by chemical symbol from a file of isolated atoms: frames of one atom with an ``energy`` label.
+def reference_energies(model: nn.Module, type_names: Sequence[str]) -> dict[str, float] | None:
+    """Reference energies in eV by type name: the tensor ``shifts`` of the first part of a model with one for each type.
+
+    Returns:
+        None for a model that has none, or splits them over the ranks.
+    """
+    for part in model.modules():
+        shifts = getattr(part, "shifts", None)
+        if isinstance(shifts, Tensor) and type(shifts) in (Tensor, nn.Parameter) and shifts.numel() == len(type_names):
+            return dict(zip(type_names, shifts.detach().double().flatten().tolist(), strict=True))
+    return None
+
+
+def isolated_atom_energies(path: str | os.PathLike[str], energy_key: str = "energy") -> dict[str, float]:
+    """Energies in eV by chemical symbol from a file of isolated atoms: frames of one atom with an energy.
+
+    Args:
+        path: of the file.
+        energy_key: name of the energy in the file, as in ``data.keys.energy``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -105,12 +129,18 @@ def isolated_atom_energies(path: str | os.PathLike[str]) -> dict[str, float]:
     for index, atoms in enumerate(ase.io.read(file, index=":")):
         if len(atoms) != 1:
             raise ValueError(
-                f"{file}, frame {index}: a file of isolated atoms has one atom a frame, found {len(atoms)}"
+                f"{file}, frame {index}: a file of isolated atoms has one atom a frame, found {len(atoms)}. Isolated "
+                f"atoms among the training frames are found by their config_type=IsolatedAtom (energy_shifts=fit)"
             )
-        labels = atoms.calc.results if atoms.calc is not None else atoms.info
-        if "energy" not in labels:
-            raise ValueError(f"{file}, frame {index}: no 'energy' label, found {sorted(labels)}")
-        symbol, energy = atoms.get_chemical_symbols()[0], float(labels["energy"])
+        labels = {**atoms.info, **({} if atoms.calc is None else atoms.calc.results)}
+        symbol = atoms.get_chemical_symbols()[0]
+        if not is_number(labels.get(energy_key)):
+            raise ValueError(
+                f"{file}, frame {index}: no energy under {energy_key!r} (data.keys.energy), found {sorted(labels)}. "
+                f"Rename it in the file, set data.keys.energy to the name that all files have, or write the energies "
+                f"as numbers: model.energy_shifts={{{symbol}: eV, ...}}"
+            )
+        energy = float(labels[energy_key])
         if energies.setdefault(symbol, energy) != energy:
             raise ValueError(
                 f"{file}, frame {index}: {symbol} has energy {energy} eV here and {energies[symbol]} before"
@@ -133,7 +163,7 @@ def resolve_shifts(
 
     Args:
         energy_shifts: eV by chemical symbol; or ``"fit"`` for the least-squares shifts of the training set; or the
-            path of a file of isolated atoms.
+            path of a file of isolated atoms, with energies under the name ``statistics.energy_key``.
         statistics: of the training set.
 
     Raises:
@@ -151,7 +181,8 @@ def resolve_shifts(
             raise FileNotFoundError(
                 f"energy_shifts={str(energy_shifts)!r} is neither 'fit' nor the path of a file of isolated atoms"
             )
-        return _by_type(isolated_atom_energies(energy_shifts), type_names, str(energy_shifts))
+        energy_key = getattr(statistics, "energy_key", "energy")
+        return _by_type(isolated_atom_energies(energy_shifts, energy_key), type_names, str(energy_shifts))
     raise TypeError(
         "energy_shifts must be 'fit', a mapping of symbols to eV, or the path of a file of isolated atoms, found "
         f"{energy_shifts!r}"
@@ -176,6 +207,12 @@ def resolve_scales(energy_scales: Mapping[str, float] | str | float, statistics:
         return _by_type(energy_scales, type_names, "energy_scales")
     if energy_scales == "force_rms":
         if not (math.isfinite(statistics.force_rms) and statistics.force_rms > 0):
+            hint = getattr(statistics, "hints", {}).get("forces")
+            if hint:
+                raise ValueError(
+                    f"none of the training frames has forces, which energy_scales='force_rms' needs. {hint} For a "
+                    f"training without forces give a number of eV, such as model.energy_scales=1.0"
+                )
             raise ValueError(
                 f"energy_scales='force_rms' needs training forces that are not all zero, their RMS is "
                 f"{statistics.force_rms}. Are the label keys of the data right? Otherwise give a number of eV, such as "

@@ -9,11 +9,13 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from support.bad_input import BOHR, HARTREE, frames
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from support.bad_input import BOHR, HARTREE, frames, relabelled
 from support.commands import SHARED
 
 from harness.data import AtomsDataModule, Frame, embedded_alloy_file, read_frames
-from harness.data.checks import check_distances, check_lengths, check_units, check_work
+from harness.data.checks import _Pairs, check_distances, check_lengths, check_units, check_work, stress_slope
 
 
 def read(atoms: list[Atoms]) -> list[Frame]:
@@ -45,6 +47,10 @@ REAL = {
     "acac_test": ("acac/test_MD_300K.xyz", {}),
     "ethanol_methanol": ("ethanol_methanol/train_eth_meth.xyz", {}),
     "carbon": ("carbon/carbon_100.xyz", {"forces": "force"}),
+    "3bpa": ("3bpa/train_300K.xyz", {}),
+    "silicon": ("silicon/training.xyz", {}),
+    "silicon_test": ("silicon/test.xyz", {}),
+    "mptrj": ("mptrj_random/mptrj_random_1k.xyz", {}),
 }
 
 
@@ -184,3 +190,95 @@ def test_switched_off(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.min_distance=null"):
         AtomsDataModule(tmp_path / "flipped.xyz", **options, check_units=False, min_distance=3.0).setup()
     AtomsDataModule(tmp_path / "flipped.xyz", **options, check_units=False, min_distance=None).setup()
+
+
+# ---- small samples of stresses
+
+
+def cells(seed: int, number: int = 24, rattle: float = 0.05, strain: float = 0.01, a: float = 3.8) -> list[Frame]:
+    """Frames of rattled atoms in cells about one per cent apart, of four atoms, with their EMT labels."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(number):
+        atoms = bulk("Cu", "fcc", a=a, cubic=True)
+        atoms.symbols = "Cu3Ag"
+        deformation = generator.normal(scale=strain, size=(3, 3))
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.5 * (deformation + deformation.T)), scale_atoms=True)
+        atoms.positions += generator.normal(scale=rattle, size=(4, 3))
+        atoms.calc = EMT()
+        labels = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress(voigt=False)
+        made.append(relabelled(atoms, *labels))
+    return read(made)
+
+
+def virials(given: list[Frame], sign: float) -> list[Frame]:
+    return [dataclasses.replace(frame, stress=sign * frame.atoms.get_volume() * frame.stress) for frame in given]
+
+
+WRONG = {
+    "GPa": (lambda given: changed(given, stress=160.21766), "GPa"),
+    "kbar": (lambda given: changed(given, stress=1602.1766), "kbar"),
+    "sign": (lambda given: changed(given, stress=-1), "opposite"),
+    "kbar and sign, as VASP": (lambda given: changed(given, stress=-1602.1766), "kbar.*(opposite|$)"),
+    "GPa and sign": (lambda given: changed(given, stress=-160.21766), "GPa.*(opposite|$)"),
+    "Hartree/Bohr³": (lambda given: changed(given, stress=BOHR**3 / HARTREE), "Hartree/Bohr³"),
+    "virials": (lambda given: virials(given, -1), "virials"),
+    "stress times volume": (lambda given: virials(given, 1), "virials"),
+}
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[list[Frame]]:
+    return [cells(0), cells(1, rattle=0.02), cells(2, number=12), cells(3, a=3.65), cells(4, strain=0.03)]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_small_samples_give_units_and_signs_away(name: str, samples: list[list[Frame]]) -> None:
+    change, words = WRONG[name]
+    for sample in samples:
+        with pytest.raises(ValueError, match=words):
+            check_work(change(sample))
+
+
+@pytest.mark.parametrize("name", ["GPa", "kbar", "kbar and sign, as VASP", "virials"])
+def test_far_too_large_stresses_of_strongly_rattled_atoms(name: str) -> None:
+    """The error of the work of the forces hides the slope, which is not 1 all the same."""
+    for seed in range(3):
+        with pytest.raises(ValueError, match=r"work of the stresses.*expected 1"):
+            check_work(WRONG[name][0](cells(seed, rattle=0.12)))
+
+
+def test_small_samples_in_the_right_units_pass(samples: list[list[Frame]]) -> None:
+    for sample in samples:
+        slope, error, correlation, chosen = stress_slope(_Pairs.of(sample))
+        assert 0.6 < slope < 1.5
+        assert error < 0.15
+        assert correlation > 0.8
+        assert chosen.sum() == len(sample) * (len(sample) - 1) / 2
+        check_units(sample)
+    for seed in range(30):  # from hardly to so strongly rattled that slopes mean nothing
+        parameters = {"rattle": (0.02, 0.08, 0.15)[seed % 3], "strain": (0.003, 0.01, 0.04)[seed // 3 % 3]}
+        check_work(cells(seed, number=(7, 24)[seed % 2], **parameters, a=(3.5, 3.8, 4.1)[seed // 9 % 3]))
+
+
+def test_too_few_frames_give_no_slope(samples: list[list[Frame]]) -> None:
+    for few in (samples[0][:5], [dataclasses.replace(frame, stress=None) for frame in samples[0]], []):
+        assert np.isnan(stress_slope(_Pairs.of(few))[0])
+    same_cell = [dataclasses.replace(frame, atoms=frame.atoms.copy()) for frame in samples[0]]
+    for frame in same_cell:
+        frame.atoms.cell = samples[0][0].atoms.cell
+    assert not stress_slope(_Pairs.of(same_cell))[3].any()
+
+
+@pytest.mark.parametrize("name", ["carbon", "silicon", "silicon_test", "mptrj"])
+def test_parts_of_real_files_pass_and_give_other_units_away(name: str, real: dict[str, list[Frame]]) -> None:
+    generator = np.random.default_rng(0)
+    for number in (8, 24, 24, 60):
+        chosen = generator.choice(len(real[name]), min(number, len(real[name])), replace=False)
+        part = [real[name][index] for index in chosen]
+        check_work(part)
+        if name == "mptrj" or number < 24:  # hardly two frames of one crystal
+            continue
+        for change, _ in (WRONG["GPa"], WRONG["kbar and sign, as VASP"]):
+            with pytest.raises(ValueError, match="stresses"):
+                check_work(change(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import ase.db
@@ -13,7 +14,8 @@ from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from harness.data import LabelKeys, read_frames
+from harness.data import Frame, LabelKeys, read_frames
+from harness.data.reading import label_hint
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -96,6 +98,68 @@ def test_virial_and_stress_agree(tmp_path, form):
     assert frame.energy is None
 
 
+# keys that are named, what the frames have, and the label that is read: "named" or "default", by what it is of
+NAMED = {
+    "energy": ({"energy": "mine"}, {"energy": 1.0, "mine": 2.0}, 2.0),
+    "energy beside a free energy": ({"energy": "free_energy"}, {"energy": 1.0, "free_energy": 2.0}, 2.0),
+    "forces": ({"forces": "mine"}, {"forces": np.ones((4, 3)), "mine": 2 * np.ones((4, 3))}, 2.0),
+    "stress": ({"stress": "mine"}, {"stress": np.eye(3), "mine": 2 * np.eye(3)}, 2.0),
+    "stress beside a virial": ({"stress": "mine"}, {"virial": np.eye(3), "mine": 2 * np.eye(3)}, 2.0),
+    "virial": ({"virial": "mine"}, {"virial": np.eye(3), "mine": 2 * np.eye(3)}, "virial"),
+    "virial beside a stress": ({"virial": "mine"}, {"stress": np.eye(3), "mine": 2 * np.eye(3)}, "virial"),
+    "virial where there is none": ({"virial": "mine"}, {"stress": 2 * np.eye(3)}, 2.0),
+    "stress where there is none": ({"stress": "mine"}, {"virial": 2 * np.eye(3)}, "virial"),
+    "both, of which one is there": ({"stress": "s", "virial": "v"}, {"v": 2 * np.eye(3)}, "virial"),
+    "none": ({}, {"stress": 2 * np.eye(3), "virial": np.eye(3)}, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_key_that_was_named_wins(tmp_path, name):
+    keys, labels, expected = NAMED[name]
+    atoms = bulk("Cu", "fcc", a=3.7, cubic=True)
+    for key, value in labels.items():
+        (atoms.arrays if np.shape(value) == (4, 3) else atoms.info)[key] = value
+    other = bulk("Cu", "fcc", a=3.7, cubic=True)  # so that each key is in some frame
+    other.info = {key: np.eye(3) for key in keys.values() if key not in labels} or {"energy": 1.0}
+    ase.io.write(tmp_path / "frames.xyz", [atoms] if "energy" in keys or "forces" in keys else [atoms, other])
+    frame = read_frames(tmp_path / "frames.xyz", keys)[0]
+    found = frame.energy if frame.energy is not None else frame.forces if frame.forces is not None else frame.stress
+    value = -2.0 / atoms.get_volume() if expected == "virial" else expected
+    np.testing.assert_allclose(np.diag(found) if np.shape(found) == (3, 3) else found, value)
+
+
+def test_two_names_for_the_stress_of_a_frame_are_refused(tmp_path):
+    atoms = bare(labelled(), energy=1.0, s=np.eye(3), v=np.eye(3))
+    ase.io.write(tmp_path / "frames.traj", atoms)
+    with pytest.raises(ValueError, match="both the stress 's' and the virial 'v' are named"):
+        read_frames(tmp_path / "frames.traj", {"stress": "s", "virial": "v"})
+
+
+@pytest.mark.parametrize(
+    ("label", "info", "arrays", "words"),
+    [
+        ("energy", {"free_energy": 1.0}, {}, "Did you mean data.keys.energy=free_energy?"),
+        ("energy", {"REF_energy": 1.0, "energy_unit": "eV"}, {}, r"energy=REF_energy\?"),
+        ("energy", {"cut_off": 3.0}, {}, r"under 'energy' \(data.keys.energy\); the frames have \['cut_off'.*\]\.$"),
+        ("forces", {}, {"force": np.zeros((4, 3))}, "Did you mean data.keys.forces=force?"),
+        ("forces", {"forces_unit": "eV/A"}, {"dft_forces": np.zeros((4, 3))}, r"forces=dft_forces\?$"),
+        ("forces", {"force_constant": 3.0}, {}, r"\]\.$"),
+        ("stress", {"REF_stress": np.eye(3)}, {}, r"stress=REF_stress\?$"),
+        (
+            "stress",
+            {"virials": np.eye(3)},
+            {},
+            r"'stress' \(data.keys.stress\) and 'virial' \(.*data.keys.virial=virials\?$",
+        ),
+    ],
+)
+def test_hints_on_labels_that_no_frame_has(label, info, arrays, words):
+    atoms = bare(bulk("Cu", "fcc", a=3.7, cubic=True), **info)
+    atoms.arrays.update(arrays)
+    assert re.search(words, label_hint([Frame(atoms)], label, LabelKeys()))
+
+
 def test_a_stress_takes_precedence_over_a_virial(tmp_path):
     atoms = labelled()
     atoms.info["virial"] = np.eye(3)
@@ -109,6 +173,7 @@ def test_a_stress_without_a_volume_is_no_label(tmp_path):
     ase.io.write(path, bare(molecule("H2O"), energy=1.0, stress=np.zeros((3, 3))), format="extxyz")
     (frame,) = read_frames(path)
     assert frame.stress is None
+    assert frame.stress_left_out
     assert frame.energy == 1.0
 
 

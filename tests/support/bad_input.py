@@ -142,6 +142,12 @@ def with_labels(index: int = 2, **labels: Any) -> Callable[[Path], None]:
     return written(change)
 
 
+def isolated(symbol: str, energy: float | None) -> Atoms:
+    """An isolated atom as MACE's users mark it."""
+    atoms = Atoms(symbol, cell=[20.0] * 3, info={"config_type": "IsolatedAtom"})
+    return relabelled(atoms, energy, forces=np.zeros((1, 3)))
+
+
 def moved(made: list[Atoms], atom: int, position: Any) -> None:
     results = made[2].calc.results
     made[2].positions[atom] = position
@@ -475,6 +481,83 @@ CASES: dict[str, Case] = {
         write=lambda path: written(lambda made: [made[i].calc.results.pop("energy") for i in range(0, 16, 2)] and None)(
             path
         ),
+    ),
+    "stress of slabs": own_file(
+        "loss=energy_force_stress",
+        words=[
+            "none of the 10 frames of train has stress",
+            "10 of 10 frames",
+            "left out",
+            'pbc="T T F"',
+            "Correct pbc",
+        ],
+        write=edited(lambda text: text.replace('pbc="T T T"', 'pbc="T T F"')),
+    ),
+    "stress of some slabs": own_file(
+        "loss=energy_force_stress",
+        words=["have no stress", "left out", 'pbc="T T F"', "ignore_nan.stress=true"],
+        write=edited(lambda text: text.replace('pbc="T T T"', 'pbc="T T F"', 12)),
+    ),
+    "column force": own_file(
+        words=["under 'forces'", "'force'", "Did you mean data.keys.forces=force?"],
+        write=edited(lambda text: text.replace("forces:R:3", "force:R:3")),
+    ),
+    "column force with a scale": own_file(
+        "model.energy_scales=1.0",
+        words=["forces_mse", "under 'forces'", "Did you mean data.keys.forces=force?"],
+        write=edited(lambda text: text.replace("forces:R:3", "force:R:3")),
+    ),
+    "free energies": own_file(
+        words=["total_energy", "'free_energy'", "Did you mean data.keys.energy=free_energy?"],
+        write=edited(lambda text: text.replace(" energy=", " free_energy=")),
+    ),
+    "free energies alone": own_file(
+        words=["NAME, frame 0", "no label", "'free_energy'", "Did you mean data.keys.energy=free_energy?"],
+        write=edited(
+            lambda text: (
+                text.replace(" energy=", " free_energy=").replace(" stress=", " s=").replace("forces:R", "column:R")
+            )
+        ),
+    ),
+    "stress and virial named": own_file(
+        "data.keys.stress=dft_stress",
+        "data.keys.virial=dft_virial",
+        words=["NAME, frame 0", "both", "'dft_stress'", "'dft_virial'", "Leave out"],
+        write=edited(lambda text: text.replace(" stress=", ' dft_virial="1 0 0 0 1 0 0 0 1" dft_stress=')),
+    ),
+    "file twice": case("data.train=[FOLDER/frames.xyz,FOLDER/frames.xyz]", words=["data.train", "2 times", "once"]),
+    "test file twice": case("data.test=[FOLDER/frames.xyz,FOLDER/frames.xyz]", words=["data.test", "2 times", "once"]),
+    "isolated atom of two energies": own_file(
+        words=["NAME, frame 17", "isolated atom Cu has -4.0 eV", "-3.0", "NAME, frame 16"],
+        write=written(lambda made: [*made, isolated("Cu", -3.0), isolated("Cu", -4.0)]),
+    ),
+    "isolated atom without an energy": own_file(
+        words=["NAME, frame 16", "isolated atom (Cu)", "without an energy"],
+        write=written(lambda made: [*made, isolated("Cu", None)]),
+    ),
+    "isolated atom of four": own_file(
+        words=["NAME, frame 2", "config_type=IsolatedAtom", "found AgCu3", "isolated_atoms=frames"],
+        write=written(lambda made: made[2].info.update(config_type="IsolatedAtom")),
+    ),
+    "isolated atoms alone": own_file(
+        words=["NAME", "isolated atoms alone", "no structures"],
+        write=written(lambda made: [isolated("Cu", -3.0), isolated("Ag", -4.0)]),
+    ),
+    "isolated atoms of two energies in the sets": case(
+        "data.train=NAME",
+        "data.test=NAME.test.xyz",
+        words=["NAME.test.xyz, frame 16", "isolated atom Cu has -4.0 eV", "NAME, frame 16"],
+        write=lambda path: [
+            written(lambda made, energy=energy: [*made, isolated("Cu", energy)])(Path(f"{path}{suffix}"))
+            for suffix, energy in (("", -3.0), (".test.xyz", -4.0))
+        ],
+    ),
+    "unknown way of isolated atoms": case("data.isolated_atoms=skip", words=["'references' or 'frames'", "'skip'"]),
+    "file of isolated atoms with another key": own_file(
+        "data.train=FOLDER/frames.xyz",
+        "model.energy_shifts=NAME",
+        words=["NAME, frame 0", "no energy under 'energy'", "data.keys.energy", "REF_energy", "{Cu: eV, ...}"],
+        write=lambda path: ase.io.write(path, [Atoms("Cu", info={"REF_energy": -3.0})], format="extxyz"),
     ),
     "no stress for a loss of it": own_file(
         "loss=energy_force_stress", words=["stress", "none of the 10 frames"], write=without("stress")
