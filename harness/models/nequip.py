@@ -39,8 +39,8 @@ class NequIPForceField(nn.Module):
 
     def __init__(self, model: nn.Module, shifts: Sequence[float], stress: bool = True) -> None:
         super().__init__()
+        self.references = ReferenceEnergies(shifts)  # before the model, whose own shifts are zero
         self.model = model
-        self.references = ReferenceEnergies(shifts)
         self.derive_stress = bool(stress)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ase.build import bulk, molecule
 from support.other_models import CUTOFF, INSTALLED, PACKAGES, build, own_forward
 
 from harness.data import DataStatistics, Frame, collate, empty_batch, frame_to_sample
+from harness.models.scale_shift import reference_energies
 
 TYPE_NAMES = ("Cu", "H", "O")  # not in the order of atomic numbers
 SHIFTS = (-1100.25, -13.6, -2037.8)
@@ -73,6 +74,11 @@ def test_predictions_and_gradients_are_those_of_the_package(name: str) -> None:
     assert max(float(gradient.abs().max()) for gradient in ours) > 1e-2
     for first, second in zip(ours, own, strict=True):
         torch.testing.assert_close(first, torch.zeros_like(first) if second is None else second, rtol=1e-8, atol=1e-8)
+
+
+@each
+def test_references_are_found_in_the_model(name: str) -> None:
+    assert reference_energies(build(name, statistics()), TYPE_NAMES) == dict(zip(TYPE_NAMES, SHIFTS, strict=True))
 
 
 @each
