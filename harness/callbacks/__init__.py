@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.callbacks.averaged_weights import ExponentialMovingAverage
 from harness.callbacks.best_epoch import BestEpoch
 from harness.callbacks.coefficient_curve import CoefficientCurve
 from harness.callbacks.gradient_share import GradientShare
@@ -19,6 +20,7 @@ __all__ = [
     "REQUEUE_EXIT_CODE",
     "BestEpoch",
     "CoefficientCurve",
+    "ExponentialMovingAverage",
     "GradientShare",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 __all__ = [
     "NAMES",
     "OVERRIDDEN",
+    "average_model",
     "ddp_options",
     "ignore_sigterm_broadcast",
     "is_mid_accumulation",
@@ -27,6 +29,7 @@ __all__ = [
     "logged_step",
     "parallel_sizes",
     "process_group_settings",
+    "set_average_model",
     "set_data_parallel_size",
     "trainer_of",
     "unwatch_fetches",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 NAMES = (
+    "_average_model",
     "_batches_that_stepped",
     "_broadcast_sigterm_tensor",
     "_data_fetcher",
@@ -170,3 +174,17 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
     """Give a strategy the size of its data-parallel groups, before it makes its mesh of devices."""
     _private(strategy, "_data_parallel_size")
     strategy._data_parallel_size = size
+
+
+# --- callbacks ---
+
+
+def average_model(callback: WeightAveraging) -> Any:
+    """Average of a callback, with the copy of the module as ``module``; None outside of a training."""
+    return _private(callback, "_average_model")
+
+
+def set_average_model(callback: WeightAveraging, average: Any) -> None:
+    """Let a callback keep another average than the one that it has made."""
+    _private(callback, "_average_model")
+    callback._average_model = average

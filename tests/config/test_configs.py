@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import OmegaConf
 from support.configs import CONF, composed
 
 import harness
+from harness.callbacks import ExponentialMovingAverage
 from harness.job import build_module
 from harness.job.trainer import make_trainer
 
@@ -53,7 +53,7 @@ def test_callbacks_are_added_to_the_default_ones() -> None:
     callbacks = composed("callbacks=[default,ema,early_stopping]").callbacks
     assert {"best", "last", "progress", "ema", "early_stopping"} <= set(callbacks)
     assert callbacks.early_stopping.monitor == "val0_epoch/weighted_sum"
-    assert isinstance(instantiate(callbacks.ema), EMAWeightAveraging)
+    assert isinstance(instantiate(callbacks.ema), ExponentialMovingAverage)
 
 
 def test_a_file_needs_a_name() -> None:

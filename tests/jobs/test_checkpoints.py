@@ -17,13 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.commands import ROOT, TINY, train
 from support.failure_callbacks import Noise
 from support.spawning import spawn
 
 import harness
-from harness.callbacks import REQUEUE_EXIT_CODE, Preempted, ResumeCheckpoint
+from harness.callbacks import REQUEUE_EXIT_CODE, ExponentialMovingAverage, Preempted, ResumeCheckpoint
 from harness.checkpoints import AtomicCheckpointIO, newest_valid, step_of, why_invalid
 from harness.data import EmbeddedAlloyDataModule
 from harness.loggers import CSVLogger
@@ -92,7 +91,7 @@ def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
         "inference_mode": False,
         "log_every_n_steps": 1,
         "plugins": [AtomicCheckpointIO()],
-        "callbacks": [EMAWeightAveraging(decay=0.7), Noise(), *callbacks],
+        "callbacks": [ExponentialMovingAverage(decay=0.7), Noise(), *callbacks],
     }
     return Trainer(**{**settings, **options})
 

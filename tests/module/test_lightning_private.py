@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from support.commands import ROOT
 
@@ -80,6 +81,7 @@ def trainer(**options: Any) -> Trainer:
 
 
 READS: dict[str, Callable[[str], Any]] = {
+    "_average_model": lambda name: private.average_model(Without(EMAWeightAveraging(), name)),  # type: ignore[arg-type]
     "_batches_that_stepped": lambda name: private.logged_step(Nested(trainer(), name)),  # type: ignore[arg-type]
     "_should_accumulate": lambda name: private.is_mid_accumulation(Nested(trainer(), name)),  # type: ignore[arg-type]
     "_should_check_val_fx": lambda name: private.is_validated_next(Nested(trainer(), name)),  # type: ignore[arg-type]
@@ -184,6 +186,15 @@ def test_the_trainer_of_a_module() -> None:
     running = trainer(max_epochs=1)
     running.fit(module, torch.utils.data.DataLoader(torch.ones(1, 1)))  # type: ignore[arg-type]
     assert private.trainer_of(module) is running
+
+
+def test_the_average_of_a_callback() -> None:
+    averaging, module = EMAWeightAveraging(), Small()
+    assert private.average_model(averaging) is None
+    averaging.setup(trainer(), module, "fit")
+    assert isinstance(private.average_model(averaging).module, Small)
+    private.set_average_model(averaging, module)
+    assert private.average_model(averaging) is module
 
 
 def test_settings_of_strategies() -> None:
