@@ -181,7 +181,7 @@ class _Average(nn.Module):
     def _pairs_by_kind(self, model: nn.Module) -> list[tuple[list[Tensor], list[Tensor]]]:
         """All tensors that are averaged, and those of a step, in groups of the same device and dtype."""
         groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        pairs: list[tuple[Tensor, Tensor]] = list(zip(self.module.parameters(), model.parameters(), strict=True))
         current = dict(model.named_buffers())
         pairs += [(own, current[name]) for name, own in self.module.named_buffers() if name in self._averaged_buffers]
         for own, other in pairs:
@@ -196,10 +196,9 @@ class _Average(nn.Module):
     @torch.no_grad()
     def copy_all(self, model: nn.Module) -> None:
         """Take the parameters and buffers as they are."""
-        for own, other in zip(self.module.parameters(), model.parameters(), strict=True):
-            own.copy_(other.detach())
-        for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(other.detach())
+        own = [*self.module.parameters(), *self.module.buffers()]
+        for copied, other in zip(own, [*model.parameters(), *model.buffers()], strict=True):
+            copied.copy_(other.detach())
 
     @torch.no_grad()
     def copy_buffers(self, model: nn.Module) -> None:

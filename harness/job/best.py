@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import fnmatch
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from omegaconf import DictConfig
 
+from harness.callbacks import ValidationTable
+from harness.checkpoints import read
+from harness.job.made_with import MADE_WITH, differences
+from harness.job.match import changed_facts
+from harness.metrics import WEIGHTED_SUM
 from harness.module import ForceFieldModule
 from harness.strategies import load_weights
 
-__all__ = ["best_before", "best_checkpoint", "load_checkpoint"]
+__all__ = ["ComparableScores", "best_before", "best_checkpoint", "load_checkpoint", "why_scores_differ"]
+
+_OF_VALIDATION = ("val_metrics", "val_metrics.*", "data.keys.*", "trainer.limit_val_batches")
+_OF_TRAINING = ("loss.*", "schedule.*", "adaptive.*", "train_metrics.*", "trainer.limit_train_batches")
+_OF_WEIGHTED_SUM = ("val_metrics.coeffs*", "val_metrics.schedule*")
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint | None:
@@ -29,7 +42,7 @@ def best_before(trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
     monitoring = _monitoring(trainer)
     if monitoring is None or not resumed_from:
         return {}
-    checkpoint = torch.load(resumed_from, weights_only=True, map_location="cpu")
+    checkpoint = read(Path(resumed_from))
     return checkpoint["callbacks"].get(monitoring.state_key, {})  # type: ignore[no-any-return]
 
 
@@ -38,7 +51,7 @@ def best_checkpoint(trainer: Trainer, before: dict[str, Any]) -> str | None:
 
     Args:
         trainer: of this run.
-        before: what :func:`best_before` has read.
+        before: what :func:`best_before` has read; empty if its score does not compete.
     """
     monitoring = _monitoring(trainer)
     if monitoring is None:
@@ -50,6 +63,84 @@ def best_checkpoint(trainer: Trainer, before: dict[str, Any]) -> str | None:
     # a full disk may have kept it from being written
     found = [(float(score), path) for score, path in candidates if score is not None and Path(path).is_file()]
     return (min if monitoring.mode == "min" else max)(found)[1] if found else None
+
+
+def why_scores_differ(
+    record: Mapping[str, Any] | None, config: DictConfig, datamodule: LightningDataModule, monitor: str
+) -> str | None:
+    """Reason why values of ``monitor`` before and after a checkpoint do not compare; None if they do.
+
+    They are of one kind where the metrics are defined alike and the data are the same: those of the validation set for
+    ``val0_epoch/...``, all data and the loss for any other value. A checkpoint without a record counts as alike.
+
+    Args:
+        record: of the checkpoint, see :class:`~harness.job.made_with.MadeWith`.
+        config: of now, whole.
+        datamodule: of now, set up.
+        monitor: key of a value, or ``val`` for all of the validation.
+    """
+    if record is None:
+        return None
+    of_validation = monitor.startswith("val")
+    patterns = _OF_VALIDATION if of_validation else (*_OF_VALIDATION, *_OF_TRAINING)
+    for name, before, now in differences(record, config):
+        weighs = any(fnmatch.fnmatchcase(name, pattern) for pattern in _OF_WEIGHTED_SUM)
+        if weighs and "/" in monitor and not monitor.endswith(WEIGHTED_SUM):
+            continue
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            return f"{name}: {before} → {now}"
+    facts = changed_facts(record, config, datamodule)
+    if of_validation:
+        facts = _facts_of_validation(facts, {*record.get("data", {}), *facts}, monitor)
+    return next(iter(facts.values()), None)
+
+
+def _facts_of_validation(facts: dict[str, str], names: set[str], monitor: str) -> dict[str, str]:
+    """Changed facts that a validation set depends on: its file, or what it was split from."""
+    if not any(" file " in name for name in names):  # paths of a data module without a fingerprint
+        return facts
+    files = [name for name in names if name.startswith("val file ")]
+    number = monitor.partition("_")[0].removeprefix("val")
+    if number.isdigit() and files:
+        files = [f"val file {int(number) + 1}"]
+    of_split = "split, part val" in names
+    depends = {*files, *(name for name in names if of_split and (name.startswith("train file ") or "part val" in name))}
+    return {name: text for name, text in facts.items() if name in depends}
+
+
+class ComparableScores(Callback):
+    """Forgets the best values of a checkpoint whose scores do not compare with those of the training that goes on.
+
+    Bests of ``ModelCheckpoint``, ``EarlyStopping``, ``BestEpoch``, any other callback with a ``monitor``, the table of
+    the validation, and ``ReduceLROnPlateau`` start anew then. An ``EarlyStopping`` keeps the patience of now.
+
+    Args:
+        config: the whole configuration.
+        datamodule: set up.
+    """
+
+    def __init__(self, config: DictConfig, datamodule: LightningDataModule) -> None:
+        self._config, self._datamodule = config, datamodule
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take bests out of the checkpoint, before the callbacks and schedulers are given theirs."""
+        record, states = checkpoint.get(MADE_WITH), checkpoint.get("callbacks") or {}
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            monitor = "val" if isinstance(callback, ValidationTable) else getattr(callback, "monitor", None)
+            if monitor and why_scores_differ(record, self._config, self._datamodule, monitor):
+                states.pop(callback.state_key, None)
+            state = states.get(callback.state_key)
+            if isinstance(callback, EarlyStopping) and state:
+                state["patience"] = callback.patience
+        monitor = (self._config.lr_scheduler or {}).get("monitor")
+        if not record or not monitor:
+            return
+        before = (record.get("settings") or {}).get("lr_scheduler.monitor", monitor)
+        if before != monitor or why_scores_differ(record, self._config, self._datamodule, monitor):
+            for state in checkpoint.get("lr_schedulers") or []:
+                if "num_bad_epochs" in state:  # of ReduceLROnPlateau
+                    state |= {"best": state.get("mode_worse", math.inf), "num_bad_epochs": 0}
 
 
 def load_checkpoint(module: ForceFieldModule, path: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import hydra
 import torch
@@ -17,8 +18,10 @@ from rich.console import Console
 
 from harness.config.explain import message
 from harness.distributed import launched_rank
+from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
-from harness.job.made_with import MadeWith
+from harness.job.made_with import MadeWith, RecordedStatistics, made_with
+from harness.job.match import types_of_checkpoint
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -48,6 +51,8 @@ class Job:
     """Lines of Lightning about the devices, printed once the job starts."""
     resume_from: str | None = None
     """Checkpoint of an interrupted run in the same output directory."""
+    notes: list[str] = field(default_factory=list)
+    """Lines about the checkpoint that it goes on from or tests, printed once the job starts."""
     lock: FileLock | None = None
     """Of the output directory, on rank 0, for the life of the process."""
 
@@ -63,9 +68,10 @@ def build(config: DictConfig) -> Job:
     """
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    datamodule: LightningDataModule = instantiate(config.data)
-    datamodule.setup("fit")
-    module = build_module(config, datamodule)
+    record = made_with(config.ckpt_path) if config.ckpt_path else None
+    datamodule = _build_data(config)
+    statistics = _statistics(record, datamodule)
+    module = build_module(config, datamodule, statistics)
     callbacks: list[Callback] = [instantiate(section) for section in (config.callbacks or {}).values() if section]
     adaptive = instantiate(config.adaptive) if config.adaptive else None
     if isinstance(adaptive, Callback):
@@ -75,8 +81,8 @@ def build(config: DictConfig) -> Job:
     loggers: list[Logger] = [instantiate(section) for section in (config.logger or {}).values() if section]
     position = TrainingPosition()
     with withheld() as device_notes:
-        made_with = MadeWith(config, datamodule)
-        trainer = make_trainer(config, make_strategy(config), [*callbacks, position, made_with], loggers)
+        own = [position, MadeWith(config, datamodule, statistics), ComparableScores(config, datamodule)]
+        trainer = make_trainer(config, make_strategy(config), [*callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
 
@@ -88,10 +94,39 @@ def _console() -> Console:
     return console
 
 
-def build_module(config: DictConfig, datamodule: LightningDataModule) -> ForceFieldModule:
-    """The Lightning module of a config; type names, number of sets and statistics come from the data."""
+def _build_data(config: DictConfig) -> LightningDataModule:
+    """The data module, set up; with the types of a checkpoint that the job goes on from or tests."""
+    types = types_of_checkpoint(config, config.ckpt_path)
+    datamodule: LightningDataModule = instantiate(config.data, **types)
+    try:
+        datamodule.setup("fit")
+    except ValueError as error:
+        if not types or "type names" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. These are the types of ckpt_path={config.ckpt_path}, whose model has no others."
+        ) from error
+    return datamodule
+
+
+def _statistics(record: dict[str, Any] | None, datamodule: LightningDataModule) -> Any:
+    """Statistics that the model is built of: those of the checkpoint, whose model it is, or those of the data."""
+    now = getattr(datamodule, "statistics", None)
+    recorded = (record or {}).get("statistics")
+    return RecordedStatistics(recorded, now) if recorded else now
+
+
+def build_module(config: DictConfig, datamodule: LightningDataModule, statistics: Any = None) -> ForceFieldModule:
+    """The Lightning module of a config; type names, number of sets and statistics come from the data.
+
+    Args:
+        config: the whole configuration.
+        datamodule: set up.
+        statistics: of the training set that the model is built of; those of ``datamodule`` if None.
+    """
     type_names = getattr(datamodule, "type_names", None)
-    offered = {"statistics": getattr(datamodule, "statistics", None), "type_names": type_names}
+    statistics = getattr(datamodule, "statistics", None) if statistics is None else statistics
+    offered = {"statistics": statistics, "type_names": type_names}
     try:
         # by instantiate(), which refuses targets that a config may not call; get_object() would look up anything
         target = instantiate({"_target_": config.model._target_, "_partial_": True}).func

@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from harness.callbacks.resume import COMPLETE
 from harness.callbacks.tables import values_table
 from harness.checkpoints import read, step_of
-from harness.job.best import best_before, best_checkpoint, load_checkpoint
+from harness.job.best import best_before, best_checkpoint, load_checkpoint, why_scores_differ
 from harness.job.build import Job, build
+from harness.job.made_with import made_with
+from harness.job.match import data_differences
 from harness.job.preflight import check, check_settings
 from harness.job.protocols import FinishesRun, WritesFiles
 from harness.metrics import MetricsManager
@@ -69,6 +71,8 @@ def execute(job: Job) -> dict[str, float]:
 def _print_start(job: Job) -> None:
     if hasattr(job.datamodule, "describe"):
         job.console.print(job.datamodule.describe(), highlight=False)
+    for line in job.notes:
+        job.console.print(line, highlight=False, markup=False, soft_wrap=True)
     for record in job.device_notes:
         logging.getLogger(record.name).handle(record)
 
@@ -90,6 +94,8 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
     """
     trainer, start = job.trainer, job.resume_from or job.config.ckpt_path
     before = best_before(trainer, start)
+    if start and _are_other_scores(job, start):
+        before = {}
     complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
     if complete is not None:
         job.console.print(f"training is complete in {job.resume_from}", highlight=False, soft_wrap=True)
@@ -98,6 +104,19 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
         job.console.print(f"goes on from {start}", highlight=False, soft_wrap=True)
     trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=start, weights_only=True)
     return _floats(trainer.callback_metrics), best_checkpoint(trainer, before)
+
+
+def _are_other_scores(job: Job, start: str) -> bool:
+    """True, and told, if the scores of a checkpoint are those of other data or metrics, and do not compete."""
+    record = made_with(start)
+    if record is not None and start == job.resume_from:
+        for line in data_differences(record, job.config, job.datamodule):
+            job.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    reason = why_scores_differ(record, job.config, job.datamodule, job.config.monitor)
+    if reason:
+        text = f"scores of before are of another kind, and do not compete: the best starts anew ({reason})"
+        job.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return reason is not None
 
 
 def _test(job: Job, best: str | None) -> dict[str, float]:

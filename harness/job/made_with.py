@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from ase.data import atomic_numbers
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
@@ -18,7 +20,17 @@ from harness.loggers.secrets import without_secrets
 from harness.models import reference_energies as energy_shifts
 from harness.runs import command
 
-__all__ = ["MADE_WITH", "NOT_SET", "MadeWith", "differences", "energy_shifts", "made_with", "statistics_of"]
+__all__ = [
+    "MADE_WITH",
+    "NOT_SET",
+    "MadeWith",
+    "RecordedStatistics",
+    "differences",
+    "energy_level",
+    "energy_shifts",
+    "made_with",
+    "statistics_of",
+]
 
 MADE_WITH = "made_with"
 """Key in a checkpoint."""
@@ -58,6 +70,7 @@ class MadeWith(Callback):
     * ``statistics``: numbers of the training set that the model was built of;
     * ``type_names``, ``cutoff`` in Å, ``dtype`` of the data, ``precision`` of the trainer;
     * ``energy_shifts``: reference energies of the model in eV by chemical symbol, where it has some;
+    * ``energy_level``: mean and standard deviation of what they leave of the training labels, in eV/atom;
     * ``command``: the overrides of the command line; ``versions`` of the package and its libraries.
 
     What is not known is None.
@@ -82,13 +95,19 @@ class MadeWith(Callback):
             "command": _command(),
             "versions": _plain(versions()),
         }
+        self._frames = getattr(getattr(datamodule, "train_set", None), "frames", None) or []
+        self._level: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record."""
         type_names = self.record["type_names"] or getattr(pl_module, "type_names", None) or []
+        shifts = energy_shifts(pl_module, type_names)
+        if self._level is None and shifts is not None:  # once: of a large set it takes a while
+            self._level = energy_level(self._frames, shifts)
         checkpoint[MADE_WITH] = self.record | {
             "precision": str(trainer.precision),
-            "energy_shifts": energy_shifts(pl_module, type_names),
+            "energy_shifts": shifts,
+            "energy_level": self._level,
         }
 
 
@@ -122,6 +141,51 @@ def statistics_of(statistics: Any) -> dict[str, Any] | None:
     """Statistics of a training set as plain numbers, those of them that there are; None without any."""
     found = {name: getattr(statistics, name) for name in _STATISTICS if hasattr(statistics, name)}
     return {name: _plain(value) for name, value in found.items()} or None
+
+
+def energy_level(frames: Sequence[Any], shifts: Mapping[str, float]) -> dict[str, Any] | None:
+    r"""Mean and standard deviation of :math:`(E_g - \sum_t n_{gt} \mu_t) / N_g` over labelled frames, in eV/atom.
+
+    Args:
+        frames: with ``atoms`` and ``energy``, as :class:`~harness.data.reading.Frame` has them.
+        shifts: :math:`\mu_t` in eV by chemical symbol.
+
+    Returns:
+        ``mean``, ``std`` and ``num_frames``; None without labels, or for an element that has no shift.
+    """
+    by_number = np.full(len(atomic_numbers) + 1, np.nan)
+    for symbol, shift in shifts.items():
+        if symbol in atomic_numbers:
+            by_number[atomic_numbers[symbol]] = shift
+    labelled = [frame for frame in frames if frame.energy is not None]
+    left = np.array([(frame.energy - by_number[frame.atoms.numbers].sum()) / len(frame.atoms) for frame in labelled])
+    if not len(left) or not np.isfinite(left).all():
+        return None
+    return {"mean": float(left.mean()), "std": float(left.std()), "num_frames": len(left)}
+
+
+class RecordedStatistics:
+    """Statistics that a checkpoint's model was built of, with the attributes of those of a training set.
+
+    Args:
+        recorded: entry ``statistics`` of the record.
+        now: statistics of the training set of now, for attributes that were not recorded.
+    """
+
+    def __init__(self, recorded: Mapping[str, Any], now: Any = None) -> None:
+        self._now = now
+        values = dict(recorded)
+        for name in ("energy_shifts", "undetermined"):
+            if values.get(name) is not None:
+                values[name] = torch.tensor(values[name], dtype=torch.float64)
+        if "type_names" in values:
+            values["type_names"] = tuple(values["type_names"])
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._now, name)
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:

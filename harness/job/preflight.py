@@ -16,11 +16,15 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities import rank_zero_warn
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from harness.checkpoints import read
 from harness.distributed import launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
+from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
+from harness.job.match import ACCEPTED, compare
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -50,6 +54,9 @@ def check_settings(config: DictConfig) -> None:
         raise ValueError(
             f"matmul_precision is one of {', '.join(_MATMUL_PRECISIONS)}, found {config.matmul_precision!r}."
         )
+    accepted = config.get(ACCEPTED)
+    if accepted is not None and not isinstance(accepted, ListConfig | list):
+        raise ValueError(f"{ACCEPTED} is a list of names of settings, such as [model.kernel], found {accepted!r}.")
     _check_cutoffs(config)
     _check_checkpoint(config)
     _check_ranks(config)
@@ -177,6 +184,13 @@ def check(job: Job) -> None:
         ValueError, TypeError, KeyError: what was found, what was expected, and the likely fix.
     """
     config, module = job.config, job.module
+    warned = roundings(getattr(job.datamodule, "dtype", None), job.trainer.precision, parameter_dtypes(module.model))
+    if config.ckpt_path:
+        job.notes, of_checkpoint = compare(config.ckpt_path, config, job.datamodule, module, bool(config.train))
+        states = read(Path(config.ckpt_path))["state_dict"]
+        warned += [*of_checkpoint, *filter(None, [rounded_by_checkpoint(states, module.model, job.trainer.precision)])]
+    for text in warned:
+        rank_zero_warn(text)
     _check_labels(module, job.datamodule)
     check_controllers(module, job.callbacks)
     _check_monitors(config, job.callbacks, module)

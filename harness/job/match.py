@@ -1,0 +1,342 @@
+"""A job against the checkpoint that it goes on from or tests: what differs, and whether that is refused or named.
+
+:data:`RULES` is the table of settings. Data, type names, reference energies and weights are compared as they are, since
+the same setting may mean other ones. Settings of the optimizer, its schedule and the length of a training are no matter
+of the model, and none of this file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ase.data import chemical_symbols
+from lightning.pytorch import LightningDataModule
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from harness.checkpoints import read
+from harness.job.consistency import data_facts
+from harness.job.made_with import MADE_WITH, NOT_SET, differences, energy_level, energy_shifts
+
+__all__ = [
+    "ACCEPTED",
+    "RULES",
+    "Rule",
+    "changed_facts",
+    "compare",
+    "data_differences",
+    "rule_of",
+    "types_of_checkpoint",
+]
+
+Verdict = Literal["same", "named", "refused"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What follows from a setting that is not the one of the checkpoint.
+
+    Attributes:
+        pattern: of the dotted name; the first rule that fits counts.
+        tests: where the checkpoint is only tested.
+        goes_on: where a training goes on from it.
+    """
+
+    pattern: str
+    tests: Verdict
+    goes_on: Verdict
+
+
+RULES = (
+    Rule("cutoff", "refused", "refused"),
+    Rule("data.cutoff", "refused", "refused"),
+    Rule("model.seed", "same", "same"),  # of initial weights, which the checkpoint's replace
+    Rule("model.stress", "named", "named"),
+    Rule("model.energy_shifts*", "same", "same"),  # compared by their numbers
+    Rule("model.energy_scales*", "named", "refused"),  # the checkpoint's replace them
+    Rule("model.trainable_scales", "named", "refused"),  # the optimizer's state has one parameter more or less
+    Rule("model.*", "refused", "refused"),
+    Rule("data.dtype", "named", "named"),
+    Rule("data.keys.*", "named", "named"),
+    Rule("trainer.precision", "named", "named"),
+    Rule("matmul_precision", "named", "named"),
+)
+"""Settings that concern the model or what it sees; all others are no matter of it."""
+
+ACCEPTED = "accept_changes"
+"""Name of the setting with patterns of settings that may differ although they are refused."""
+
+_LARGEST_LEVEL = 10.0
+"""eV/atom; cohesive energies of the elements are below 9 (tungsten): no structure of the same references is so far."""
+_NAMED_LEVEL = 0.1
+"""eV/atom, and five times the spread of the training labels."""
+
+
+def rule_of(name: str) -> Rule | None:
+    """The rule of a setting; None for one that is no matter of the model."""
+    return next((rule for rule in RULES if fnmatch.fnmatchcase(name, rule.pattern)), None)
+
+
+def types_of_checkpoint(config: DictConfig, path: str | None) -> dict[str, list[str]]:
+    """Argument that gives the data the types of a checkpoint's model, where the config leaves them to the data."""
+    if not path or "type_names" not in config.data or config.data.type_names is not None:
+        return {}
+    names = read(Path(path)).get("type_names")
+    return {"type_names": [str(name) for name in names]} if names else {}
+
+
+def compare(
+    path: str, config: DictConfig, datamodule: LightningDataModule, module: nn.Module, trains: bool
+) -> tuple[list[str], list[str]]:
+    """Compare a job with the checkpoint that it goes on from or tests.
+
+    Args:
+        path: of the checkpoint.
+        config: of the job, whole.
+        datamodule: of the job, set up.
+        module: of the job, with the weights that it was made with.
+        trains: True if a training goes on, False if there is only a test.
+
+    Returns:
+        Lines to print, and warnings.
+
+    Raises:
+        ValueError: a difference that the weights of the checkpoint cannot go with.
+    """
+    checkpoint = read(Path(path))
+    record: dict[str, Any] | None = checkpoint.get(MADE_WITH)
+    lines, warned = [], []
+    if record is None:
+        lines.append(
+            f"{path} has no record of what it was made with, as those of version 0.1.0: cutoff, data and dtypes cannot "
+            f"be compared with those of this command"
+        )
+    else:
+        changed = differences(record, config)
+        _refuse_settings(path, changed, config.get(ACCEPTED) or (), trains)
+        lines += [f"differs from the checkpoint: {text}" for text in _named_settings(changed, trains)]
+        lines += data_differences(record, config, datamodule)
+    _refuse_types(path, checkpoint, getattr(datamodule, "type_names", None))
+    _refuse_weights(path, checkpoint["state_dict"], module)
+    found = _references(path, checkpoint, record, datamodule, module, trains)
+    if found:
+        lines.append(found)
+    if record is not None:
+        level = _level(path, record, datamodule, trains)
+        if level:
+            warned.append(level)
+    return lines, warned
+
+
+# --- settings ---
+
+
+def _verdict(name: str, trains: bool) -> Verdict:
+    rule = rule_of(name)
+    return "same" if rule is None else rule.goes_on if trains else rule.tests
+
+
+def _refuse_settings(path: str, changed: Sequence[tuple[str, Any, Any]], accepted: Sequence[str], trains: bool) -> None:
+    refused = _without_copies([each for each in changed if _verdict(each[0], trains) == "refused"], changed)
+    refused = [each for each in refused if not any(fnmatch.fnmatchcase(each[0], name) for name in accepted)]
+    if not refused:
+        return
+    shown = "\n".join(f"  {name}: {before} → {now}" for name, before, now in refused)
+    message = (
+        f"ckpt_path={path} was made with other settings that shape the model, or what it sees, than this command has "
+        f"(before → now):\n{shown}\nGive this command those of the checkpoint: "
+        f"{' '.join(_override(*each) for each in refused)}."
+    )
+    own = [name for name, _, _ in refused if name.startswith("model.") and not name.endswith("cutoff")]
+    if own:
+        message += f" A setting that does not change what your model computes is accepted: '{ACCEPTED}=[{own[0]}]'."
+    raise ValueError(message)
+
+
+def _named_settings(changed: Sequence[tuple[str, Any, Any]], trains: bool) -> list[str]:
+    named = [each for each in changed if _verdict(each[0], trains) == "named"]
+    return [f"{name}: {before} → {now}" for name, before, now in named]
+
+
+def _without_copies(some: list[tuple[str, Any, Any]], changed: Sequence[tuple[str, Any, Any]]) -> list[Any]:
+    """Settings without those that follow another one of the last part of their name, as data.cutoff follows cutoff."""
+    own = {(name, before, now) for name, before, now in changed if "." not in name}
+    return [each for each in some if "." not in each[0] or (each[0].rpartition(".")[2], *each[1:]) not in own]
+
+
+def _override(name: str, before: Any, now: Any) -> str:
+    if before == NOT_SET:
+        return f"~{name}"
+    return f"{'+' if now == NOT_SET else ''}{name}={'null' if before is None else before}"
+
+
+# --- data ---
+
+
+def data_differences(record: Mapping[str, Any], config: DictConfig, datamodule: LightningDataModule) -> list[str]:
+    """A line for data that are not those of the checkpoint: content of files, and the split."""
+    changed = changed_facts(record, config, datamodule)
+    if not changed:
+        return []
+    line = f"data differ from those of the checkpoint: {', '.join(changed.values())}"
+    facts = data_facts(config, datamodule)
+    if any("file" in name for name in facts) and not any("file" in name for name in changed):
+        line += ". The files are the same: what is validated and tested now may have been trained on"
+    return [line]
+
+
+def changed_facts(record: Mapping[str, Any], config: DictConfig, datamodule: LightningDataModule) -> dict[str, str]:
+    """Facts of the data that are not those of a checkpoint: by name, a text with what they were and are."""
+    before, now = record.get("data") or {}, data_facts(config, datamodule)
+    names = [name for name in dict.fromkeys([*now, *before]) if name not in ("type names", "cutoff")]
+    return {
+        name: f"{name} ({_change(before.get(name), now.get(name))})"
+        for name in names
+        if before.get(name) != now.get(name)
+    }
+
+
+def _change(before: Any, now: Any) -> str:
+    """Two facts without their digests."""
+    texts = ["none" if fact is None else str(fact).partition(", sha256")[0] for fact in (before, now)]
+    return f"{texts[0]} → {texts[1]}" if texts[0] != texts[1] else f"{texts[0]}, others than before"
+
+
+# --- types and weights ---
+
+
+def _refuse_types(path: str, checkpoint: Mapping[str, Any], now: Sequence[str] | None) -> None:
+    before = checkpoint.get("type_names")
+    if before is None or now is None or list(before) == list(now):
+        return
+    raise ValueError(
+        f"ckpt_path={path} was trained with the atom types {', '.join(before)}, those of this data are "
+        f"{', '.join(now)}: an index would mean another element. Leave data.type_names out, for those of the "
+        f"checkpoint, or give 'data.type_names=[{', '.join(before)}]'."
+    )
+
+
+def _refuse_weights(path: str, states: Mapping[str, Any], module: nn.Module) -> None:
+    """Refuse a model whose weights are not those of the checkpoint by name and shape."""
+    model = getattr(module, "model", None)
+    if model is None or any(nn.parameter.is_lazy(each) for each in model.parameters()):
+        return
+    own = {f"model.{name}": value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    theirs = {name: value for name, value in states.items() if name.startswith("model.") and isinstance(value, Tensor)}
+    wrong = [f"{name} is not in the checkpoint" for name in own if name not in theirs]
+    wrong += [f"{name} is not in this model" for name in theirs if name not in own]
+    wrong += [
+        f"{name} is {list(theirs[name].shape)} in the checkpoint and {list(own[name].shape)} in this model"
+        for name in own
+        if name in theirs and own[name].shape != theirs[name].shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"ckpt_path={path} has the weights of another model: {'; '.join(wrong[:3])}{more}. Give this command the "
+            f"model's settings of the run that has written it: they are in its .hydra/config.yaml."
+        )
+
+
+# --- reference energies ---
+
+
+def _references(
+    path: str,
+    checkpoint: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    datamodule: LightningDataModule,
+    module: nn.Module,
+    trains: bool,
+) -> str | None:
+    """A line with the reference energies that the model will have; refused if other ones were asked for."""
+    names = getattr(datamodule, "type_names", None) or []
+    asked = energy_shifts(module, names)
+    if asked is None:
+        return None
+    theirs = record.get("energy_shifts") if record is not None else _shifts_in(checkpoint, module, names)
+    if theirs is None or set(theirs) != set(asked):
+        return None
+    line = f"reference energies of the model in eV, from the checkpoint: {_by_element(theirs)}"
+    differ = [name for name in asked if abs(asked[name] - theirs[name]) > 1e-6 * max(1.0, abs(theirs[name]))]
+    if not differ:
+        return line
+    pairs = ", ".join(f"{name} {theirs[name]:.6g} → {asked[name]:.6g}" for name in differ)
+    if trains and record is not None:
+        exact = ", ".join(f"{name}: {value!r}" for name, value in theirs.items())
+        raise ValueError(
+            f"ckpt_path={path} was made with other reference energies than this command asks for, in eV before → now: "
+            f"{pairs}. Its weights are of no use with others. Give this command those of the checkpoint: "
+            f"'model.energy_shifts={{{exact}}}', or as it was given then, or train anew."
+        )
+    return f"{line}; not those that this command would have made ({pairs})"
+
+
+def _shifts_in(checkpoint: Mapping[str, Any], module: nn.Module, names: Sequence[str]) -> dict[str, float] | None:
+    """Reference energies in the weights of a checkpoint, at the place where a module has them."""
+    for name, part in module.named_modules():
+        if energy_shifts(part, names) is not None and isinstance(getattr(part, "shifts", None), Tensor):
+            found = checkpoint["state_dict"].get(f"{name}.shifts")
+            if isinstance(found, Tensor) and found.numel() == len(names):
+                return dict(zip(names, found.double().flatten().tolist(), strict=True))
+    return None
+
+
+def _level(path: str, record: Mapping[str, Any], datamodule: LightningDataModule, trains: bool) -> str | None:
+    """A warning of energies whose reference level is not that of the checkpoint's training; refused where it must be.
+
+    What is compared is :math:`(E_g - \\sum_t n_{gt} \\mu_t) / N_g` with the model's references: the mean and spread of
+    the training labels, and the mean of the labels of now. Whatever the references are, it is the energy per atom that
+    is left to the network.
+    """
+    before, shifts = record.get("energy_level"), record.get("energy_shifts")
+    if not before or not shifts:
+        return None
+    sets = {"test set": getattr(datamodule, "test_sets", [])}
+    if trains:
+        train, val = getattr(datamodule, "train_set", None), getattr(datamodule, "val_sets", [])
+        sets = {"training set": [train], "validation set": val, **sets}
+    for label, members in sets.items():
+        for member in members:
+            frames = getattr(member, "frames", None) or []
+            now = energy_level(frames, shifts)
+            far = 0.0 if now is None else abs(now["mean"] - before["mean"])
+            if now is None or far <= max(_NAMED_LEVEL, 5 * before["std"]):
+                continue
+            pairs = ", ".join(f"{name} {shifts[name]:.6g} → {value:.6g}" for name, value in _fitted(frames).items())
+            text = (
+                f"energies of the {label} less the reference energies of ckpt_path={path} are {now['mean']:.4g} eV per "
+                f"atom on average, those of its training {before['mean']:.4g} ± {before['std']:.2g}. References in eV, "
+                f"of the model → by least squares of this set: {pairs}"
+            )
+            if label == "test set":
+                return (
+                    f"{text}. The model's errors of energies will be about {far:.3g} eV/atom; forces and stresses do "
+                    f"not depend on references"
+                )
+            if far > _LARGEST_LEVEL:
+                raise ValueError(
+                    f"{text}. This is no difference between structures, whose cohesive energies are below 9 eV/atom, "
+                    f"but another reference level, and the model keeps its own. Label both with the same (total "
+                    f"energies of one code and its settings, or both less the same isolated atoms), or train anew."
+                )
+            return f"{text}. Is the reference level the same?"
+    return None
+
+
+def _fitted(frames: Sequence[Any]) -> dict[str, float]:
+    """Energies by element that fit the labels best, of the elements that the frames have."""
+    labelled = [frame for frame in frames if frame.energy is not None]
+    numbers = sorted({int(number) for frame in labelled for number in frame.atoms.numbers})
+    counts = np.array([[np.count_nonzero(frame.atoms.numbers == number) for number in numbers] for frame in labelled])
+    found = np.linalg.lstsq(counts.astype(float), np.array([frame.energy for frame in labelled]), rcond=None)[0]
+    return {chemical_symbols[number]: float(value) for number, value in zip(numbers, found, strict=True)}
+
+
+def _by_element(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
