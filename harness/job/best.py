@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig
 
 from harness.callbacks import ValidationTable
 from harness.checkpoints import read
-from harness.job.made_with import MADE_WITH, differences
+from harness.job.made_with import MADE_WITH, NOT_SET, differences
 from harness.job.match import changed_facts
 from harness.metrics import WEIGHTED_SUM
 from harness.module import ForceFieldModule
@@ -26,6 +27,7 @@ __all__ = ["ComparableScores", "best_before", "best_checkpoint", "load_checkpoin
 _OF_VALIDATION = ("val_metrics", "val_metrics.*", "data.keys.*", "trainer.limit_val_batches")
 _OF_TRAINING = ("loss.*", "schedule.*", "adaptive.*", "train_metrics.*", "trainer.limit_train_batches")
 _OF_WEIGHTED_SUM = ("val_metrics.coeffs*", "val_metrics.schedule*")
+_EXTRA = re.compile(r"(val_metrics\.extra_metrics\.\d+)\.")
 
 
 def _monitoring(trainer: Trainer) -> ModelCheckpoint | None:
@@ -83,16 +85,35 @@ def why_scores_differ(
         return None
     of_validation = monitor.startswith("val")
     patterns = _OF_VALIDATION if of_validation else (*_OF_VALIDATION, *_OF_TRAINING)
-    for name, before, now in differences(record, config):
-        weighs = any(fnmatch.fnmatchcase(name, pattern) for pattern in _OF_WEIGHTED_SUM)
-        if weighs and "/" in monitor and not monitor.endswith(WEIGHTED_SUM):
-            continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+    changed = differences(record, config)
+    for name, before, now in changed:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns) and _defines(monitor, name, record, changed):
             return f"{name}: {before} → {now}"
     facts = changed_facts(record, config, datamodule)
     if of_validation:
         facts = _facts_of_validation(facts, {*record.get("data", {}), *facts}, monitor)
     return next(iter(facts.values()), None)
+
+
+def _defines(monitor: str, name: str, record: Mapping[str, Any], changed: Sequence[tuple[str, Any, Any]]) -> bool:
+    """False for a setting that the monitored value does not depend on: coefficients, or a further metric beside it."""
+    value, is_sum = monitor.rpartition("/")[2], monitor.endswith(WEIGHTED_SUM)
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OF_WEIGHTED_SUM):
+        return is_sum or "/" not in monitor
+    extra = _EXTRA.match(name)
+    if extra is None:
+        return True
+    settings = record.get("settings") or {}
+    pairs = {each: (before, now) for each, before, now in changed}
+
+    def found(key: str) -> list[Any]:
+        both = pairs.get(f"{extra[1]}.{key}", (settings.get(f"{extra[1]}.{key}"),) * 2)
+        return [each for each in both if each not in (None, NOT_SET)]
+
+    if is_sum:
+        return bool(found("coeff"))
+    is_new = pairs.get(f"{extra[1]}.name", ("", ""))[0] == NOT_SET
+    return not is_new if "/" not in monitor else any(value.startswith(str(each)) for each in found("name"))
 
 
 def _facts_of_validation(facts: dict[str, str], names: set[str], monitor: str) -> dict[str, str]:

@@ -165,8 +165,8 @@ def _named_settings(changed: Sequence[tuple[str, Any, Any]], trains: bool) -> li
 
 def _without_copies(some: list[tuple[str, Any, Any]], changed: Sequence[tuple[str, Any, Any]]) -> list[Any]:
     """Settings without those that follow another one of the last part of their name, as data.cutoff follows cutoff."""
-    own = {(name, before, now) for name, before, now in changed if "." not in name}
-    return [each for each in some if "." not in each[0] or (each[0].rpartition(".")[2], *each[1:]) not in own]
+    own = {name: pair for name, *pair in changed if "." not in name}
+    return [each for each in some if "." not in each[0] or own.get(each[0].rpartition(".")[2]) != list(each[1:])]
 
 
 def _override(name: str, before: Any, now: Any) -> str:
