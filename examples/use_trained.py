@@ -1,7 +1,7 @@
 """Predict with a trained model: `python examples/use_trained.py outputs/alloy/<date>`.
 
-The config of a run makes the model, its checkpoint has the weights. The data are needed too, for the type names and
-the statistics of the training set that the model was made with.
+The config of a run makes the model, its checkpoint has the weights and the statistics of the training set that the
+model was made with. The data are needed too, for the type names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from harness.data import Frame, collate, frame_to_sample
 from harness.job import build_module
+from harness.job.made_with import RecordedStatistics
 
 
 def main(run: str) -> None:
@@ -22,9 +23,10 @@ def main(run: str) -> None:
     config = OmegaConf.load(f"{run}/.hydra/config.yaml")
     data = instantiate(config.data)
     data.setup()
-    model = build_module(config, data).model.eval()
-    state = torch.load(f"{run}/checkpoints/best.ckpt", weights_only=True)["state_dict"]
-    prefix = "model."
+    checkpoint = torch.load(f"{run}/checkpoints/best.ckpt", weights_only=True)
+    statistics = RecordedStatistics(checkpoint["made_with"]["statistics"])  # also where the run went on from another
+    model = build_module(config, data, statistics).model.eval()
+    state, prefix = checkpoint["state_dict"], "model."
     model.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
 
     atoms = bulk("Cu", cubic=True)

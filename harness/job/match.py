@@ -321,9 +321,11 @@ def _level(path: str, record: Mapping[str, Any], datamodule: LightningDataModule
                 )
             if far > _LARGEST_LEVEL:
                 raise ValueError(
-                    f"{text}. This is no difference between structures, whose cohesive energies are below 9 eV/atom, "
-                    f"but another reference level, and the model keeps its own. Label both with the same (total "
-                    f"energies of one code and its settings, or both less the same isolated atoms), or train anew."
+                    f"{text}. This is no difference between structures, whose cohesive energies are below 9 eV/atom: "
+                    f"the labels have another reference level, or the compositions of before did not determine the "
+                    f"references (model.energy_shifts=<file of isolated atoms> would have). The model keeps its own. "
+                    f"Label both with the same (total energies of one code and its settings, or both less the same "
+                    f"isolated atoms), or train anew."
                 )
             return f"{text}. Is the reference level the same?"
     return None

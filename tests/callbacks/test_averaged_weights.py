@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support import alloy
 from support.linear import trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import harness
 from harness.callbacks import ExponentialMovingAverage
 from harness.callbacks.averaged_weights import warmed_up_decay
+from harness.data import EmbeddedAlloyDataModule
 from harness.support.lightning_private import average_model
 
 NUM_STEPS = 12
@@ -218,3 +222,43 @@ def test_a_checkpoint_without_an_average_goes_on(tmp_path: Path) -> None:
     resumed, steps = fit(ExponentialMovingAverage(0.9), ckpt=path, max_epochs=2)
     assert len(steps.weights) == NUM_STEPS
     np.testing.assert_allclose(resumed.weight.detach(), averaged(steps.weights, 0.9, True), rtol=1e-5)
+
+
+# --- of force fields ---
+
+
+@pytest.fixture(scope="module")
+def data() -> EmbeddedAlloyDataModule:
+    module = EmbeddedAlloyDataModule(
+        num_frames=24, split={"val": 5, "test": 4}, cutoff=4.0, batch_size=4, dtype="float64", seed=1
+    )
+    module.setup()
+    return module
+
+
+def train(data: EmbeddedAlloyDataModule, folder: Path, *callbacks: Callback, **options: Any) -> float:
+    """Error of the forces of the last validation, in eV/Å."""
+    train_metrics, ckpt = options.pop("train_metrics", None), options.pop("ckpt", None)
+    module = alloy.build(data, train_metrics=train_metrics, optimizer=functools.partial(torch.optim.Adam, lr=0.05))
+    settings = {"enable_checkpointing": bool(callbacks), **options}
+    running = alloy.trainer(folder, callbacks=list(callbacks), **settings)
+    running.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
+    return float(running.callback_metrics["val0_epoch/forces_rmse"])
+
+
+def test_a_short_training_is_not_validated_on_its_first_weights(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    plain = train(data, tmp_path, max_epochs=6)
+    warm = train(data, tmp_path, ExponentialMovingAverage(0.999), max_epochs=6)
+    cold = train(data, tmp_path, ExponentialMovingAverage(0.999, warm_up=False), max_epochs=6)
+    assert warm < plain + 0.25 * (cold - plain)
+    assert cold > 1.2 * plain
+
+
+def test_an_average_goes_on_without_metrics_that_it_was_made_with(
+    data: EmbeddedAlloyDataModule, tmp_path: Path
+) -> None:
+    metrics, saving = {"train_metrics": harness.EnergyForceMetrics}, ModelCheckpoint(tmp_path, filename="one")
+    train(data, tmp_path, ExponentialMovingAverage(0.9), saving, max_epochs=1, **metrics)
+    two = {"max_epochs": 2, "ckpt": tmp_path / "one.ckpt"}
+    other = train(data, tmp_path, ExponentialMovingAverage(0.9), **two)
+    assert other == train(data, tmp_path, ExponentialMovingAverage(0.9), **two, **metrics)

@@ -158,3 +158,17 @@ def test_bests_go_on_or_start_anew(
 
 def test_a_record_survives_a_copy_of_the_config(plain: Any) -> None:
     assert MadeWith(copy.deepcopy(plain), Data(SPLIT)).record == MadeWith(plain, Data(SPLIT)).record
+
+
+def test_data_that_were_changed_before_a_resume_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command goes on in its directory, and the file that it names is another one."""
+    job = prepare(composed(overrides(folder, "b", "max_epochs=2", f"output_dir={tmp_path}", "test=false")))
+    job.resume_from = str(folder / "run" / "checkpoints" / "last.ckpt")
+    execute(job)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" (")[0] for line in lines if line.startswith(("data differ", "scores of"))] == [
+        "data differ from those of the checkpoint: train file 1",
+        "scores of before are of another kind, and do not compete: the best starts anew",
+    ]
