@@ -21,7 +21,7 @@ from harness.distributed import launched_rank
 from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
 from harness.job.made_with import MadeWith, RecordedStatistics, made_with
-from harness.job.match import types_of_checkpoint
+from harness.job.match import Start, types_of_checkpoint
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -68,7 +68,8 @@ def build(config: DictConfig) -> Job:
     """
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    record = made_with(config.ckpt_path) if config.ckpt_path else None
+    start = Start.of(config)
+    record = None if start is None else made_with(start.path)
     datamodule = _build_data(config)
     statistics = _statistics(record, datamodule)
     module = build_module(config, datamodule, statistics)
@@ -96,16 +97,14 @@ def _console() -> Console:
 
 def _build_data(config: DictConfig) -> LightningDataModule:
     """The data module, set up; with the types of a checkpoint that the job goes on from or tests."""
-    types = types_of_checkpoint(config, config.ckpt_path)
+    types = types_of_checkpoint(config)
     datamodule: LightningDataModule = instantiate(config.data, **types)
     try:
         datamodule.setup("fit")
     except ValueError as error:
         if not types or "type names" not in str(error):
             raise
-        raise ValueError(
-            f"{error}. These are the types of ckpt_path={config.ckpt_path}, whose model has no others."
-        ) from error
+        raise ValueError(f"{error}. These are the types of {Start.of(config)}, whose model has no others.") from error
     return datamodule
 
 

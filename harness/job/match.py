@@ -27,6 +27,7 @@ __all__ = [
     "ACCEPTED",
     "RULES",
     "Rule",
+    "Start",
     "changed_facts",
     "compare",
     "data_differences",
@@ -39,7 +40,7 @@ Verdict = Literal["same", "named", "refused"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What follows from a setting that is not the one of the checkpoint.
+    """Consequence of a setting that is not the one of the checkpoint.
 
     Attributes:
         pattern: of the dotted name; the first rule that fits counts.
@@ -77,30 +78,64 @@ _NAMED_LEVEL = 0.1
 """eV/atom, and five times the spread of the training labels."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a job has something from.
+
+    Attributes:
+        setting: that names it: ``ckpt_path``, or ``init_from`` for weights alone.
+        path: of the file.
+        trains: True if a training goes on from it or from its weights, False if there is only a test.
+    """
+
+    setting: str
+    path: str
+    trains: bool
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Start | None:
+        """That of a config, which may have none."""
+        for setting in ("ckpt_path", "init_from"):
+            if config.get(setting):
+                return cls(setting, str(config.get(setting)), bool(config.train))
+        return None
+
+    def __str__(self) -> str:
+        """As it was typed."""
+        return f"{self.setting}={self.path}"
+
+    def verdict(self, name: str) -> Verdict:
+        """Consequence of a setting that differs; without the state of an optimizer, that of a test."""
+        rule = rule_of(name)
+        if rule is None:
+            return "same"
+        return rule.goes_on if self.trains and self.setting == "ckpt_path" else rule.tests
+
+
 def rule_of(name: str) -> Rule | None:
     """The rule of a setting; None for one that is no matter of the model."""
     return next((rule for rule in RULES if fnmatch.fnmatchcase(name, rule.pattern)), None)
 
 
-def types_of_checkpoint(config: DictConfig, path: str | None) -> dict[str, list[str]]:
+def types_of_checkpoint(config: DictConfig) -> dict[str, list[str]]:
     """Argument that gives the data the types of a checkpoint's model, where the config leaves them to the data."""
-    if not path or "type_names" not in config.data or config.data.type_names is not None:
+    start = Start.of(config)
+    if start is None or "type_names" not in config.data or config.data.type_names is not None:
         return {}
-    names = read(Path(path)).get("type_names")
+    names = read(Path(start.path)).get("type_names")
     return {"type_names": [str(name) for name in names]} if names else {}
 
 
 def compare(
-    path: str, config: DictConfig, datamodule: LightningDataModule, module: nn.Module, trains: bool
+    start: Start, config: DictConfig, datamodule: LightningDataModule, module: nn.Module
 ) -> tuple[list[str], list[str]]:
     """Compare a job with the checkpoint that it goes on from or tests.
 
     Args:
-        path: of the checkpoint.
+        start: the checkpoint.
         config: of the job, whole.
         datamodule: of the job, set up.
         module: of the job, with the weights that it was made with.
-        trains: True if a training goes on, False if there is only a test.
 
     Returns:
         Lines to print, and warnings.
@@ -108,26 +143,26 @@ def compare(
     Raises:
         ValueError: a difference that the weights of the checkpoint cannot go with.
     """
-    checkpoint = read(Path(path))
+    checkpoint = read(Path(start.path))
     record: dict[str, Any] | None = checkpoint.get(MADE_WITH)
     lines, warned = [], []
     if record is None:
         lines.append(
-            f"{path} has no record of what it was made with, as those of version 0.1.0: cutoff, data and dtypes cannot "
-            f"be compared with those of this command"
+            f"{start} has no record of what it was made with, as those of version 0.1.0: cutoff, data and dtypes "
+            f"cannot be compared with those of this command"
         )
     else:
         changed = differences(record, config)
-        _refuse_settings(path, changed, config.get(ACCEPTED) or (), trains)
-        lines += [f"differs from the checkpoint: {text}" for text in _named_settings(changed, trains)]
+        _refuse_settings(start, changed, config.get(ACCEPTED) or ())
+        lines += [f"differs from the checkpoint: {text}" for text in _named_settings(start, changed)]
         lines += data_differences(record, config, datamodule)
-    _refuse_types(path, checkpoint, getattr(datamodule, "type_names", None))
-    _refuse_weights(path, checkpoint["state_dict"], module)
-    found = _references(path, checkpoint, record, datamodule, module, trains)
+    _refuse_types(start, checkpoint, getattr(datamodule, "type_names", None))
+    _refuse_weights(start, checkpoint["state_dict"], module)
+    found = _references(start, checkpoint, record, datamodule, module)
     if found:
         lines.append(found)
     if record is not None:
-        level = _level(path, record, datamodule, trains)
+        level = _level(start, record, datamodule)
         if level:
             warned.append(level)
     return lines, warned
@@ -136,19 +171,14 @@ def compare(
 # --- settings ---
 
 
-def _verdict(name: str, trains: bool) -> Verdict:
-    rule = rule_of(name)
-    return "same" if rule is None else rule.goes_on if trains else rule.tests
-
-
-def _refuse_settings(path: str, changed: Sequence[tuple[str, Any, Any]], accepted: Sequence[str], trains: bool) -> None:
-    refused = _without_copies([each for each in changed if _verdict(each[0], trains) == "refused"], changed)
+def _refuse_settings(start: Start, changed: Sequence[tuple[str, Any, Any]], accepted: Sequence[str]) -> None:
+    refused = _without_copies([each for each in changed if start.verdict(each[0]) == "refused"], changed)
     refused = [each for each in refused if not any(fnmatch.fnmatchcase(each[0], name) for name in accepted)]
     if not refused:
         return
     shown = "\n".join(f"  {name}: {before} → {now}" for name, before, now in refused)
     message = (
-        f"ckpt_path={path} was made with other settings that shape the model, or what it sees, than this command has "
+        f"{start} was made with other settings that shape the model, or what it sees, than this command has "
         f"(before → now):\n{shown}\nGive this command those of the checkpoint: "
         f"{' '.join(_override(*each) for each in refused)}."
     )
@@ -158,8 +188,8 @@ def _refuse_settings(path: str, changed: Sequence[tuple[str, Any, Any]], accepte
     raise ValueError(message)
 
 
-def _named_settings(changed: Sequence[tuple[str, Any, Any]], trains: bool) -> list[str]:
-    named = [each for each in changed if _verdict(each[0], trains) == "named"]
+def _named_settings(start: Start, changed: Sequence[tuple[str, Any, Any]]) -> list[str]:
+    named = [each for each in changed if start.verdict(each[0]) == "named"]
     return [f"{name}: {before} → {now}" for name, before, now in named]
 
 
@@ -210,18 +240,18 @@ def _change(before: Any, now: Any) -> str:
 # --- types and weights ---
 
 
-def _refuse_types(path: str, checkpoint: Mapping[str, Any], now: Sequence[str] | None) -> None:
+def _refuse_types(start: Start, checkpoint: Mapping[str, Any], now: Sequence[str] | None) -> None:
     before = checkpoint.get("type_names")
     if before is None or now is None or list(before) == list(now):
         return
     raise ValueError(
-        f"ckpt_path={path} was trained with the atom types {', '.join(before)}, those of this data are "
+        f"{start} was trained with the atom types {', '.join(before)}, those of this data are "
         f"{', '.join(now)}: an index would mean another element. Leave data.type_names out, for those of the "
         f"checkpoint, or give 'data.type_names=[{', '.join(before)}]'."
     )
 
 
-def _refuse_weights(path: str, states: Mapping[str, Any], module: nn.Module) -> None:
+def _refuse_weights(start: Start, states: Mapping[str, Any], module: nn.Module) -> None:
     """Refuse a model whose weights are not those of the checkpoint by name and shape."""
     model = getattr(module, "model", None)
     if model is None or any(nn.parameter.is_lazy(each) for each in model.parameters()):
@@ -238,7 +268,7 @@ def _refuse_weights(path: str, states: Mapping[str, Any], module: nn.Module) -> 
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"ckpt_path={path} has the weights of another model: {'; '.join(wrong[:3])}{more}. Give this command the "
+            f"{start} has the weights of another model: {'; '.join(wrong[:3])}{more}. Give this command the "
             f"model's settings of the run that has written it: they are in its .hydra/config.yaml."
         )
 
@@ -247,12 +277,11 @@ def _refuse_weights(path: str, states: Mapping[str, Any], module: nn.Module) -> 
 
 
 def _references(
-    path: str,
+    start: Start,
     checkpoint: Mapping[str, Any],
     record: Mapping[str, Any] | None,
     datamodule: LightningDataModule,
     module: nn.Module,
-    trains: bool,
 ) -> str | None:
     """A line with the reference energies that the model will have; refused if other ones were asked for."""
     names = getattr(datamodule, "type_names", None) or []
@@ -267,10 +296,10 @@ def _references(
     if not differ:
         return line
     pairs = ", ".join(f"{name} {theirs[name]:.6g} → {asked[name]:.6g}" for name in differ)
-    if trains and record is not None:
+    if start.trains and record is not None:
         exact = ", ".join(f"{name}: {value!r}" for name, value in theirs.items())
         raise ValueError(
-            f"ckpt_path={path} was made with other reference energies than this command asks for, in eV before → now: "
+            f"{start} was made with other reference energies than this command asks for, in eV before → now: "
             f"{pairs}. Its weights are of no use with others. Give this command those of the checkpoint: "
             f"'model.energy_shifts={{{exact}}}', or as it was given then, or train anew."
         )
@@ -287,7 +316,7 @@ def _shifts_in(checkpoint: Mapping[str, Any], module: nn.Module, names: Sequence
     return None
 
 
-def _level(path: str, record: Mapping[str, Any], datamodule: LightningDataModule, trains: bool) -> str | None:
+def _level(start: Start, record: Mapping[str, Any], datamodule: LightningDataModule) -> str | None:
     """A warning of energies whose reference level is not that of the checkpoint's training; refused where it must be.
 
     What is compared is :math:`(E_g - \\sum_t n_{gt} \\mu_t) / N_g` with the model's references: the mean and spread of
@@ -298,7 +327,7 @@ def _level(path: str, record: Mapping[str, Any], datamodule: LightningDataModule
     if not before or not shifts:
         return None
     sets = {"test set": getattr(datamodule, "test_sets", [])}
-    if trains:
+    if start.trains:
         train, val = getattr(datamodule, "train_set", None), getattr(datamodule, "val_sets", [])
         sets = {"training set": [train], "validation set": val, **sets}
     for label, members in sets.items():
@@ -310,7 +339,7 @@ def _level(path: str, record: Mapping[str, Any], datamodule: LightningDataModule
                 continue
             pairs = ", ".join(f"{name} {shifts[name]:.6g} → {value:.6g}" for name, value in _fitted(frames).items())
             text = (
-                f"energies of the {label} less the reference energies of ckpt_path={path} are {now['mean']:.4g} eV per "
+                f"energies of the {label} less the reference energies of {start} are {now['mean']:.4g} eV per "
                 f"atom on average, those of its training {before['mean']:.4g} ± {before['std']:.2g}. References in eV, "
                 f"of the model → by least squares of this set: {pairs}"
             )

@@ -24,7 +24,7 @@ from harness.distributed import launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
-from harness.job.match import ACCEPTED, compare
+from harness.job.match import ACCEPTED, Start, compare
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -185,9 +185,10 @@ def check(job: Job) -> None:
     """
     config, module = job.config, job.module
     warned = roundings(getattr(job.datamodule, "dtype", None), job.trainer.precision, parameter_dtypes(module.model))
-    if config.ckpt_path:
-        job.notes, of_checkpoint = compare(config.ckpt_path, config, job.datamodule, module, bool(config.train))
-        states = read(Path(config.ckpt_path))["state_dict"]
+    start = Start.of(config)
+    if start is not None:
+        job.notes, of_checkpoint = compare(start, config, job.datamodule, module)
+        states = read(Path(start.path))["state_dict"]
         warned += [*of_checkpoint, *filter(None, [rounded_by_checkpoint(states, module.model, job.trainer.precision)])]
     for text in warned:
         rank_zero_warn(text)

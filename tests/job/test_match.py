@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.checkpoints import read
 from harness.job import prepare, train
 from harness.job.made_with import MADE_WITH, RecordedStatistics, energy_level
-from harness.job.match import compare, rule_of
+from harness.job.match import Start, compare, rule_of
 from harness.models import schnet_force_field
 
 QUIET = ("dry_step=false", "callbacks.parity=null", "callbacks.table=null", "trainer.enable_progress_bar=false")
@@ -311,7 +311,7 @@ def test_data_modules_without_fingerprint_or_statistics_are_compared_by_paths(fo
     config = composed(folder.overrides("b"))
     job = prepare(config)
     plain: Any = nn.Module()
-    lines, warned = compare(str(folder.checkpoint), config, plain, job.module, trains=True)
+    lines, warned = compare(Start("ckpt_path", str(folder.checkpoint), True), config, plain, job.module)
     assert not warned
     assert "data.train" in lines[0]
     assert json.dumps(lines)
