@@ -41,6 +41,9 @@ class ValidationTable(Callback):
         ValueError: an unknown column, or a number that is none.
     """
 
+    best_of = "val"
+    """Values that its state has the best of: those of the validation, which start anew where they are others."""
+
     def __init__(self, every_n_epochs: int = 1, columns: Sequence[str] = COLUMNS, max_types: int = 8) -> None:
         whole_number("every_n_epochs", every_n_epochs)
         whole_number("max_types", max_types, least=0)

@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 
-from harness.callbacks import ValidationTable
 from harness.checkpoints import read
 from harness.job.made_with import MADE_WITH, NOT_SET, differences
 from harness.job.match import changed_facts
@@ -132,8 +131,9 @@ def _facts_of_validation(facts: dict[str, str], names: set[str], monitor: str) -
 class ComparableScores(Callback):
     """Forgets the best values of a checkpoint whose scores do not compare with those of the training that goes on.
 
-    Bests of ``ModelCheckpoint``, ``EarlyStopping``, ``BestEpoch``, any other callback with a ``monitor``, the table of
-    the validation, and ``ReduceLROnPlateau`` start anew then. An ``EarlyStopping`` keeps the patience of now.
+    Bests of every callback with a ``monitor``, such as ``ModelCheckpoint`` and ``EarlyStopping``, or with a ``best_of``
+    (``val``, for all of the validation), and of ``ReduceLROnPlateau`` start anew then. An ``EarlyStopping`` keeps the
+    patience of now.
 
     Args:
         config: the whole configuration.
@@ -148,7 +148,7 @@ class ComparableScores(Callback):
         record, states = checkpoint.get(MADE_WITH), checkpoint.get("callbacks") or {}
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
-            monitor = "val" if isinstance(callback, ValidationTable) else getattr(callback, "monitor", None)
+            monitor = getattr(callback, "monitor", None) or getattr(callback, "best_of", None)
             if monitor and why_scores_differ(record, self._config, self._datamodule, monitor):
                 states.pop(callback.state_key, None)
             state = states.get(callback.state_key)
