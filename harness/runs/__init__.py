@@ -16,6 +16,7 @@ from harness.runs.command import (
     label,
     objective,
     point_name,
+    point_number,
     sweep_dir,
     typed,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "note_failure",
     "objective",
     "point_name",
+    "point_number",
     "read",
     "record",
     "report_entries",

@@ -35,6 +35,7 @@ __all__ = [
     "label",
     "objective",
     "point_name",
+    "point_number",
     "sweep_dir",
     "typed",
 ]
@@ -159,7 +160,15 @@ def as_typed(overrides: Any) -> tuple[str, ...]:
 
 
 def _is_point() -> bool:
-    return SweepPoint.of_environment() is not None or (HydraConfig.initialized() and command().point is not None)
+    return point_number() is not None
+
+
+def point_number() -> int | None:
+    """Number of this run in its sweep, from 0; None for a run on its own."""
+    point = SweepPoint.of_environment()
+    if point is not None:
+        return point.number
+    return command().point if HydraConfig.initialized() else None
 
 
 def point_name() -> str | None:

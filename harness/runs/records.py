@@ -92,17 +92,30 @@ def report_entries(config: DictConfig) -> dict[str, Any]:
     """Entries of ``run.json`` that the report of a sweep needs from the configuration.
 
     Returns:
-        ``name`` of a sweep point, ``monitor``, ``objectives``, and ``project`` and ``group`` of the W&B run; None
-        where there is no such thing.
+        ``name`` of a sweep point, ``monitor``, ``objectives``, and ``project``, ``group`` and ``entity`` of the W&B
+        run; None where there is no such thing.
     """
-    loggers = _select(config, "logger") or {}
-    wandb = [name for name in loggers if _select(config, f"logger.{name}.project")]
     objectives = _select(config, "objectives")
     return {
         "name": point_name(),
         "monitor": _select(config, "monitor"),
         "objectives": list(objectives) if objectives else None,
-        **{key: _select(config, f"logger.{wandb[0]}.{key}") if wandb else None for key in ("project", "group")},
+        **_of_wandb(config),
+    }
+
+
+_WANDB_VARIABLES = {"project": "WANDB_PROJECT", "group": "WANDB_RUN_GROUP", "entity": "WANDB_ENTITY"}
+
+
+def _of_wandb(config: DictConfig) -> dict[str, Any]:
+    """Project, group and entity of the W&B run: of the first such logger's section, else as W&B's variables say."""
+    sections = [f"logger.{name}" for name in _select(config, "logger") or {}]
+    wandb = [each for each in sections if str(_select(config, f"{each}._target_")).endswith(".WandbLogger")]
+    if not wandb:
+        return dict.fromkeys(_WANDB_VARIABLES)
+    return {
+        key: _select(config, f"{wandb[0]}.{key}") or os.environ.get(variable) or None
+        for key, variable in _WANDB_VARIABLES.items()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-import os
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,6 +182,7 @@ def log_to_wandb(
         URL or directory of the run.
     """
     from harness.loggers import WandbLogger
+    from harness.loggers.wandb_variables import variable
 
     sweep = ranked.sweep
     logger = WandbLogger(
@@ -190,7 +191,10 @@ def log_to_wandb(
         group=sweep.group,
         job_type="sweep",
         name=f"report of {sweep.title}",
-        offline=not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
+        entity=sweep.entity,
+        id=uuid.uuid4().hex[:8],  # the variables of a run that is a point may still be there
+        resume="allow",
+        dir=variable("DIR", str(folder)),
         settings={"quiet": True},
     )
     logger.log_hyperparams(

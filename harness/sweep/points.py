@@ -51,6 +51,7 @@ class Sweep:
         project: of the points' W&B runs.
         group: of the points' W&B runs.
         planned: number of points that were asked for, if it is known.
+        entity: of the points' W&B runs, if one was given.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Sweep:
     project: str
     group: str
     planned: int | None = None
+    entity: str | None = None
 
     @property
     def title(self) -> str:
