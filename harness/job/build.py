@@ -19,6 +19,7 @@ from harness.config.explain import message
 from harness.distributed import launched_rank
 from harness.job.failures import TrainingPosition
 from harness.job.made_with import MadeWith
+from harness.job.monitors import MonitorGuard, monitored
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -76,7 +77,9 @@ def build(config: DictConfig) -> Job:
     position = TrainingPosition()
     with withheld() as device_notes:
         made_with = MadeWith(config, datamodule)
-        trainer = make_trainer(config, make_strategy(config), [*callbacks, position, made_with], loggers)
+        guard = MonitorGuard(monitored(config, callbacks))  # first: before a callback acts on a value
+        own = [position, made_with]
+        trainer = make_trainer(config, make_strategy(config), [guard, *callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
 

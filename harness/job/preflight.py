@@ -7,7 +7,6 @@ then tries a small step.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from harness.distributed import launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
+from harness.job.monitors import check_monitors
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
-from harness.module.log_keys import LogKeys
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
 
@@ -179,7 +178,7 @@ def check(job: Job) -> None:
     config, module = job.config, job.module
     _check_labels(module, job.datamodule)
     check_controllers(module, job.callbacks)
-    _check_monitors(config, job.callbacks, module)
+    check_monitors(job)
     module.configure_optimizers()  # the trainer makes them anew; here for the mistakes in their sections
     if config.train:
         _check_accumulation(config, job.callbacks, module)
@@ -258,21 +257,3 @@ def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> No
         ValueError: with the names of both.
     """
     refuse_several(controllers_of(module.loss, callbacks))
-
-
-def _check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
-    """Refuse to monitor a value that nothing logs, before the first epoch has been trained in vain."""
-    managers = {LogKeys(stage): each for stage, each in module.managers.items() if not stage.startswith("test")}
-    valid = [keys.key(name) for keys, manager in managers.items() for name in manager.value_names]
-    monitors = {"monitor": config.monitor, "lr_scheduler.monitor": (config.lr_scheduler or {}).get("monitor")}
-    monitors |= {f"objectives[{number}]": key for number, key in enumerate(config.get("objectives") or [])}
-    monitors |= {
-        f"the monitor of {type(callback).__name__}": getattr(callback, "monitor", None) for callback in callbacks
-    }
-    for where, monitor in monitors.items():
-        if monitor and "_epoch/" in monitor and monitor not in valid:
-            close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
-            raise ValueError(
-                f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "
-                f"They begin with {', '.join(keys.prefix for keys in managers)}."
-            )

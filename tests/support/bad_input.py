@@ -280,6 +280,10 @@ CASES: dict[str, Case] = {
         f"{EXTRA}[{{field: {{_target_: harness.PerAtomModifier, field: forces}}, metric: {MSE}}}]",
         words=["graph fields only", "'forces' is a node field"],
     ),
+    "metric that cannot take forces": case(
+        "metrics.extra_metrics=[{name: mine, field: forces, metric: {_target_: torchmetrics.PearsonCorrCoef}}]",
+        words=["'mine'", "PearsonCorrCoef", "[8, 3]", "flatten"],
+    ),
     "field that the model lacks": case(
         f"{EXTRA}[{{field: charge, metric: {MSE}}}]", words=["'charge'", "missing from the predictions", "forces"]
     ),
@@ -290,6 +294,12 @@ CASES: dict[str, Case] = {
         "monitor=val0_epoch/force_rmse", words=["val0_epoch/force_rmse", "Did you mean", "val0_epoch/forces_rmse"]
     ),
     "monitor of an absent validation set": case("data.split.val=0", words=["val0_epoch/weighted_sum", "Did you mean"]),
+    "monitor that comes later than it is asked for": case(
+        "lr_scheduler=plateau",
+        "max_epochs=4",
+        "trainer.check_val_every_n_epoch=2",
+        words=["val0_epoch/weighted_sum", "first validation", "lr_scheduler.frequency=2"],
+    ),
     "monitor of early stopping": case(
         "callbacks=[default,early_stopping]",
         "callbacks.early_stopping.monitor=val0_epoch/f_rms",
