@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 from harness.metrics import MetricsManager
 from harness.metrics.components import WEIGHTED_SUM
 from harness.module import ForceFieldModule
-from harness.module.log_keys import TRAIN_LOSS, TRAINING_STAGES, LogKeys
 from harness.support.lightning_private import saves_at_end_of_epoch, stops_at_end_of_epoch
+from harness.support.log_keys import TRAIN_LOSS, TRAINING_STAGES, LogKeys
 from harness.support.warn import OneWarning, is_rank_zero
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def _check_names(module: ForceFieldModule, monitors: Mapping[str, str]) -> None:
     managers = {LogKeys(stage): each for stage, each in module.managers.items() if not stage.startswith("test")}
     valid = [keys.key(name) for keys, manager in managers.items() for name in manager.value_names]
     for where, monitor in monitors.items():
-        if "_epoch/" in monitor and monitor not in valid:
+        is_error = LogKeys.of_error(monitor) is not None
+        is_contribution = LogKeys(TRAIN_LOSS, section="contribution").name_in(monitor) is not None  # is not monitored
+        if (is_error or is_contribution) and monitor not in valid:
             close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
             raise ValueError(
                 f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "

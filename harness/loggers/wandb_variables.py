@@ -78,7 +78,7 @@ def mode(given: str | None, offline: bool | None) -> Mode:
 
 
 def resume(given: str | bool | None) -> Resume:
-    """What W&B does about a run that is there: as given, else by ``WANDB_RESUME``, else ``allow``.
+    """Treatment of a run that is there: as given, else by ``WANDB_RESUME``, else ``allow``.
 
     Raises:
         ValueError: nothing that W&B knows.

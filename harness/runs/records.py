@@ -10,7 +10,6 @@ import json
 import math
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.runs.command import Command, point_name
 from harness.runs.exits import Interrupted, Preempted
 from harness.support.files import write_text_whole
+from harness.support.log_keys import is_of_evaluation
+from harness.support.warn import warn
 
 __all__ = [
     "RECORD",
@@ -85,7 +86,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         write_text_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
+        warn(f"{path} cannot be written: {error}")
 
 
 def report_entries(config: DictConfig) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def write_result(
         objectives: log keys of a sweep with several objectives.
     """
     always = {monitor, *objectives}
-    kept = {key: _finite(value) for key, value in values.items() if key.startswith(("val", "test")) or key in always}
+    kept = {key: _finite(value) for key, value in values.items() if is_of_evaluation(key) or key in always}
     result = {
         "monitor": monitor,
         "objective": _finite(values.get(monitor)),
