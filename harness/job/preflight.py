@@ -8,6 +8,7 @@ then tries a small step.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,10 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+from harness.config.resolvers import config_folder
 from harness.distributed import launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
@@ -25,8 +28,10 @@ from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
+from harness.runs import point_number, swept_settings
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
+from harness.support.text import did_you_mean
 
 __all__ = ["check", "check_controllers", "check_settings"]
 
@@ -42,6 +47,7 @@ def check_settings(config: DictConfig) -> None:
     """
     _check_sections(config)
     _check_interval(config)
+    _check_unread(config)
     _check_numbers(config)
     if config.resume not in ("restart", "auto", None):
         raise ValueError(f"resume is restart, auto or null, found {config.resume!r}.")
@@ -127,6 +133,21 @@ def _check_interval(config: DictConfig) -> None:
             )
 
 
+def _check_unread(config: DictConfig) -> None:
+    """Refuse a setting of the top level that no part reads and no interpolation refers to."""
+    table: Any = OmegaConf.to_container(OmegaConf.load(Path(config_folder()) / "train.yaml"), resolve=False)
+    groups = [choice for entry in table["defaults"] if isinstance(entry, dict) for choice in entry]
+    known = {"hydra", *map(str, table), *map(str, groups)} - {"defaults"}
+    interpolations = re.findall(r"\$\{([^}]*)", str(OmegaConf.to_container(config, resolve=False)))
+    referred = {word for each in interpolations for word in re.findall(r"\w+", each)}
+    for name in map(str, config):
+        if name not in known | referred:
+            raise ValueError(
+                f"{name} is a setting that nothing reads. {did_you_mean(name, sorted(known))}`harness-train --cfg job` "
+                f"lists all of them; one of your own is for interpolations, such as max_epochs=${{{name}}}."
+            )
+
+
 def _check_checkpoint(config: DictConfig) -> None:
     """Refuse a file that is no checkpoint, or is torn, and a test without one."""
     path = config.ckpt_path
@@ -178,6 +199,7 @@ def check(job: Job) -> None:
     config, module = job.config, job.module
     _check_labels(module, job.datamodule)
     check_controllers(module, job.callbacks)
+    _warn_of_swept(module)
     check_monitors(job)
     module.configure_optimizers()  # the trainer makes them anew; here for the mistakes in their sections
     if config.train:
@@ -248,6 +270,29 @@ def _check_accumulation(config: DictConfig, callbacks: list[Callback], module: F
             "strategy=ddp_static_graph cannot accumulate gradients: torch's DDP fails where its static graph has "
             "steps without communication. Use strategy=ddp, or trainer.accumulate_grad_batches=1."
         )
+
+
+def _warn_of_swept(module: ForceFieldModule) -> None:
+    """Warn, in the first point of a sweep, of swept coefficients that a schedule overwrites in every point."""
+    schedule = module.loss.schedule
+    if schedule is None or point_number() != 0:
+        return
+    for setting in swept_settings():
+        if not setting.startswith("loss.coeffs."):
+            continue
+        swept = setting.removeprefix("loss.coeffs.")
+        energy = swept in ("total_energy", "per_atom_energy")
+        driven = [
+            name
+            for name in schedule.names
+            if name == swept or name.startswith(f"{swept}_") or (energy and "energy" in name.split("_"))
+        ]
+        if driven:
+            rank_zero_warn(
+                f"{setting} is swept, and the schedule ({type(schedule).__name__}) says the coefficient of "
+                f"{', '.join(driven)} in every point: they differ in nothing by it. Sweep what is in `schedule`, or "
+                f"leave the schedule out: schedule=constant."
+            )
 
 
 def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> None:

@@ -18,6 +18,7 @@ from harness.runs.command import (
     point_name,
     point_number,
     sweep_dir,
+    swept_settings,
     typed,
 )
 from harness.runs.exits import (
@@ -88,6 +89,7 @@ __all__ = [
     "report_entries",
     "settings_of",
     "sweep_dir",
+    "swept_settings",
     "typed",
     "write_result",
 ]

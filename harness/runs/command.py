@@ -37,6 +37,7 @@ __all__ = [
     "point_name",
     "point_number",
     "sweep_dir",
+    "swept_settings",
     "typed",
 ]
 
@@ -182,6 +183,16 @@ def point_name() -> str | None:
         return point.name
     if not _is_point():
         return None
+    swept = swept_settings()
+    endings = Counter(key.rpartition(".")[2] for key in swept)
+    names = {key: key.rpartition(".")[2] if endings[key.rpartition(".")[2]] == 1 else key for key in swept}
+    return ",".join(f"{names[key]}={_short(value)}" for key, value in swept.items()) or None
+
+
+def swept_settings() -> dict[str, str]:
+    """Values of the settings that the sweep of this point sweeps; none for a run on its own."""
+    if not HydraConfig.initialized() or not _is_point():
+        return {}
     params = HydraConfig.get().sweeper.get("params") or {}
     given = [*(f"{key}={value}" for key, value in params.items()), *typed()]
     fixed = {key for key, is_swept in map(_parsed, given) if not is_swept}
@@ -190,9 +201,7 @@ def point_name() -> str | None:
         key, _, value = override.lstrip("+").partition("=")
         if key not in fixed:
             swept[key] = value
-    endings = Counter(key.rpartition(".")[2] for key in swept)
-    names = {key: key.rpartition(".")[2] if endings[key.rpartition(".")[2]] == 1 else key for key in swept}
-    return ",".join(f"{names[key]}={_short(value)}" for key, value in swept.items()) or None
+    return swept
 
 
 def _parsed(argument: str) -> tuple[str, bool]:

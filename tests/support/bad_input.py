@@ -285,11 +285,15 @@ CASES: dict[str, Case] = {
         words=["'mine'", "PearsonCorrCoef", "[8, 3]", "flatten"],
     ),
     "field that the model lacks": case(
-        f"{EXTRA}[{{field: charge, metric: {MSE}}}]", words=["'charge'", "missing from the predictions", "forces"]
+        f"{EXTRA}[{{field: charge, metric: {MSE}}}]",
+        words=["'charge'", "missing from the predictions", "'charge_mse' reads it", "leave that out"],
     ),
     "ignore_nan of an unknown label": case("+loss.ignore_nan.force=true", words=["'force'", "total_energy, forces"]),
     "loss that is no loss": case("loss._target_=torch.nn.MSELoss", words=["MSELoss"]),
     # --- numbers and names of the configuration ---
+    "setting that nothing reads": case(
+        "+max_epoch=3", words=["max_epoch", "nothing reads", "Did you mean max_epochs?", "--cfg job"]
+    ),
     "monitor of nothing": case(
         "monitor=val0_epoch/force_rmse", words=["val0_epoch/force_rmse", "Did you mean", "val0_epoch/forces_rmse"]
     ),
@@ -658,7 +662,9 @@ CASES: dict[str, Case] = {
     ),
     # --- what a model does with a batch ---
     "model without a dictionary": model("no_dictionary", words=["returned Tensor", "dictionary"]),
-    "model without forces": model("without_forces", words=["'forces' is missing from the predictions", "total_energy"]),
+    "model without forces": model(
+        "without_forces", words=["'forces' is missing from the predictions", "total_energy", "'forces_mse'"]
+    ),
     "model of flat energies": model("flat_energy", words=["E", "[2]", "[2, 1]"]),
     "model of forces of one column": model("forces_of_one_column", words=["F", "[8, 1]", "[8, 3]"]),
     "model of whole numbers": model("whole_numbers", words=["'forces'", "int64", "floating-point"]),
