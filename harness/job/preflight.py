@@ -134,18 +134,32 @@ def _check_interval(config: DictConfig) -> None:
 
 
 def _check_unread(config: DictConfig) -> None:
-    """Refuse a setting of the top level that no part reads and no interpolation refers to."""
+    """Refuse a setting of the top level that no part reads, if another one may be meant; warn of others.
+
+    One that an interpolation refers to is read; any is in the logged config, as a note is.
+    """
     table: Any = OmegaConf.to_container(OmegaConf.load(Path(config_folder()) / "train.yaml"), resolve=False)
     groups = [choice for entry in table["defaults"] if isinstance(entry, dict) for choice in entry]
     known = {"hydra", *map(str, table), *map(str, groups)} - {"defaults"}
-    interpolations = re.findall(r"\$\{([^}]*)", str(OmegaConf.to_container(config, resolve=False)))
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    interpolations = re.findall(r"\$\{([^}]*)", str(content))
     referred = {word for each in interpolations for word in re.findall(r"\w+", each)}
-    for name in map(str, config):
-        if name not in known | referred:
+    for name in map(str, content):
+        if name in known | referred:
+            continue
+        nested = [
+            f"{section}.{name}"
+            for section in sorted(known)
+            if isinstance(content.get(section), dict) and name in content[section]
+        ]
+        meant = f"Did you mean {' or '.join(nested)}? " if nested else did_you_mean(name.lower(), sorted(known))
+        found = f"{name} is a setting that nothing reads"
+        if meant:
             raise ValueError(
-                f"{name} is a setting that nothing reads. {did_you_mean(name, sorted(known))}`harness-train --cfg job` "
-                f"lists all of them; one of your own is for interpolations, such as max_epochs=${{{name}}}."
+                f"{found}. {meant}`harness-train --cfg job` lists all of them; one of your own is for interpolations, "
+                f"such as max_epochs=${{{name}}}."
             )
+        rank_zero_warn(f"{found}: it changes nothing, and is in the logged config.")
 
 
 def _check_checkpoint(config: DictConfig) -> None:

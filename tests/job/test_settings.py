@@ -14,10 +14,25 @@ from harness.job.preflight import check_settings
 from harness.runs import POINT, SweepPoint
 
 
-@pytest.mark.parametrize("key", ["max_epoch", "lr", "epochs", "notes"])
-def test_a_setting_that_nothing_reads_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=f"^{key} is a setting that nothing reads"):
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("max_epoch", "max_epochs"),
+        ("epochs", "max_epochs"),
+        ("Seed", "seed"),
+        ("lr", "optimizer.lr"),
+        ("batch_size", "data.batch_size"),
+        ("check_val_every_n_epoch", "trainer.check_val_every_n_epoch"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_if_another_is_meant(key: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} is a setting that nothing reads. Did you mean {meant}\?"):
         check_settings(composed(f"+{key}=3"))
+
+
+def test_a_note_is_told() -> None:
+    with pytest.warns(UserWarning, match="remark is a setting that nothing reads: it changes nothing"):
+        check_settings(composed("+remark=first"))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +48,9 @@ def test_a_setting_that_nothing_reads_is_refused(key: str) -> None:
     ],
 )
 def test_a_setting_that_others_refer_to_is_read(overrides: tuple[str, ...]) -> None:
-    check_settings(composed(*overrides))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_settings(composed(*overrides))
 
 
 SMALL = (
