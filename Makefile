@@ -33,7 +33,7 @@ train: install  ## train and test a force field on the embedded alloy, on RANKS=
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(ARGS)
 
 test: install  ## the test suite but for what is marked slow
-	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
 	$(BIN)/python -m pytest -m slow

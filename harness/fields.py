@@ -181,6 +181,11 @@ class PlainField:
         return field_spec(self.field).level
 
     @property
+    def type(self) -> Level:
+        """The level, by NequIP's name."""
+        return self.level
+
+    @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one row."""
         return field_spec(self.field).shape
@@ -229,6 +234,11 @@ class PerAtomModifier:
     def level(self) -> Level:
         """Always ``graph``."""
         return "graph"
+
+    @property
+    def type(self) -> Level:
+        """The level, by NequIP's name."""
+        return self.level
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -287,6 +297,11 @@ class MappedFieldModifier:
     def level(self) -> Level:
         """Level of both fields."""
         return field_spec(self.pred_field).level
+
+    @property
+    def type(self) -> Level:
+        """The level, by NequIP's name."""
+        return self.level
 
     @property
     def shape(self) -> tuple[int, ...] | None:

@@ -782,8 +782,8 @@ def _check_same_names(what: str, **two: Coefficients) -> None:
     differ = [name for name in _union((first, second)) if (name in first) != (name in second)]
     if differ:
         raise ValueError(
-            f"{what}: `{one}` and `{other}` name the same things; {', '.join(differ)} is in one of them only. `{one}`: "
-            f"{', '.join(first)}; `{other}`: {', '.join(second)}."
+            f"{what}: `{one}` and `{other}` must name the same components; {', '.join(differ)} is in one of them only. "
+            f"`{one}`: {', '.join(first)}; `{other}`: {', '.join(second)}."
         )
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
+import inspect
 import subprocess
 import sys
+import textwrap
 
+import lightning.pytorch.loggers
 import pytest
 from hydra.utils import get_object
 from support.commands import ROOT
 
 import harness
+from harness.support import lightning_private, torch_private
 
 TREES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted((ROOT / "harness").rglob("*.py"))}
 
@@ -110,3 +116,96 @@ def test_private_parts_of_hydra_and_omegaconf_are_not_used() -> None:
         found[file] = (attributes & PRIVATE) | {name for name in names if "._internal" in name}
     assert len(found) > 10
     assert not {file: names for file, names in found.items() if names}
+
+
+# --- private parts of libraries ---
+
+LISTS = {  # files that may reach for the private parts of one library, each with a list of them
+    "harness/distributed/torch_private.py",
+    "harness/loggers/wandb_service.py",
+    "harness/metrics/torchmetrics_private.py",
+    "harness/strategies/deepspeed_private.py",
+    "harness/support/lightning_private.py",
+    "harness/support/torch_private.py",
+}
+NOT_PRIVATE = {"_exit", "_target_"}  # of os, and in configs
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Names that functions, classes, assignments and fields give."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return found
+
+
+def test_private_parts_of_objects_of_libraries_are_in_the_list_of_their_library() -> None:
+    """An underscored attribute that nothing in the package defines is that of somebody else's object."""
+    listed = {name for names in lightning_private.INHERITED.values() for name in names}
+    own = set().union(*map(defined, TREES.values())) | NOT_PRIVATE | listed
+    found = [
+        f"{file}:{node.lineno}: {ast.unparse(node)}"
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own and file not in LISTS
+    ]
+    assert not found
+
+
+def test_private_parts_that_subclasses_share_with_a_library_are_in_a_list() -> None:
+    """Attributes of ``self`` that a class of the package uses or defines, and a base class of a library has as well."""
+    known = {*lightning_private.NAMES, *lightning_private.OVERRIDDEN, *torch_private.OVERRIDDEN}
+    found, seen = [], 0
+    for file, tree in TREES.items():
+        if file.endswith("__main__.py"):
+            continue
+        module = importlib.import_module(file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            cls = getattr(module, node.name, None)
+            bases = [each for each in getattr(cls, "__mro__", ()) if not each.__module__.startswith("harness")]
+            theirs = {name for each in bases for name in _private_parts(each)}
+            used = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute) and _is_of_self(each.value)}
+            used |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+            listed = {name for each in bases for name in lightning_private.INHERITED.get(each.__name__, ())}
+            seen += bool(theirs & used)
+            found += [f"{file}: {node.name}.{name}" for name in sorted((theirs & used) - listed - known)]
+    assert not found
+    assert seen  # the loggers
+
+
+def _is_of_self(value: ast.expr) -> bool:
+    is_super = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "super"
+    return is_super or (isinstance(value, ast.Name) and value.id == "self")
+
+
+@functools.cache
+def _private_parts(cls: type) -> frozenset[str]:
+    """Underscored names of a class's own, and of the attributes that its methods give to ``self``."""
+    if cls.__module__ in ("builtins", "typing", "abc"):
+        return frozenset()
+    names = {name for name in vars(cls) if is_private(name) and not name.startswith("_abc_")}
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset(names)
+    stored = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    return frozenset(names | {node.attr for node in stored if is_private(node.attr) and _is_of_self(node.value)})
+
+
+def test_attributes_that_loggers_inherit_are_lightnings() -> None:
+    for name, attributes in lightning_private.INHERITED.items():
+        base = getattr(lightning.pytorch.loggers, name)
+        assert set(attributes) <= {part for each in base.__mro__ for part in _private_parts(each)}, name
+
+
+def test_functions_that_are_looked_for_on_the_stack_are_lightnings() -> None:
+    from lightning.pytorch.trainer import call
+
+    assert all(callable(getattr(call, name)) for name in lightning_private.ON_THE_STACK)

@@ -391,7 +391,7 @@ MISTAKES: list[tuple[Any, type[Exception], list[str]]] = [
         ["schedules[0] and schedules[2] both set a_H", "Join", "Scale"],
     ),
     # learning rate
-    (lambda: LearningRateCoupled({"a": 1}, {"b": 1}), ValueError, ["name the same things", "`limit`: b"]),
+    (lambda: LearningRateCoupled({"a": 1}, {"b": 1}), ValueError, ["must name the same components", "`limit`: b"]),
     (lambda: LearningRateCoupled({"a": 1}, {"a": 2})(0), ValueError, ["needs the learning rate", "None"]),
     (lambda: LearningRateCoupled({"a": 1}, {"a": 2})(0, math.nan), ValueError, ["finite number", "nan"]),
     (lambda: LearningRateCoupled({"a": 1}, {"a": 2})(0, -0.5), ValueError, ["at least 0", "-0.5"]),

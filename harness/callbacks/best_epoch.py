@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.loggers import wandb_loggers
 from harness.module import ForceFieldModule, LogKeys, logged_step
-from harness.module.log_keys import TRAINING_STAGES
+from harness.support.log_keys import TRAINING_STAGES
 
 __all__ = ["BestEpoch"]
 

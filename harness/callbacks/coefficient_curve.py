@@ -10,10 +10,10 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.loggers import log_image
-from harness.module import ForceFieldModule, LogKeys
-from harness.module.log_keys import TRAIN, TRAIN_LOSS
+from harness.module import ForceFieldModule, LogKeys, is_nth_step_done
 from harness.support.figures import new_figure, save_figure
 from harness.support.files import try_write
+from harness.support.log_keys import TRAIN, TRAIN_LOSS
 
 __all__ = ["CoefficientCurve"]
 
@@ -57,7 +57,7 @@ class CoefficientCurve(Callback):
         """Record coefficients that move by step, on steps that are logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_step, self._step = trainer.global_step != self._step, trainer.global_step
-        if not is_step or not trainer.is_global_zero or not every or trainer.global_step % every:
+        if not is_step or not trainer.is_global_zero or not is_nth_step_done(trainer, every):
             return
         if not isinstance(pl_module, ForceFieldModule):
             return

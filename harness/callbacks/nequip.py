@@ -14,12 +14,12 @@ from typing import Any, Literal, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.metrics import MetricsManager, Values
-from harness.module import ForceFieldModule, LogKeys, Step, log_to_all, logged_step
+from harness.module import ForceFieldModule, LogKeys, Step, is_nth_step_done, log_to_all, logged_step
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
-from harness.module.log_keys import TRAIN_LOSS, Level
 from harness.schedules import PiecewiseConstant
 from harness.support.checks import whole_number
 from harness.support.lightning_private import last_step_of_epoch
+from harness.support.log_keys import TRAIN_LOSS, Level
 from harness.support.text import did_you_mean
 
 __all__ = ["LinearLossCoefficientScheduler", "LossCoefficientMonitor", "LossCoefficientScheduler"]
@@ -209,9 +209,9 @@ class LossCoefficientMonitor(Callback):
     ) -> None:
         """Log the coefficients that the batch was trained with."""
         is_step, self._step = trainer.global_step != self._step, trainer.global_step
-        if self.interval == "batch" and is_step and trainer.global_step % self.frequency == 0:
+        if self.interval == "batch" and is_step and is_nth_step_done(trainer, self.frequency):
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-            logged_already = isinstance(pl_module, ForceFieldModule) and every and trainer.global_step % every == 0
+            logged_already = isinstance(pl_module, ForceFieldModule) and is_nth_step_done(trainer, every)
             if not logged_already:
                 self._log(trainer, pl_module, logged_step(trainer))
 

@@ -35,6 +35,7 @@ from harness.module import ForceFieldModule, Step, define_axes, log_to_all, logg
 from harness.strategies import splits_parameters
 from harness.support.checks import whole_number
 from harness.support.device import DelayedScalar
+from harness.support.warn import warn
 
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
 
@@ -351,7 +352,7 @@ class NonFiniteGuard(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save(content, self._file(seen, f"_rank{rank_in_group()}.pt"))
         except (OSError, RuntimeError) as error:
-            print(f"warning: the batch that is not finite cannot be written: {error}", flush=True)
+            warn(f"the batch that is not finite cannot be written: {error}")
 
     def _publish(self, trainer: Trainer, seen: _Seen, title: str, message: str) -> None:
         if not trainer.is_global_zero:
@@ -360,7 +361,7 @@ class NonFiniteGuard(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file(seen, ".txt").write_text(f"{message}\n")
         except OSError as error:
-            print(f"warning: {self._file(seen, '.txt')} cannot be written: {error}", flush=True)
+            warn(f"{self._file(seen, '.txt')} cannot be written: {error}")
         for logger in wandb_loggers(trainer):
             logger.alert(title, message)
 

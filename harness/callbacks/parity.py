@@ -15,10 +15,10 @@ from torch import Tensor
 
 from harness.distributed import ProcessGroup, gather_objects, rank_in_group
 from harness.loggers import log_image
-from harness.module.log_keys import LogKeys, stage_of_set
 from harness.support.checks import whole_number
 from harness.support.figures import new_figure
 from harness.support.files import replacing, try_write
+from harness.support.log_keys import LogKeys, stage_of_set
 
 __all__ = ["ParityPlot"]
 

@@ -16,10 +16,10 @@ from harness.callbacks.tables import atoms_behind, component_unit
 from harness.loggers import WandbLogger, wandb_loggers
 from harness.metrics import MeanAbsoluteError, MetricsManager, RootMeanSquaredError
 from harness.module import ForceFieldModule, LogKeys, logged_step
-from harness.module.log_keys import stage_of_set
 from harness.support.checks import whole_number
 from harness.support.figures import new_figure, save_figure
 from harness.support.files import try_write
+from harness.support.log_keys import stage_of_set
 
 __all__ = ["PerTypeReport"]
 

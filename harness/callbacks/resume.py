@@ -20,7 +20,7 @@ from torch import Tensor
 from harness.checkpoints import newest_valid
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
-from harness.module import ForceFieldModule
+from harness.module import ForceFieldModule, is_nth_step_done
 from harness.runs.exits import Preempted
 from harness.support.checks import whole_number
 from harness.support.device import DelayedScalar
@@ -176,7 +176,7 @@ class ResumeCheckpoint(Checkpoint):
             return  # Lightning would leave the validation out; a signal is still there after the next step
         # in someone else's module it takes a collective of its own
         leave = self._requests.read() > 0 if isinstance(pl_module, ForceFieldModule) else self._any_request(trainer)
-        if leave or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
+        if leave or is_nth_step_done(trainer, self.every_n_steps):
             self._save(trainer)
         if leave:
             raise Preempted(self._message(trainer))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.distributed import gather_objects, max_over_ranks, rank_in_group
 from harness.fields import NUM_ATOMS, Batch
-from harness.module import ForceFieldModule, log_to_all
+from harness.module import ForceFieldModule, is_nth_step_done, log_to_all
 from harness.support.checks import whole_number
 from harness.support.lightning_private import unwatch_fetches, watch_fetches
 
@@ -95,7 +95,7 @@ class ThroughputMonitor(Callback):
             every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
             if self._before is None:
                 self._before = self._read(step, pl_module)
-            elif every and step % every == 0:
+            elif is_nth_step_done(trainer, every):
                 now = self._read(step, pl_module)
                 self._log(trainer, now.since(self._before))
                 self._before = now

@@ -15,8 +15,8 @@ from rich.measure import Measurement
 from harness.callbacks.tables import COLUMNS, is_better, values_table
 from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.module import ForceFieldModule, logged_step
-from harness.module.log_keys import TRAIN_LOSS, stage_of_set
 from harness.support.checks import whole_number
+from harness.support.log_keys import TRAIN_LOSS, stage_of_set
 
 __all__ = ["ValidationTable"]
 

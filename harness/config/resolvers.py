@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from harness.runs import RUN_STAMP, group, point_name
+from harness.loggers import wandb_variables
+from harness.runs import RUN_STAMP, group, point_name, point_number
 
 __all__ = ["config_folder", "now", "register_resolvers"]
 
@@ -36,6 +37,17 @@ def _part(number: float, fraction: float) -> float:
     return number * fraction
 
 
+def _wandb_dir(save_dir: str, output_dir: str) -> str:
+    """Folder of W&B's files: ``WANDB_DIR`` if there is one, and the user has not given another ``save_dir``."""
+    return wandb_variables.variable("DIR", save_dir) if save_dir == output_dir else save_dir
+
+
+def _wandb_id() -> str | None:
+    """Id of W&B's run by ``WANDB_RUN_ID``; each point of a sweep has a run of its own, with its number in the id."""
+    run_id, point = wandb_variables.variable("RUN_ID", None), point_number()
+    return run_id if run_id is None or point is None else f"{run_id}-{point}"
+
+
 def register_resolvers() -> None:
     """Register the functions that ``conf/`` calls as ``${harness.devices:}`` and the like."""
     cached: dict[str, Callable[..., Any]] = {
@@ -43,8 +55,7 @@ def register_resolvers() -> None:
         "harness.part": _part,
         # of a model's weights, for a precision of the trainer
         "harness.weights_dtype": lambda precision: "float64" if str(precision) in ("64", "64-true") else "float32",
-        # online only with a key; otherwise a run is kept on disk for `wandb sync`
-        "harness.wandb_offline": lambda: not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
+        "harness.wandb_offline": lambda: wandb_variables.mode(None, None) == "offline",  # of runs of version 0.1.0
     }
     # not cached: each rank and each sweep point has its own
     own: dict[str, Callable[..., Any]] = {
@@ -53,6 +64,9 @@ def register_resolvers() -> None:
         "harness.nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "harness.point_name": point_name,
         "harness.group": group,
+        "harness.wandb": wandb_variables.variable,
+        "harness.wandb_dir": _wandb_dir,
+        "harness.wandb_id": _wandb_id,
     }
     for name, resolver in cached.items():
         OmegaConf.register_new_resolver(name, resolver, use_cache=True, replace=True)

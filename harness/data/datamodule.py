@@ -295,6 +295,19 @@ class AtomsDataModule(LightningDataModule):
         """
         return label_hint(self._frames_of(name), {"total_energy": "energy"}.get(field, field), self.keys)
 
+    def labelled_types(self, name: str) -> dict[str, set[str]]:
+        """Atom types that have a label in a set, by field of atoms.
+
+        Args:
+            name: as in :meth:`missing_labels`.
+        """
+        forces: set[str] = set()
+        for frame in self._frames_of(name):
+            if frame.forces is not None:
+                known = ~np.isnan(frame.forces).all(axis=1)
+                forces.update(str(symbol) for symbol in np.array(frame.atoms.get_chemical_symbols())[known])
+        return {"forces": forces}
+
     def check_job(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell of energies without a reference, and refuse more ranks than frames in a batch.
 

@@ -22,6 +22,7 @@ from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
 from harness.job.made_with import MadeWith, RecordedStatistics, made_with
 from harness.job.match import Start, types_of_checkpoint
+from harness.job.monitors import MonitorGuard, monitored
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -83,7 +84,8 @@ def build(config: DictConfig) -> Job:
     position = TrainingPosition()
     with withheld() as device_notes:
         own = [position, MadeWith(config, datamodule, statistics), ComparableScores(config, datamodule)]
-        trainer = make_trainer(config, make_strategy(config), [*callbacks, *own], loggers)
+        guard = MonitorGuard(monitored(config, callbacks))  # first: before a callback acts on a value
+        trainer = make_trainer(config, make_strategy(config), [guard, *callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
 

@@ -79,9 +79,25 @@ _FIXES = {
 }
 
 
-MAY_DIFFER = ("output_dir", "ckpt_path", "logger.*.offline", "data.train", "data.val", "data.test", "data.cache_dir")
-"""Settings that may differ between nodes: the output directory, offline mode for want of a W&B key, and paths of files,
-whose content is compared instead (the paths themselves, if the data module has no ``fingerprint``)."""
+_OF_WANDB = (
+    "project",
+    "entity",
+    "name",
+    "group",
+    "id",
+    "dir",
+    "offline",
+    "start_timeout",
+    "finish_timeout",
+    "settings",
+)
+MAY_DIFFER = (
+    *("output_dir", "ckpt_path", "data.train", "data.val", "data.test", "data.cache_dir"),
+    *(f"logger.*.{name}" for name in _OF_WANDB),
+)
+"""Settings that may differ between nodes: the output directory; what follows W&B's own variables and its key, which
+rank 0 alone needs; and paths of files, whose content is compared instead (the paths themselves, if the data module has
+no ``fingerprint``)."""
 
 Facts = dict[str, dict[str, str]]
 """Section → name → value; values are texts, compared and shown as they are."""

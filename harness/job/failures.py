@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.distributed import Board, is_lost_connection, keep_alive, launched_rank, launched_ranks, named
+from harness.module import current_step
 from harness.runs import JobFailed
 
 __all__ = ["FailureReporter", "TrainingPosition", "reported"]
@@ -58,7 +59,7 @@ class TrainingPosition(Callback):
         purpose = next((purpose for name, purpose in _PURPOSES.items() if name in called), None)
         if self.trainer is None:
             return purpose or "the start of the training"
-        epoch, step = self.trainer.current_epoch, self.trainer.global_step + 1
+        epoch, step = self.trainer.current_epoch, current_step(self.trainer)
         if purpose is None:
             in_a_step = called & {"fit_loop", "advance", "training_step"}
             purpose = "the other ranks" if in_a_step else "the start of a loop"

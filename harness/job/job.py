@@ -20,8 +20,8 @@ from harness.job.match import data_differences
 from harness.job.preflight import check, check_settings
 from harness.job.protocols import FinishesRun, WritesFiles
 from harness.metrics import MetricsManager
-from harness.module.log_keys import LogKeys, stage_of_set
 from harness.strategies import connect
+from harness.support.log_keys import LogKeys, stage_of_set
 
 __all__ = ["execute", "prepare", "train"]
 

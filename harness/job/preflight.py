@@ -7,8 +7,8 @@ then tries a small step.
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,18 +20,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harness.checkpoints import read
+from harness.config.resolvers import config_folder
 from harness.distributed import launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
 from harness.job.match import ACCEPTED, Start, compare
+from harness.job.monitors import check_monitors
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
-from harness.module.log_keys import LogKeys
+from harness.runs import point_number, swept_settings
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
+from harness.support.text import did_you_mean
 
 __all__ = ["check", "check_controllers", "check_settings"]
 
@@ -47,6 +50,7 @@ def check_settings(config: DictConfig) -> None:
     """
     _check_sections(config)
     _check_interval(config)
+    _check_unread(config)
     _check_numbers(config)
     if config.resume not in ("restart", "auto", None):
         raise ValueError(f"resume is restart, auto or null, found {config.resume!r}.")
@@ -135,6 +139,35 @@ def _check_interval(config: DictConfig) -> None:
             )
 
 
+def _check_unread(config: DictConfig) -> None:
+    """Refuse a setting of the top level that no part reads, if another one may be meant; warn of others.
+
+    One that an interpolation refers to is read; any is in the logged config, as a note is.
+    """
+    table: Any = OmegaConf.to_container(OmegaConf.load(Path(config_folder()) / "train.yaml"), resolve=False)
+    groups = [choice for entry in table["defaults"] if isinstance(entry, dict) for choice in entry]
+    known = {"hydra", *map(str, table), *map(str, groups)} - {"defaults"}
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    interpolations = re.findall(r"\$\{([^}]*)", str(content))
+    referred = {word for each in interpolations for word in re.findall(r"\w+", each)}
+    for name in map(str, content):
+        if name in known | referred:
+            continue
+        nested = [
+            f"{section}.{name}"
+            for section in sorted(known)
+            if isinstance(content.get(section), dict) and name in content[section]
+        ]
+        meant = f"Did you mean {' or '.join(nested)}? " if nested else did_you_mean(name.lower(), sorted(known))
+        found = f"{name} is a setting that nothing reads"
+        if meant:
+            raise ValueError(
+                f"{found}. {meant}`harness-train --cfg job` lists all of them; one of your own is for interpolations, "
+                f"such as max_epochs=${{{name}}}."
+            )
+        rank_zero_warn(f"{found}: it changes nothing, and is in the logged config.")
+
+
 def _check_checkpoint(config: DictConfig) -> None:
     """Refuse a file that is no checkpoint, or is torn, and a test without one."""
     path = config.ckpt_path
@@ -194,7 +227,8 @@ def check(job: Job) -> None:
         rank_zero_warn(text)
     _check_labels(module, job.datamodule)
     check_controllers(module, job.callbacks)
-    _check_monitors(config, job.callbacks, module)
+    _warn_of_swept(module)
+    check_monitors(job)
     module.configure_optimizers()  # the trainer makes them anew; here for the mistakes in their sections
     if config.train:
         _check_accumulation(config, job.callbacks, module)
@@ -266,6 +300,29 @@ def _check_accumulation(config: DictConfig, callbacks: list[Callback], module: F
         )
 
 
+def _warn_of_swept(module: ForceFieldModule) -> None:
+    """Warn, in the first point of a sweep, of swept coefficients that a schedule overwrites in every point."""
+    schedule = module.loss.schedule
+    if schedule is None or point_number() != 0:
+        return
+    for setting in swept_settings():
+        if not setting.startswith("loss.coeffs."):
+            continue
+        swept = setting.removeprefix("loss.coeffs.")
+        energy = swept in ("total_energy", "per_atom_energy")
+        driven = [
+            name
+            for name in schedule.names
+            if name == swept or name.startswith(f"{swept}_") or (energy and "energy" in name.split("_"))
+        ]
+        if driven:
+            rank_zero_warn(
+                f"{setting} is swept, and the schedule ({type(schedule).__name__}) says the coefficient of "
+                f"{', '.join(driven)} in every point: they differ in nothing by it. Sweep what is in `schedule`, or "
+                f"leave the schedule out: schedule=constant."
+            )
+
+
 def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> None:
     """Refuse two things that both move the coefficients of the loss: the later one would undo the other, silently.
 
@@ -273,21 +330,3 @@ def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> No
         ValueError: with the names of both.
     """
     refuse_several(controllers_of(module.loss, callbacks))
-
-
-def _check_monitors(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:
-    """Refuse to monitor a value that nothing logs, before the first epoch has been trained in vain."""
-    managers = {LogKeys(stage): each for stage, each in module.managers.items() if not stage.startswith("test")}
-    valid = [keys.key(name) for keys, manager in managers.items() for name in manager.value_names]
-    monitors = {"monitor": config.monitor, "lr_scheduler.monitor": (config.lr_scheduler or {}).get("monitor")}
-    monitors |= {f"objectives[{number}]": key for number, key in enumerate(config.get("objectives") or [])}
-    monitors |= {
-        f"the monitor of {type(callback).__name__}": getattr(callback, "monitor", None) for callback in callbacks
-    }
-    for where, monitor in monitors.items():
-        if monitor and "_epoch/" in monitor and monitor not in valid:
-            close = difflib.get_close_matches(monitor, valid, n=3, cutoff=0.3)
-            raise ValueError(
-                f"{where} is {monitor}, which is not among the values of an epoch. Did you mean {' or '.join(close)}? "
-                f"They begin with {', '.join(keys.prefix for keys in managers)}."
-            )

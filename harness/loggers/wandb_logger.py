@@ -18,6 +18,7 @@ from harness.loggers.stand_ins import NoRun, StartingRun
 from harness.loggers.summaries import axes_of
 from harness.loggers.wandb_rows import STEP
 from harness.loggers.wandb_run import WandbRun, plain
+from harness.loggers.wandb_variables import mode, resume
 from harness.support.warn import is_rank_zero
 
 __all__ = ["WandbLogger"]
@@ -41,9 +42,14 @@ class WandbLogger(lightning_loggers.WandbLogger):
     :meth:`define_axes` ties values to the epoch or the step; :meth:`log_summary`, :meth:`log_table`,
     :meth:`log_bar_chart` and :meth:`alert` are W&B's, through the same queue.
 
+    What is not given is as W&B's own variables say, such as ``WANDB_PROJECT`` and ``WANDB_RUN_ID``. In the mode
+    ``disabled`` nothing is written and every call is ignored.
+
     Args:
         save_dir: output directory of the job; ``wandb/`` and the id of the run are in it.
-        offline: keep the run on disk.
+        dir: folder of W&B's files, if they belong elsewhere; as ``WANDB_DIR`` elsewhere, ``wandb/`` is in it.
+        offline: true keeps the run on disk, false uploads it; not given, ``WANDB_MODE`` says it, and without that
+            variable a run is uploaded if W&B has a key.
         start_timeout: seconds that W&B may take to start.
         finish_timeout: seconds that :meth:`finish` waits for values to be written or uploaded.
         max_waiting: calls that wait for a W&B that is slower than the training.
@@ -54,16 +60,18 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self,
         save_dir: str | Path,
         *,
-        offline: bool = False,
+        dir: str | Path | None = None,
+        offline: bool | None = None,
         start_timeout: float = 60.0,
         finish_timeout: float = 60.0,
         max_waiting: int = 5000,
         **options: Any,
     ) -> None:
-        super().__init__(save_dir=save_dir, offline=offline, **options)
+        of_run = mode(options.pop("mode", None), offline)
+        super().__init__(save_dir=save_dir, offline=of_run == "offline", **options)
         self._offline = False  # Lightning would set WANDB_MODE for this process and all that it starts
-        if offline:
-            self._wandb_init["mode"] = "offline"
+        files = save_dir if dir is None else Path(dir).expanduser()
+        self._wandb_init |= {"mode": of_run, "resume": resume(options.get("resume")), "dir": str(files)}
         self.start_timeout = start_timeout
         self.finish_timeout = finish_timeout
         self.max_waiting = max_waiting
@@ -90,10 +98,14 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if not is_rank_zero():
             return NoRun()
         run = self._begin()
+        if isinstance(run, NoRun):
+            return run
         return super().experiment if run.thread.is_current else StartingRun(run.wait)
 
-    def _begin(self) -> WandbRun:
-        """The run, which starts now if it has not been started."""
+    def _begin(self) -> WandbRun | NoRun:
+        """The run, which starts now if it has not been started; a dummy if W&B is switched off."""
+        if self._wandb_init["mode"] == "disabled":
+            return NoRun()
         if self._run is None:
             self._run = WandbRun(
                 Path(str(self.save_dir)),

@@ -31,6 +31,7 @@ from harness.loggers.wandb_service import (
     wrote_end,
 )
 from harness.loggers.wandb_thread import GRACE, WandbThread
+from harness.loggers.wandb_variables import variable
 from harness.support.files import write_text_whole
 from harness.support.text import one_line
 from harness.support.warn import OneWarning
@@ -47,8 +48,9 @@ class WandbRun:
     Args:
         folder: output directory of the job.
         init: calls ``wandb.init`` and returns the run; it is called on the run's thread.
-        options: of ``wandb.init``; settings, id and mode are put into them before ``init`` is called.
-        given_id: id of the run, None to continue that of the directory or to draw one.
+        options: of ``wandb.init``; settings, id, mode and resume are put into them before ``init`` is called. The
+            folder of W&B's files, which may be another one than that of the job, is in them as ``dir``.
+        given_id: id of the run, None for that of ``WANDB_RUN_ID``, to continue that of the directory, or to draw one.
         resumed_step: of the checkpoint that the job goes on from, None for none.
         start_timeout: seconds that W&B may take to start.
         finish_timeout: seconds that values may take to be written or uploaded in the end.
@@ -138,22 +140,30 @@ class WandbRun:
             self._earlier.keep(number)
         self._first_row = number or None
 
+    @property
+    def _wandb_folder(self) -> Path:
+        """Folder that W&B makes those of its runs in."""
+        root = Path(self._options["dir"])
+        return root / (".wandb" if (root / ".wandb").exists() else "wandb")
+
     def _take_id(self) -> str:
         """Id of the directory's run if this start continues it, else a new one, which is written there."""
-        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
+        self._wandb_folder.mkdir(parents=True, exist_ok=True)  # W&B would go elsewhere where it cannot write
+        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "wandb_run_id"
         # the journal of a job that has not come to its end; another job in its directory is another run
         goes_on = self.resumed_step is not None or self._journal.goes_on
         kept = file.read_text().strip() if goes_on and file.is_file() else ""
-        drawn = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # of an agent of W&B's
-        run_id = self.given_id or drawn or kept or uuid.uuid4().hex[:8]
+        run_id = self.given_id or variable("RUN_ID", None) or kept or uuid.uuid4().hex[:8]
         if run_id != kept:
             write_text_whole(file, f"{run_id}\n")
+        elif self._options.get("resume") == "never":  # of the first start, and not of those that go on
+            self._options["resume"] = "allow"
         return run_id
 
     def _read_earlier(self, run_id: str) -> None:
         """Read the rows that earlier starts have left on this disk, and mend their files for ``wandb sync``."""
-        for log in logs_of(self.folder / "wandb", run_id):
+        for log in logs_of(self._wandb_folder, run_id):
             stored = read_log(log, self.start_timeout)
             if not stored.has_started:  # killed before anything was written: `wandb sync` would stop at it
                 log.rename(log.with_suffix(".empty"))

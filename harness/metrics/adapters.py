@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -138,7 +139,8 @@ class MergedAdapter:
                 torch.full((self.num_maxima,), -math.inf, dtype=torch.float64, device=device),
             )
         self._prepare(device)
-        update_of_class(self.metric, *inputs)
+        with _explained(self.name, self.metric, inputs):
+            update_of_class(self.metric, *inputs)
         additive = [self._contribution(state, device) for state in self._additive]
         additive.append(torch.ones(1, dtype=torch.float64, device=device))
         maxima = [self._contribution(state, device) for state in self._extremal]
@@ -244,7 +246,7 @@ class GatheredAdapter:
         for metric in (self.metric, self._scratch):
             if metric.device != device:
                 metric.to(device)
-        with torch.no_grad():
+        with torch.no_grad(), _explained(self.name, self.metric, inputs):
             self.metric.update(*_detached(inputs))
         if not local_value:
             return None
@@ -334,7 +336,7 @@ def _grown_states(metric: Metric, shape: tuple[int, ...]) -> dict[str, torch.Siz
             for name, default in default_states(metric).items()
             if isinstance(default, Tensor) and default.numel() == 1
         }
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError, IndexError):
         return {}  # its own message comes with the first real batch
     finally:
         metric.reset()
@@ -352,6 +354,23 @@ def _detached(inputs: tuple[Any, Any]) -> tuple[Any, ...]:
 
 def _to_cpu(state: Any) -> Any:
     return [sample.detach().cpu() for sample in state] if isinstance(state, list) else state.detach().cpu().clone()
+
+
+@contextmanager
+def _explained(name: str, metric: Metric, inputs: tuple[Any, Any]) -> Iterator[None]:
+    """Name the component in an error of a metric that cannot take the inputs, and what helps against their shape."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        found = " and ".join(str(list(value.shape)) if isinstance(value, Tensor) else "a batch" for value in inputs)
+        fix = (
+            "Use a metric that takes rows of several numbers, such as R2Score or CosineSimilarity for forces, or "
+            "flatten them in a `field` of your own: a callable (preds, target) -> (prediction, target) with a `level`."
+        )
+        raise ValueError(
+            f"Component {name!r}: {type(metric).__name__} cannot take predictions and targets of shape {found} "
+            f"({' '.join(str(error).split())}). {fix}"
+        ) from error
 
 
 def _as_scalar(value: Any, metric: Metric, name: str) -> Tensor:

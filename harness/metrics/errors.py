@@ -134,6 +134,17 @@ class ErrorMetric(Metric, ABC):
         state: Tensor = getattr(self, self._accumulated)
         return state
 
+    @property
+    def sum(self) -> Tensor:
+        """Sum of the errors so far, by NequIP's name: float64 scalar.
+
+        Raises:
+            AttributeError: of a maximum, which has none.
+        """
+        if self.kind != "sum":
+            raise AttributeError(f"{type(self).__name__} keeps a maximum, `max_error`, and no sum.")
+        return self.accumulated
+
     @abstractmethod
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Errors of each element, of the same shape; must be 0 where prediction and target are both 0."""
@@ -228,6 +239,11 @@ class MaximumAbsoluteError(ErrorMetric):
     kind = "maximum"
     value = staticmethod(largest)
 
+    @property
+    def max_error(self) -> Tensor:
+        """Maximum so far, by NequIP's name: float64 scalar, minus infinity without data."""
+        return self.accumulated
+
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Absolute differences."""
         return (prediction - target).abs()
@@ -297,6 +313,12 @@ class StratifiedHuberForceLoss(ErrorMetric):
         self.reduction = reduction
         self.value = mean if reduction == "mean" else total
         self.strata = strata
+
+    @property
+    def delta_dict(self) -> dict[float, float]:
+        """The strata as ``{lower bound: delta}``, sorted: 0 with an infinite delta first, if no bound is 0."""
+        # no attribute: those are in the description of a component, which a checkpoint's has to equal
+        return dict(self.strata if self.strata[0][0] == 0 else ((0.0, math.inf), *self.strata))
 
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Huber errors of each component with the δ of its vector's stratum."""

@@ -174,7 +174,11 @@ class BatchReader:
     ) -> Elements:
         key = modifier_key(reading.modifier)
         if key not in pairs:
-            prediction, reference = pairs[key] = _check_pair(reading.modifier(preds, target), reading.modifier)
+            try:
+                read = reading.modifier(preds, target)
+            except KeyError as error:
+                raise KeyError(f"{error.args[0] if error.args else error}{self._advice(reading)}") from None
+            prediction, reference = pairs[key] = _check_pair(read, reading.modifier)
             check_same_shape(prediction, reference, f"Field {str(reading.modifier)!r}")
             if not prediction.dim():
                 raise ValueError(
@@ -182,6 +186,15 @@ class BatchReader:
                 )
         return Elements.read(
             *pairs[key], ignore_nan=reading.ignore_nan, **self._grouping(reading, pairs[key][1], types)
+        )
+
+    def _advice(self, reading: Reading) -> str:
+        """Names of the components that read a field, and what helps if it is not there."""
+        names = [self._components[position].name for position in reading.positions]
+        what = f"component {names[0]!r} reads" if len(names) == 1 else f"components {', '.join(map(repr, names))} read"
+        return (
+            f" The {what} it: leave that out of loss and metrics, such as with loss=energy_force metrics=energy_force, "
+            f"or choose a model and data that have it."
         )
 
     def _grouping(self, reading: Reading, reference: Tensor, types: Tensor | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The Lightning module of a force field: a model, a loss, and metrics of training, validation and test.
 
-Log keys (:mod:`harness.module.log_keys`): ``train_loss_step/…``, ``train_loss_epoch/…``, ``train_metric_step/…``,
+Log keys (:mod:`harness.support.log_keys`): ``train_loss_step/…``, ``train_loss_epoch/…``, ``train_metric_step/…``,
 ``train_metric_epoch/…``, ``val{i}_epoch/…``, ``test{i}_epoch/…`` with every component, every per-type value and
 ``weighted_sum``; ``loss_coeff_step/…`` and ``loss_coeff/…`` (of the epoch) with the normalised coefficients, and
 weights of atom types where there are any; ``loss_contribution_step/…``, ``loss_contribution_epoch/…``,
@@ -26,7 +26,6 @@ from harness.metrics import MetricsManager, Report, Values, compute_together, me
 from harness.module.accumulation import Accumulation
 from harness.module.build import ManagerSource, build_manager, build_managers, build_optimizer
 from harness.module.checkpoint_states import adopt_managers, adopt_weighting, managers_by_key
-from harness.module.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, stage_of_set
 from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
 from harness.module.schedule_following import ScheduleFollower, check_length, warn_of_monitors, warn_of_unreached
 from harness.module.step import LearntWeighting, Step, StepObserver, StepSumsOfAll, is_nth_step
@@ -39,6 +38,7 @@ from harness.strategies import (
     splits_parameters,
 )
 from harness.support.lightning_private import trainer_of
+from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, stage_of_set
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.pytorch import Trainer
 
 from harness.metrics import WEIGHTED_SUM, MetricsManager, Report, Values
-from harness.module.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys
 from harness.support.lightning_private import logged_step
+from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys
 
 __all__ = ["AxesLogger", "define_axes", "define_axes_of_stages", "epoch_row", "log_to_all", "step_row"]
 

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from harness.metrics import WEIGHTED_SUM, MetricsManager
-from harness.module.log_keys import LogKeys
 from harness.schedules import unreached
+from harness.support.log_keys import LogKeys
 
 __all__ = ["ScheduleFollower", "check_length", "relative_learning_rate", "warn_of_monitors", "warn_of_unreached"]
 
@@ -133,7 +133,12 @@ def warn_of_monitors(stages: Mapping[str, MetricsManager], monitors: Iterable[ob
         if manager.schedule is None:
             continue
         keys = LogKeys(stage)
-        sums = keys.keys((WEIGHTED_SUM, *(name.rpartition("_")[0] for name in manager.type_weights)))
+        weighted = {
+            entry.name
+            for entry in manager.entries.values()
+            if not manager.type_weights.keys().isdisjoint(entry.type_keys(manager.type_names))
+        }
+        sums = keys.keys((WEIGHTED_SUM, *weighted))
         for key in sorted(monitored.intersection(sums)):
             rank_zero_warn(
                 f"{key} is monitored, and the schedule of its components changes its meaning in training: "

@@ -18,7 +18,16 @@ from harness.metrics import (
 )
 from harness.support.device import to_device
 
-__all__ = ["LearntWeighting", "Step", "StepObserver", "StepSums", "StepSumsOfAll", "is_nth_step"]
+__all__ = [
+    "LearntWeighting",
+    "Step",
+    "StepObserver",
+    "StepSums",
+    "StepSumsOfAll",
+    "current_step",
+    "is_nth_step",
+    "is_nth_step_done",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,16 @@ class LearntWeighting(Weighting, Protocol):
         """Float64 scalar whose gradient teaches the parameters; none of it reaches the model."""
 
 
+def current_step(trainer: Trainer) -> int:
+    """Number of the optimizer step that is being made, counted from 1."""
+    return trainer.global_step + 1
+
+
 def is_nth_step(trainer: Trainer, number: int | None) -> bool:
     """True within every n-th optimizer step, counted from 1; False if ``number`` is 0 or None."""
-    return bool(number) and (trainer.global_step + 1) % number == 0  # type: ignore[operator]
+    return bool(number) and current_step(trainer) % number == 0  # type: ignore[operator]
+
+
+def is_nth_step_done(trainer: Trainer, number: int | None) -> bool:
+    """True after every n-th optimizer step, as in ``on_train_batch_end``; False if ``number`` is 0 or None."""
+    return bool(number) and trainer.global_step % number == 0  # type: ignore[operator]

@@ -16,7 +16,9 @@ from harness.runs.command import (
     label,
     objective,
     point_name,
+    point_number,
     sweep_dir,
+    swept_settings,
     typed,
 )
 from harness.runs.exits import (
@@ -81,11 +83,13 @@ __all__ = [
     "note_failure",
     "objective",
     "point_name",
+    "point_number",
     "read",
     "record",
     "report_entries",
     "settings_of",
     "sweep_dir",
+    "swept_settings",
     "typed",
     "write_result",
 ]

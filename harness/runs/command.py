@@ -35,7 +35,9 @@ __all__ = [
     "label",
     "objective",
     "point_name",
+    "point_number",
     "sweep_dir",
+    "swept_settings",
     "typed",
 ]
 
@@ -159,7 +161,15 @@ def as_typed(overrides: Any) -> tuple[str, ...]:
 
 
 def _is_point() -> bool:
-    return SweepPoint.of_environment() is not None or (HydraConfig.initialized() and command().point is not None)
+    return point_number() is not None
+
+
+def point_number() -> int | None:
+    """Number of this run in its sweep, from 0; None for a run on its own."""
+    point = SweepPoint.of_environment()
+    if point is not None:
+        return point.number
+    return command().point if HydraConfig.initialized() else None
 
 
 def point_name() -> str | None:
@@ -173,6 +183,16 @@ def point_name() -> str | None:
         return point.name
     if not _is_point():
         return None
+    swept = swept_settings()
+    endings = Counter(key.rpartition(".")[2] for key in swept)
+    names = {key: key.rpartition(".")[2] if endings[key.rpartition(".")[2]] == 1 else key for key in swept}
+    return ",".join(f"{names[key]}={_short(value)}" for key, value in swept.items()) or None
+
+
+def swept_settings() -> dict[str, str]:
+    """Values of the settings that the sweep of this point sweeps; none for a run on its own."""
+    if not HydraConfig.initialized() or not _is_point():
+        return {}
     params = HydraConfig.get().sweeper.get("params") or {}
     given = [*(f"{key}={value}" for key, value in params.items()), *typed()]
     fixed = {key for key, is_swept in map(_parsed, given) if not is_swept}
@@ -181,9 +201,7 @@ def point_name() -> str | None:
         key, _, value = override.lstrip("+").partition("=")
         if key not in fixed:
             swept[key] = value
-    endings = Counter(key.rpartition(".")[2] for key in swept)
-    names = {key: key.rpartition(".")[2] if endings[key.rpartition(".")[2]] == 1 else key for key in swept}
-    return ",".join(f"{names[key]}={_short(value)}" for key, value in swept.items()) or None
+    return swept
 
 
 def _parsed(argument: str) -> tuple[str, bool]:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.runs.command import Command, point_name
 from harness.runs.exits import Interrupted, Preempted
 from harness.support.files import write_text_whole
+from harness.support.log_keys import is_of_evaluation
+from harness.support.warn import warn
 
 __all__ = [
     "RECORD",
@@ -85,24 +86,37 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     try:
         write_text_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
+        warn(f"{path} cannot be written: {error}")
 
 
 def report_entries(config: DictConfig) -> dict[str, Any]:
     """Entries of ``run.json`` that the report of a sweep needs from the configuration.
 
     Returns:
-        ``name`` of a sweep point, ``monitor``, ``objectives``, and ``project`` and ``group`` of the W&B run; None
-        where there is no such thing.
+        ``name`` of a sweep point, ``monitor``, ``objectives``, and ``project``, ``group`` and ``entity`` of the W&B
+        run; None where there is no such thing.
     """
-    loggers = _select(config, "logger") or {}
-    wandb = [name for name in loggers if _select(config, f"logger.{name}.project")]
     objectives = _select(config, "objectives")
     return {
         "name": point_name(),
         "monitor": _select(config, "monitor"),
         "objectives": list(objectives) if objectives else None,
-        **{key: _select(config, f"logger.{wandb[0]}.{key}") if wandb else None for key in ("project", "group")},
+        **_of_wandb(config),
+    }
+
+
+_WANDB_VARIABLES = {"project": "WANDB_PROJECT", "group": "WANDB_RUN_GROUP", "entity": "WANDB_ENTITY"}
+
+
+def _of_wandb(config: DictConfig) -> dict[str, Any]:
+    """Project, group and entity of the W&B run: of the first such logger's section, else as W&B's variables say."""
+    sections = [f"logger.{name}" for name in _select(config, "logger") or {}]
+    wandb = [each for each in sections if str(_select(config, f"{each}._target_")).endswith(".WandbLogger")]
+    if not wandb:
+        return dict.fromkeys(_WANDB_VARIABLES)
+    return {
+        key: _select(config, f"{wandb[0]}.{key}") or os.environ.get(variable) or None
+        for key, variable in _WANDB_VARIABLES.items()
     }
 
 
@@ -191,7 +205,7 @@ def write_result(
         objectives: log keys of a sweep with several objectives.
     """
     always = {monitor, *objectives}
-    kept = {key: _finite(value) for key, value in values.items() if key.startswith(("val", "test")) or key in always}
+    kept = {key: _finite(value) for key, value in values.items() if is_of_evaluation(key) or key in always}
     result = {
         "monitor": monitor,
         "objective": _finite(values.get(monitor)),

@@ -29,8 +29,8 @@ def write_plan(folder: Path, config: DictConfig) -> None:
 
     Its entries are ``command``; ``fixed``, the settings that all points share; ``swept``, those with several values, in
     order; ``planned``, the number of points, null if it is not known; ``points``, the swept settings of each point of a
-    grid, in the order of their numbers, null for other sweeps; ``monitor``, ``objectives``, and W&B's ``project`` and
-    ``group``; ``started``.
+    grid, in the order of their numbers, null for other sweeps; ``monitor``, ``objectives``, and W&B's ``project``,
+    ``group`` and ``entity``; ``started``.
 
     Args:
         folder: directory of the sweep.

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import WeightAveraging
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 __all__ = [
+    "INHERITED",
     "NAMES",
     "OVERRIDDEN",
     "average_model",
@@ -29,8 +30,10 @@ __all__ = [
     "logged_step",
     "parallel_sizes",
     "process_group_settings",
+    "saves_at_end_of_epoch",
     "set_average_model",
     "set_data_parallel_size",
+    "stops_at_end_of_epoch",
     "trainer_of",
     "unwatch_fetches",
     "watch_fetches",
@@ -40,12 +43,15 @@ NAMES = (
     "_average_model",
     "_batches_that_stepped",
     "_broadcast_sigterm_tensor",
+    "_check_on_train_epoch_end",
     "_data_fetcher",
     "_data_parallel_size",
     "_ddp_kwargs",
+    "_every_n_train_steps",
     "_get_process_group_backend",
     "_on_after_fetch",
     "_on_before_fetch",
+    "_save_on_train_epoch_end",
     "_should_accumulate",
     "_should_check_val_fx",
     "_tensor_parallel_size",
@@ -55,6 +61,15 @@ NAMES = (
 """Attributes of Lightning's objects that the functions below read, call or replace."""
 OVERRIDDEN = ("_setup_model_and_optimizer",)
 """Methods that a subclass in :mod:`harness.strategies` overrides: Lightning must still call them."""
+
+INHERITED = {
+    "CSVLogger": ("_experiment",),
+    "WandbLogger": ("_experiment", "_id", "_log_model", "_offline", "_prefix", "_wandb_init"),
+}
+"""Attributes that Lightning's loggers keep their settings in, which the subclasses in :mod:`harness.loggers` read and
+change; by the class of Lightning's."""
+ON_THE_STACK = ("_call_setup_hook",)
+"""Functions by which :mod:`harness.job.failures` knows from a traceback where a rank waits; without, it says less."""
 
 
 def _private(owner: Any, name: str) -> Any:
@@ -144,6 +159,22 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     """Trainer of a module; None if it has none, where ``module.trainer`` would raise."""
     trainer: Trainer | None = _private(module, "_trainer")
     return trainer
+
+
+# --- callbacks ---
+
+
+def stops_at_end_of_epoch(callback: EarlyStopping) -> bool | None:
+    """True for the end of a training epoch, False for that of a validation, None if the trainer's settings decide."""
+    at_end: bool | None = _private(callback, "_check_on_train_epoch_end")
+    return at_end
+
+
+def saves_at_end_of_epoch(callback: ModelCheckpoint) -> bool | None:
+    """As :func:`stops_at_end_of_epoch`; true also if checkpoints are saved by step."""
+    by_step = bool(_private(callback, "_every_n_train_steps"))
+    at_end: bool | None = _private(callback, "_save_on_train_epoch_end")
+    return by_step or at_end
 
 
 # --- strategies ---

@@ -1,4 +1,4 @@
-"""Private parts of torch that tell of compiled modules, all of them, behind functions with public names.
+"""Private parts of torch outside of :mod:`torch.distributed`, behind functions with public names.
 
 Those of :mod:`torch.distributed` are in :mod:`harness.distributed.torch_private`.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch._functorch.config as functorch_config
 from torch import nn
 
-__all__ = ["NAMES", "donates_buffers", "is_compiled"]
+__all__ = ["NAMES", "OVERRIDDEN", "donates_buffers", "is_compiled"]
 
 NAMES = ("_orig_mod", "_compiled_call_impl", "donated_buffer")
 """Attributes of a compiled module, and a setting of ``torch._functorch.config``."""
+OVERRIDDEN = ("_apply",)
+"""Methods of modules that a subclass in :mod:`harness.models` overrides: ``.float()`` and its like must call them."""
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Warnings: given once (:class:`OneWarning`), filtered (:func:`quieten`), or of rank 0 (:func:`is_rank_zero`)."""
+"""Warnings: given (:func:`warn`), given once (:class:`OneWarning`), filtered (:func:`quieten`); and who warns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-__all__ = ["OneWarning", "is_rank_zero", "quieten"]
+__all__ = ["OneWarning", "is_rank_zero", "quieten", "warn"]
 
 
 def is_rank_zero() -> bool:
     """True on the rank that writes files and logs."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def warn(text: str) -> None:
+    """Warn of what must not stop a training, not even where warnings are errors."""
+    with suppress(Warning):
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 class OneWarning:
@@ -32,8 +38,7 @@ class OneWarning:
             if self.text is not None:
                 return
             self.text = text
-        with suppress(Warning):  # where warnings are errors, this one must not stop the training either
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warn(text)
 
 
 def quieten() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-import os
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from harness.fields import registered_fields
 from harness.support.files import replacing
+from harness.support.log_keys import LogKeys
 from harness.sweep.pareto import FrontPoint, draw_front
 from harness.sweep.points import datasets, log_keys
 from harness.sweep.ranking import MEASURES, RankedSweep, errors_of
@@ -51,12 +52,12 @@ def _readable(ranked: RankedSweep) -> list[str]:
     """Keys of the table: that of the order, those of the front, and errors of the first test (or validation) set."""
     points = ranked.sweep.most_final
     keys = [ranked.sort, *(ranked.axes or ())]
-    for part in datasets(points)[:1]:
-        names = [key.removeprefix(f"{part}/") for key in log_keys(points) if key.startswith(f"{part}/")]
+    for of_set in datasets(points)[:1]:
+        names = [name for name in map(of_set.name_in, log_keys(points)) if name is not None]
         names = [name for name in names if "_per_type" not in name and not name.endswith("_maxabserr")]
         if any(name.startswith("per_atom_energy_") for name in names):
             names = [name for name in names if not name.startswith("total_energy_")]
-        keys += [f"{part}/{name}" for name in sorted(names, key=_importance)]
+        keys += of_set.keys(sorted(names, key=_importance))
     return list(dict.fromkeys(keys))
 
 
@@ -89,15 +90,22 @@ def _table(ranked: RankedSweep, keys: Sequence[str]) -> Table:
 
 def _header(key: str) -> list[str]:
     """Lines of a column's header: set, field, measure and unit, where the key has them."""
-    part, _, name = key.partition("/")
+    stage, name = _stage_and_name(key)
     field, _, measure = name.rpartition("_")
     names = [field, measure] if measure in MEASURES else [name]
-    return [line for line in (part.removesuffix("_epoch"), *names, _unit(key)) if line]
+    return [line for line in (stage, *names, _unit(key)) if line]
+
+
+def _stage_and_name(key: str) -> tuple[str, str]:
+    """Stage and name of an error, such as ``val0`` and ``forces_mae``; of another key the parts around its slash."""
+    found = LogKeys.of_error(key)
+    first, _, last = key.partition("/")
+    return (first, last) if found is None else (found[0].stage, found[1])
 
 
 def _unit(key: str) -> str:
     """Unit of a component by its name; empty for a field that is not registered."""
-    name = key.partition("/")[2]
+    name = _stage_and_name(key)[1]
     fields = registered_fields()
     per_atom = name.startswith("per_atom_energy_")
     found = "total_energy" if per_atom else max((field for field in fields if name.startswith(f"{field}_")), default="")
@@ -166,7 +174,7 @@ def draw(ranked: RankedSweep, path: Path) -> bool:
     for point in points:
         label = ", ".join(_setting(point.overrides.get(setting)) for setting in sweep.swept)
         drawn.append(FrontPoint(*errors_of(point, axes), label or point.name, point.finished))
-    names = [f"{part.removesuffix('_epoch')} {name}" for part, _, name in (key.partition("/") for key in axes)]
+    names = [" ".join(_stage_and_name(key)) for key in axes]
     units = [f" ({_unit(key)})" if _unit(key) else "" for key in axes]
     note = f"labels: {', '.join(map(sweep.short, sweep.swept))}" if sweep.swept else ""
     draw_front(path, drawn, names[0] + units[0], names[1] + units[1], sweep.title, note)
@@ -182,6 +190,7 @@ def log_to_wandb(
         URL or directory of the run.
     """
     from harness.loggers import WandbLogger
+    from harness.loggers.wandb_variables import variable
 
     sweep = ranked.sweep
     logger = WandbLogger(
@@ -190,7 +199,10 @@ def log_to_wandb(
         group=sweep.group,
         job_type="sweep",
         name=f"report of {sweep.title}",
-        offline=not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()),
+        entity=sweep.entity,
+        id=uuid.uuid4().hex[:8],  # the variables of a run that is a point may still be there
+        resume="allow",
+        dir=variable("DIR", str(folder)),
         settings={"quiet": True},
     )
     logger.log_hyperparams(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.support.log_keys import LogKeys
+
 __all__ = ["Sweep", "SweepPoint", "datasets", "log_keys"]
 
 
@@ -51,6 +53,7 @@ class Sweep:
         project: of the points' W&B runs.
         group: of the points' W&B runs.
         planned: number of points that were asked for, if it is known.
+        entity: of the points' W&B runs, if one was given.
     """
 
     folder: Path
@@ -60,6 +63,7 @@ class Sweep:
     project: str
     group: str
     planned: int | None = None
+    entity: str | None = None
 
     @property
     def title(self) -> str:
@@ -92,7 +96,7 @@ def log_keys(points: Sequence[SweepPoint]) -> list[str]:
     return sorted(keys, key=lambda key: (not key.startswith("test"), key))
 
 
-def datasets(points: Sequence[SweepPoint]) -> list[str]:
-    """First parts of the log keys of tests and validations, tests first: ``test0_epoch``, ``val0_epoch``."""
-    first_parts = dict.fromkeys(key.partition("/")[0] for key in log_keys(points))
-    return [part for part in first_parts if part.endswith("_epoch")]
+def datasets(points: Sequence[SweepPoint]) -> list[LogKeys]:
+    """Keys of the errors of each set, those of tests first."""
+    found = [LogKeys.of_error(key) for key in log_keys(points)]
+    return list(dict.fromkeys(each[0] for each in found if each is not None))

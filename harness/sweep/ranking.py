@@ -88,11 +88,11 @@ def _find(name: str, points: Sequence[SweepPoint]) -> str:
     keys = log_keys(points)
     if name in keys:
         return name
-    same = [f"{part}/{name}" for part in datasets(points) if f"{part}/{name}" in keys]
+    same = [each.key(name) for each in datasets(points) if each.key(name) in keys]
     if same:
         return same[0]
     close = difflib.get_close_matches(name, keys, n=3, cutoff=0.5)
-    plain = [key for part in datasets(points) for key in keys if key.startswith(f"{part}/") and "_per_type" not in key]
+    plain = [key for each in datasets(points) for key in keys if each.name_in(key) and "_per_type" not in key]
     known = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(plain) or 'none'}."
     raise ValueError(f"No point has a value {name!r}. {known}")
 
@@ -106,8 +106,8 @@ def _axes(points: Sequence[SweepPoint], energy: str | None, forces: str | None) 
     if energy and forces:
         return _find(energy, points), _find(forces, points)
     pairs = [
-        (f"{part}/{name}_{measure}", f"{part}/forces_{measure}")
-        for part in datasets(points)
+        (each.key(f"{name}_{measure}"), each.key(f"forces_{measure}"))
+        for each in datasets(points)
         for measure in MEASURES[:3]
         for name in ("per_atom_energy", "total_energy")
     ]

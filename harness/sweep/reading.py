@@ -59,13 +59,14 @@ def read_sweep(folder: Path) -> Sweep:
     names = dict.fromkeys(name for point in points for name in point.overrides)
     swept += [name for name in names if name not in swept and len({point.overrides.get(name) for point in points}) > 1]
 
-    def of_most(key: str, default: str) -> str:
+    def of_most(key: str, default: str = "") -> str:
         found = Counter(str(record[key]) for record in records.values() if record.get(key))
         return found.most_common(1)[0][0] if found else str(plan.get(key) or default)
 
     title = "/".join(folder.parts[-2:])  # the group that points have unless another one is given
     project, group = of_most("project", _PROJECT), of_most("group", title)
-    return Sweep(folder, points, swept, of_most("monitor", _MONITOR), project, group, plan.get("planned"))
+    entity = of_most("entity") or None
+    return Sweep(folder, points, swept, of_most("monitor", _MONITOR), project, group, plan.get("planned"), entity)
 
 
 def _point_folders(folder: Path, has_plan: bool) -> list[Path]:

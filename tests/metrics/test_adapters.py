@@ -177,6 +177,25 @@ def test_a_metric_with_more_than_one_number_is_an_error():
         manager(*draw(0, [4]))
 
 
+class OfScalars(Spread):
+    """Merges, and takes no vectors."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        if preds.dim() > 1:
+            raise IndexError("scalars only")
+        super().update(preds, target)
+
+
+@pytest.mark.parametrize("metric", [PearsonCorrCoef, SpearmanCorrCoef, OfScalars])
+@pytest.mark.parametrize(("field", "shape"), [("forces", r"\[4, 3\]"), ("stress", r"\[1, 3, 3\]")])
+def test_a_metric_that_cannot_take_the_shape_is_named_with_its_component(metric, field, shape):
+    manager = harness.MetricsManager([{"name": "mine", "field": field, "metric": metric}])
+    with pytest.raises(
+        ValueError, match=f"Component 'mine': {metric.__name__} cannot take .*{shape}.*R2Score.*flatten"
+    ):
+        manager(*draw(0, [4]))
+
+
 def test_a_metric_with_several_outputs():
     """R² of a vector is the mean over its components; the shape of its states is not known before there is data."""
     manager = harness.MetricsManager([{"name": "r2", "field": "forces", "metric": R2Score()}])

@@ -203,6 +203,43 @@ def test_below_a_first_bound_above_zero_errors_are_quadratic():
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (STRATA, {0.0: 0.9, 0.5: 0.4, 1.5: 0.2}),
+        ({0: 1, 5: 2}, {0.0: 1.0, 5.0: 2.0}),
+        ({2: 0.2, 1: 0.1}, {0.0: math.inf, 1.0: 0.1, 2.0: 0.2}),  # quadratic below the first bound
+    ],
+)
+def test_delta_dict_is_sorted_and_of_floats(given, expected):
+    found = StratifiedHuberForceLoss(given).delta_dict
+    assert list(found.items()) == list(expected.items())
+    assert {type(number) for pair in found.items() for number in pair} == {float}
+
+
+def test_metrics_have_the_attributes_of_nequips():
+    """Those that its tests, its module and its callbacks read, under the same names."""
+    target = torch.tensor([[3.0, 0.0, 4.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    summed = {
+        MeanAbsoluteError(): 8.0,
+        MeanSquaredError(): 26.0,
+        RootMeanSquaredError(): 26.0,
+        HuberLoss(reduction="sum"): 2.5 + 3.5 + 0.5,
+        StratifiedHuberForceLoss({0: 1.0, 2: 10.0}): 12.5 + 0.5,
+    }
+    for metric, expected in summed.items():
+        metric.update(torch.zeros_like(target), target)
+        assert (metric.sum.item(), metric.count.item()) == (expected, 6), metric
+        assert not hasattr(metric, "max_error")
+    assert [metric.reduction for metric in summed if hasattr(metric, "reduction")] == ["sum", "mean"]
+    largest = MaximumAbsoluteError()
+    assert largest.max_error == -math.inf
+    largest.update(torch.zeros_like(target), target)
+    assert largest.max_error == 4
+    assert not hasattr(largest, "sum")
+    assert [str(each) for each in (*summed, largest)] == ["mae", "mse", "rmse", "huber", "stratified huber", "max_ae"]
+
+
+@pytest.mark.parametrize(
     ("strata", "error", "message"),
     [
         ({}, ValueError, "at least two strata"),

@@ -444,6 +444,11 @@ def test_nequips_callbacks_find_their_attributes():
     assert len(manager) == len(manager.values()) == 4
     assert "stress_mae" in manager
     assert dict(manager.items())["stress_mae"] is manager["stress_mae"]
+    assert [entry.field.type for entry in manager.entries.values()] == ["graph", "node", "graph", "node"]
+    assert manager.entries["per_atom_total_energy_mse"].field.field == "total_energy"
+    assert [entry.per_type for entry in manager.entries.values()] == [False, True, False, False]
+    assert [entry.ignore_nan for entry in manager.entries.values()] == [True, True, True, False]
+    assert manager.type_names == TYPES
     for metric in manager.values():
         metric.dist_sync_on_step = True
     manager(*batch())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch._functorch.config as functorch_config
 from torch import nn
 
-from harness.support.torch_private import NAMES, donates_buffers, is_compiled
+from harness.support.torch_private import NAMES, OVERRIDDEN, donates_buffers, is_compiled
 
 
 def test_a_compiled_module_is_known_by_either_name() -> None:
@@ -26,6 +28,22 @@ def test_the_setting_of_donated_buffers_is_read(donates: bool) -> None:
     assert hasattr(functorch_config, "donated_buffer")
     with functorch_config.patch(donated_buffer=donates):
         assert donates_buffers() is donates
+
+
+def test_conversions_call_what_is_overridden() -> None:
+    assert OVERRIDDEN == ("_apply",)
+    called: list[bool] = []
+
+    class Overriding(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            called.append(recurse)
+            return super()._apply(fn, recurse)
+
+    module = Overriding(1, 1)
+    for convert in (module.float, module.double, module.half, module.cpu):
+        convert()
+    module.to(torch.float64)
+    assert len(called) == 5
 
 
 def test_every_name_is_tested() -> None:

@@ -11,7 +11,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from support.commands import ROOT
 
@@ -88,6 +88,9 @@ READS: dict[str, Callable[[str], Any]] = {
     "_data_fetcher": lambda name: private.is_validated_next(Nested(trainer(), name)),  # type: ignore[arg-type]
     "_on_before_fetch": lambda name: private.watch_fetches(Nested(trainer(), name), int, int),  # type: ignore[arg-type]
     "_on_after_fetch": lambda name: private.watch_fetches(Nested(trainer(), name), int, int),  # type: ignore[arg-type]
+    "_check_on_train_epoch_end": lambda name: private.stops_at_end_of_epoch(Without(EarlyStopping("a"), name)),  # type: ignore[arg-type]
+    "_every_n_train_steps": lambda name: private.saves_at_end_of_epoch(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
+    "_save_on_train_epoch_end": lambda name: private.saves_at_end_of_epoch(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
     "_trainer": lambda name: private.trainer_of(Without(Small(), name)),  # type: ignore[arg-type]
     "_ddp_kwargs": lambda name: private.ddp_options(Without(DDPStrategy(), name)),  # type: ignore[arg-type]
     "_data_parallel_size": lambda name: private.parallel_sizes(Without(ModelParallelStrategy(), name)),  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ from harness.loggers import WandbLogger
 from harness.metrics import MetricsManager
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule
+from harness.module.schedule_following import warn_of_monitors
 from harness.schedules import Constant, Join, LearningRateCoupled, Linear, PiecewiseConstant, Together
 
 TYPES = ["H", "C", "O"]
@@ -554,6 +555,14 @@ def test_a_schedule_of_a_monitored_value_of_the_training_is_warned_of(
     assert f"Monitor a component such as {what}/" in message
     for monitor in (f"{what}/{name}", f"{'train_metric' if of_loss else 'train_loss'}_epoch/weighted_sum"):
         assert warned(monitor) == []  # a component, and a sum that no schedule changes
+
+
+def test_monitored_averages_of_types_whose_names_have_underscores() -> None:
+    component = {"name": "f", "field": "forces", "metric": harness.MeanSquaredError(), "coeff": 1, "per_type": True}
+    ramp = Linear({"f_H_1": 1}, {"f_H_1": 9}, start_epoch=0, end_epoch=2)
+    loss = harness.MetricsManager([component], ["H_1", "O_2"], schedule=ramp)
+    with pytest.warns(UserWarning, match="train_loss_epoch/f is monitored"):
+        warn_of_monitors({"train_loss": loss}, ["train_loss_epoch/f"])
 
 
 def test_the_curve_is_drawn_and_kept_over_a_restart(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,8 @@ def test_trials_of_a_sampler(tmp_path: Path) -> None:
     assert len(plan["objectives"]) == 2
 
 
-def test_a_plan_that_cannot_be_written_does_not_stop_the_sweep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_that_cannot_be_written_does_not_stop_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep" / "sweep.json").mkdir(parents=True)  # nothing takes the place of a folder
-    SweepCallback().on_multirun_start(compose_sweep("seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"))
+    with pytest.warns(RuntimeWarning, match=r"sweep\.json cannot be written"):
+        SweepCallback().on_multirun_start(compose_sweep("seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"))
     current_session().sweeps.pop(tmp_path / "sweep").release()
-    assert re.match(r"warning: .*sweep\.json cannot be written", capsys.readouterr().err)

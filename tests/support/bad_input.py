@@ -280,16 +280,30 @@ CASES: dict[str, Case] = {
         f"{EXTRA}[{{field: {{_target_: harness.PerAtomModifier, field: forces}}, metric: {MSE}}}]",
         words=["graph fields only", "'forces' is a node field"],
     ),
+    "metric that cannot take forces": case(
+        "metrics.extra_metrics=[{name: mine, field: forces, metric: {_target_: torchmetrics.PearsonCorrCoef}}]",
+        words=["'mine'", "PearsonCorrCoef", "[8, 3]", "flatten"],
+    ),
     "field that the model lacks": case(
-        f"{EXTRA}[{{field: charge, metric: {MSE}}}]", words=["'charge'", "missing from the predictions", "forces"]
+        f"{EXTRA}[{{field: charge, metric: {MSE}}}]",
+        words=["'charge'", "missing from the predictions", "'charge_mse' reads it", "leave that out"],
     ),
     "ignore_nan of an unknown label": case("+loss.ignore_nan.force=true", words=["'force'", "total_energy, forces"]),
     "loss that is no loss": case("loss._target_=torch.nn.MSELoss", words=["MSELoss"]),
     # --- numbers and names of the configuration ---
+    "setting that nothing reads": case(
+        "+max_epoch=3", words=["max_epoch", "nothing reads", "Did you mean max_epochs?", "--cfg job"]
+    ),
     "monitor of nothing": case(
         "monitor=val0_epoch/force_rmse", words=["val0_epoch/force_rmse", "Did you mean", "val0_epoch/forces_rmse"]
     ),
     "monitor of an absent validation set": case("data.split.val=0", words=["val0_epoch/weighted_sum", "Did you mean"]),
+    "monitor that comes later than it is asked for": case(
+        "lr_scheduler=plateau",
+        "max_epochs=4",
+        "trainer.check_val_every_n_epoch=2",
+        words=["val0_epoch/weighted_sum", "first validation", "lr_scheduler.frequency=2"],
+    ),
     "monitor of early stopping": case(
         "callbacks=[default,early_stopping]",
         "callbacks.early_stopping.monitor=val0_epoch/f_rms",
@@ -648,7 +662,9 @@ CASES: dict[str, Case] = {
     ),
     # --- what a model does with a batch ---
     "model without a dictionary": model("no_dictionary", words=["returned Tensor", "dictionary"]),
-    "model without forces": model("without_forces", words=["'forces' is missing from the predictions", "total_energy"]),
+    "model without forces": model(
+        "without_forces", words=["'forces' is missing from the predictions", "total_energy", "'forces_mse'"]
+    ),
     "model of flat energies": model("flat_energy", words=["E", "[2]", "[2, 1]"]),
     "model of forces of one column": model("forces_of_one_column", words=["F", "[8, 1]", "[8, 3]"]),
     "model of whole numbers": model("whole_numbers", words=["'forces'", "int64", "floating-point"]),

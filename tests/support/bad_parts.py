@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness.data import Frame, collate, frame_to_sample
+from harness.metrics import MeanAbsoluteError
 
 Predictions = dict[str, Tensor]
 
@@ -173,3 +174,19 @@ _CHANGES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         name: value[..., :0] if name == "edge_index" else value[:0] for name, value in batch.items()
     },
 }
+
+
+class NaNAt(MeanAbsoluteError):
+    """A metric that is NaN in some of the batches that it measures, counted from 0."""
+
+    def __init__(self, at: Sequence[int]) -> None:
+        super().__init__()
+        self.at, self.measured = list(at), 0
+
+    def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
+        errors = super().measure(prediction, target)
+        self.measured += 1
+        return errors * float("nan") if self.measured - 1 in self.at else errors
+
+    def __str__(self) -> str:
+        return "nan_at"

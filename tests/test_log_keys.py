@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.module import LogKeys
-from harness.module.log_keys import TRAIN, TRAIN_LOSS, TRAIN_METRIC, stage_of_set
+from harness.support.log_keys import TRAIN, TRAIN_LOSS, TRAIN_METRIC, is_of_evaluation, stage_of_set
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,15 @@ def test_a_key_of_an_error_is_taken_apart(stage: str) -> None:
 )
 def test_other_keys_are_none_of_an_error(key: str) -> None:
     assert LogKeys.of_error(key) is None
+
+
+def test_the_name_in_a_key() -> None:
+    keys = LogKeys("test0")
+    assert keys.name_in("test0_epoch/forces_mae_a_b") == "forces_mae_a_b"
+    assert keys.name_in("test01_epoch/forces_mae") is None
+    assert keys.name_in("test0_contribution/forces_mae") is None
+    assert [is_of_evaluation(key) for key in ("val0_epoch/a", "test1_contribution/a", "train_loss_epoch/a")] == [
+        1,
+        1,
+        0,
+    ]

@@ -16,7 +16,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TRAIN", "TRAINING_STAGES", "TRAIN_LOSS", "TRAIN_METRIC", "Level", "LogKeys", "Section", "stage_of_set"]
+__all__ = [
+    "TRAIN",
+    "TRAINING_STAGES",
+    "TRAIN_LOSS",
+    "TRAIN_METRIC",
+    "Level",
+    "LogKeys",
+    "Section",
+    "is_of_evaluation",
+    "stage_of_set",
+]
 
 Level = Literal["step", "epoch"]
 Section = Literal["error", "coefficient", "contribution", "report"]
@@ -28,6 +38,11 @@ TRAIN_METRIC = "train_metric"
 TRAINING_STAGES = (TRAIN_LOSS, TRAIN_METRIC)
 
 _SUFFIX: dict[Section, str] = {"coefficient": "coeff", "contribution": "contribution", "report": "report"}
+
+
+def is_of_evaluation(key: str) -> bool:
+    """True for a key of a validation or test set, of any section."""
+    return key.startswith(("val", "test"))
 
 
 def stage_of_set(kind: Literal["val", "test"], index: int) -> str:
@@ -74,6 +89,10 @@ class LogKeys:
     def keys(self, names: Iterable[str]) -> list[str]:
         """Keys of several values."""
         return [self.key(name) for name in names]
+
+    def name_in(self, key: str) -> str | None:
+        """Name of the value that a key is of; None for a key that is none of these."""
+        return key.removeprefix(self.prefix) if key.startswith(self.prefix) else None
 
     def row(self, values: Mapping[str, float]) -> dict[str, float]:
         """Values by key, from values by name."""
