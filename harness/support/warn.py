@@ -1,4 +1,4 @@
-"""Warnings: given once (:class:`OneWarning`), filtered (:func:`quieten`), or of rank 0 (:func:`is_rank_zero`)."""
+"""Warnings: given once (:class:`OneWarning`), filtered (:func:`quieten`), or of rank 0 (:func:`is_rank_zero`, :func:`settle_rank`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-__all__ = ["OneWarning", "is_rank_zero", "quieten"]
+__all__ = ["OneWarning", "is_rank_zero", "quieten", "settle_rank"]
 
 
 def is_rank_zero() -> bool:
     """True on the rank that writes files and logs."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def settle_rank(rank: int) -> None:
+    """Let Lightning's messages of rank 0 be those of this rank 0, before Lightning knows the ranks itself."""
+    rank_zero_only.rank = rank
 
 
 class OneWarning:
