@@ -274,7 +274,8 @@ def _remove_if_empty(output_dir: Path) -> None:
 
 _SWEEP_ON_RANKS = (
     "error: --multirun under a launcher would run the whole sweep on each of the {} ranks. Start a sweep without "
-    "torchrun, srun or mpirun; hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 makes each of its points a job of two ranks."
+    "torchrun, srun or mpirun; hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 makes each of its points a job "
+    "of two ranks."
 )
 
 

@@ -107,7 +107,7 @@ class Launcher:
 
 
 def _is_step_of_slurm(variables: Variables) -> bool:
-    """True for a task of ``srun``: the script of a batch job and the shell of ``salloc`` have a ``SLURM_PROCID`` too."""
+    """True for a task of ``srun``: the script of a job and the shell of ``salloc`` have a ``SLURM_PROCID`` too."""
     step = variables.get("SLURM_STEP_ID", "")
     if step.isdigit() and int(step) >= _STEPS_OF_SLURM:
         return False

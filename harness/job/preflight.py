@@ -8,7 +8,6 @@ then tries a small step.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast

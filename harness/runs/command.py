@@ -122,14 +122,21 @@ def typed() -> tuple[str, ...]:
     return tuple(json.loads(handed)) if handed else tuple(word for word in sys.argv[1:] if word not in QUIET_RANK)
 
 
-def config_options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options of a command line by which Hydra finds the configuration, such as ``config_dir``, and the overrides."""
+def config_options(arguments: Sequence[str], every: bool = False) -> tuple[dict[str, str], list[str]]:
+    """Options of a command line by which Hydra finds the configuration, such as ``config_dir``, and the overrides.
+
+    Args:
+        arguments: of the command line.
+        every: also what is meant for an override and is none, since it has no ``=``.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     for option, short in (("--config-dir", "-cd"), ("--config-path", "-cp"), ("--config-name", "-cn")):
         parser.add_argument(option, short)
     parser.add_argument("--cfg", "-c")  # otherwise -c is an abbreviation of any of them
     options, others = parser.parse_known_args(list(arguments))
     overrides = [argument for argument in others if "=" in argument or argument.startswith("~")]
+    if every:
+        overrides = [argument for argument in others if not argument.startswith("-")]
     return {name: value for name, value in vars(options).items() if value is not None and name != "cfg"}, overrides
 
 

@@ -80,9 +80,9 @@ def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
 def cluster_plugins() -> list[ClusterEnvironment]:
     """Plugin of the cluster for the trainer: ranks are those of torch's variables, whoever has started them.
 
-    Lightning would look for launchers of its own choice. In a job of SLURM it would take the script of the job for one of
-    its tasks, and requeue the job on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other. Here
-    :func:`~harness.distributed.take_ranks` finds the ranks, :class:`~harness.callbacks.ResumeCheckpoint` saves, and
-    ``launch/slurm.sbatch`` puts the job back into the queue.
+    Lightning would look for launchers of its own choice. In a job of SLURM it would take the script of the job for one
+    of its tasks, and requeue the job on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other.
+    Here :func:`~harness.distributed.take_ranks` finds the ranks, :class:`~harness.callbacks.ResumeCheckpoint` saves,
+    and ``launch/slurm.sbatch`` puts the job back into the queue.
     """
     return [TorchElasticEnvironment() if launched_ranks() > 1 else LightningEnvironment()]

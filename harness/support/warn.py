@@ -1,4 +1,4 @@
-"""Warnings: given once (:class:`OneWarning`), filtered (:func:`quieten`), or of rank 0 (:func:`is_rank_zero`, :func:`settle_rank`)."""
+"""Warnings: given once (:class:`OneWarning`), filtered (:func:`quieten`), or of rank 0 (:func:`is_rank_zero`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_rank_zero() -> bool:
 
 def settle_rank(rank: int) -> None:
     """Let Lightning's messages of rank 0 be those of this rank 0, before Lightning knows the ranks itself."""
-    rank_zero_only.rank = rank
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 class OneWarning:

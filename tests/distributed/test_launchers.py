@@ -114,7 +114,10 @@ PLACES: dict[str, tuple[dict[str, str], tuple[Any, ...]]] = {
     "jsrun": (jsrun(), (1, 2, 1, 2, 0, "127.0.0.1")),
     "jsrun, two nodes": (jsrun(2, 4) | ADDRESS, (2, 4, 0, 2, 1, "10.0.0.1")),
     "submitit": (submitit(), (1, 2, 1, 2, 0, "127.0.0.1")),
-    "submitit from a shell with variables": (submitit() | ADDRESS | {"RANK": "0", "WORLD_SIZE": "1"}, (1, 2, 1, 2, 0, "127.0.0.1")),
+    "submitit from a shell with variables": (
+        submitit() | ADDRESS | {"RANK": "0", "WORLD_SIZE": "1"},
+        (1, 2, 1, 2, 0, "127.0.0.1"),
+    ),
     "submitit from a task of srun": (submitit() | srun(0, 1), (1, 2, 1, 2, 0, "127.0.0.1")),
     "ranks without their node": (
         {"RANK": "1", "WORLD_SIZE": "2", **ADDRESS},
@@ -177,7 +180,7 @@ ALONE = {
     ),
     "a rank left over": ({"RANK": "3", "MASTER_PORT": "1"}, "RANK=3 without WORLD_SIZE is ignored"),
     "a script of sbatch": (batch_script(1), ""),
-    "a script of sbatch for two tasks": (batch_script(2), "a SLURM job of 2 tasks. To make each task a rank: srun python"),
+    "a script of sbatch for two tasks": (batch_script(2), "SLURM job of 2 tasks. To make each task a rank: srun "),
     "salloc": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "a SLURM job of 4 tasks"),
     "the shell that salloc starts as a step": (
         srun(0, 1, job_tasks=4) | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
@@ -224,7 +227,7 @@ REFUSED = {
     "a task in words": (open_mpi() | {"OMPI_COMM_WORLD_RANK": "-1"}, "OMPI_COMM_WORLD_RANK=-1 is expected to be"),
     "a list in words": (srun() | {"SLURM_STEP_TASKS_PER_NODE": "all"}, "expected to be numbers of tasks"),
     "another number of tasks": (srun() | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set, but this is task 1 of 2 of srun"),
-    "each task a whole job": (srun() | {"RANK": "0", "WORLD_SIZE": "1"}, "each of its tasks would take itself for rank 0"),
+    "each task a whole job": (srun() | {"RANK": "0", "WORLD_SIZE": "1"}, "of its tasks would take itself for rank 0"),
     "each task the same rank": (open_mpi() | torch_variables(0, 2, 0, 2), "this is task 1 of 2 of mpirun"),
     "mpirun in tasks of srun": (
         srun(1, 4) | open_mpi(),
@@ -272,7 +275,7 @@ def test_jobs_on_one_node_have_ports_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("hosts", "first"),
-    [("node7", "node7"), ("n[003-005,9]-ib,x", "n003-ib"), ("r[1-2]n[07,9]", "r1n07"), ("a,b[1-2]", "a"), ("n[5]", "n5")],
+    [("node7", "node7"), ("n[003-005,9]-ib,x", "n003-ib"), ("r[1-2]n[07,9]", "r1n07"), ("a,b[1-2]", "a"), ("n[5]", "n5")]
 )  # fmt: skip
 def test_first_host_of_a_list(hosts: str, first: str) -> None:
     ranks = find_ranks(srun(3, 4, 2) | {"SLURM_STEP_NODELIST": hosts}).ranks
@@ -316,9 +319,10 @@ def test_variables_left_over_are_removed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_ranks_of_a_node_find_what_has_started_them() -> None:
     """Also through a script between: the nearest process above that lacks the variable."""
+    file = sys.modules["harness.distributed.launchers"].__file__  # by itself, without torch
     program = (
         "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('launchers', {sys.modules['harness.distributed.launchers'].__file__!r})\n"
+        f"spec = importlib.util.spec_from_file_location('launchers', {file!r})\n"
         "module = importlib.util.module_from_spec(spec)\nsys.modules['launchers'] = module\n"
         "spec.loader.exec_module(module)\nprint(module._starter('MY_RANK'))\n"
     )

@@ -153,9 +153,7 @@ def test_variables_of_a_shell(tmp_path: Path) -> None:
     assert "launch: one process trains alone, in a SLURM job of 2 tasks" in done.out
     (folder,) = done.runs
     assert json.loads((folder / "run.json").read_text())["ranks"] == 1
-    done = train(
-        *ARGUMENTS, folder=tmp_path / "wrong", RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", **{"MASTER_PORT": "1"}
-    )
+    done = train(*ARGUMENTS, folder=tmp_path / "wrong", RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT="1")
     assert done.code == 1
     assert "Traceback" not in done.err
     assert done.err.strip().startswith("error: RANK=2 and WORLD_SIZE=2 contradict each other")

@@ -1,8 +1,8 @@
-"""Stands for PBS and LSF, which are not on the machines that run the tests: commands that start tasks here as they would.
+"""Stands for PBS and LSF, which are not on the machines that run the tests: commands that start tasks as they would.
 
 What it knows of them is what their manuals say: variables and files of a job, the variables of the tasks of mpiexec (in
 the dialects of MPICH, PALS and Open MPI), jsrun and blaunch, that Open MPI hands no variables on but those that are
-named, and that a job that is put back into the queue runs its script again. Queues, time limits and nodes are not there.
+named, and that a job that is put back into the queue runs its script again. Queues, limits and nodes are not there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ arguments = sys.argv[1:]
 """
 _MPIEXEC = """
 if arguments == ["--version"]:
-    print({"openmpi": "mpiexec (Open MPI) 4.1.4", "mpich": "HYDRA build details:", "pals": "mpiexec version 1.2"}[DIALECT])
+    print({"openmpi": "mpiexec (OpenRTE) 4.1.4", "mpich": "HYDRA build details:", "pals": "mpiexec 1.2"}[DIALECT])
     sys.exit()
 size, local_size, environment = 0, 0, dict(os.environ)
 if DIALECT == "openmpi":
@@ -105,8 +105,8 @@ run(arguments, [{"STAND_IN_HOSTNAME": host} for host in hosts], dict(os.environ)
 """
 _SHELL = {
     "qstat": 'echo "    Resource_List.walltime = ${LIMIT:-24:00:00}"',
-    "qrerun": '[[ -z "${MAY_NOT_RERUN:-}" ]] || { echo "qrerun: Unauthorized Request" >&2; exit 159; }\necho "$1" >> "$QUEUED"',
-    "hostname": 'if [[ -n "${STAND_IN_HOSTNAME:-}" ]]; then echo "$STAND_IN_HOSTNAME"; else exec /bin/hostname "$@"; fi',
+    "qrerun": 'if [[ -n "${MAY_NOT_RERUN:-}" ]]; then exit 159; fi\necho "$1" >> "$QUEUED"',
+    "hostname": 'echo "${STAND_IN_HOSTNAME:-elsewhere}"',
 }  # fmt: skip
 
 

@@ -43,7 +43,8 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, hand_on)
 for rank in range(tasks):
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % per_node, "SLURM_NODEID": rank // per_node}
-    place |= {"SLURM_NTASKS": tasks, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_ID": 0, "SLURM_STEP_NODELIST": "localhost"}
+    place |= {"SLURM_NTASKS": tasks, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_ID": 0}
+    place["SLURM_STEP_NODELIST"] = "localhost"
     place["SLURM_STEP_TASKS_PER_NODE"] = f"{per_node}(x{tasks // per_node})"
     started.append(subprocess.Popen(arguments, env={**os.environ, **{key: str(value) for key, value in place.items()}}))
 codes = [task.wait() for task in started]
