@@ -60,6 +60,7 @@ from harness.runs import (
     current_session,
     finished_result,
     goes_on,
+    hydra_elsewhere,
     interrupted_stamp,
     keyboard_interrupts,
     label,
@@ -70,6 +71,7 @@ from harness.runs import (
     record,
     report_entries,
     typed,
+    with_run_dir,
     write_result,
 )
 from harness.support.process import end_with_parent
@@ -133,6 +135,13 @@ def _settle_arguments() -> None:
     # Hydra wants all overrides in one piece: an option among them would end it
     arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     num_ranks, is_sweep = launched_ranks(), asks_for_sweep(arguments)
+    if SweepPoint.of_environment() is None:
+        try:
+            arguments = with_run_dir(arguments, is_sweep)
+        except ValueError as error:
+            if launched_rank() == 0:
+                print(f"\nerror: {error}", file=sys.stderr)
+            raise JobFailed(str(error)) from None
     sys.argv[1:] = arguments_of_rank(arguments, launched_rank()) if num_ranks > 1 else arguments
     if SweepPoint.of_environment() is not None:  # the sweep has settled the rest
         return
@@ -168,6 +177,8 @@ def run_job(config: DictConfig) -> Objective:
     """
     session, asked_for = current_session(), command()
     session.has_composed = True
+    if launched_rank() == 0 and (away := hydra_elsewhere(config)):
+        _refuse(ConfigError(away, 1))
     if asked_for.point is None:
         return train(config, asked_for)
     is_rank = SweepPoint.of_environment() is not None

@@ -166,6 +166,9 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     if "BasicSweeper does not support sweep type" in reported:
         last = reported.splitlines()[-1]
         return f"a range of values needs a sampler that draws from it: sweep=optuna or sweep=pareto.\n({last})"
+    unwritable = _unwritable(reported)
+    if unwritable is not None:
+        return unwritable
     if "override_grammar" in reported:
         given = overrides if overrides is not None else config_options(sys.argv[1:], every=True)[1]
         return _ungrammatical(given) or reported
@@ -190,6 +193,18 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     meant += "It is one of sweep=optuna and sweep=pareto. " if key == "hydra.sweeper.n_trials" else ""
     listed = "hydra" if of_hydra else "job"
     return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({reported})"
+
+
+def _unwritable(text: str) -> str | None:
+    """Message of an output directory that Hydra could not make, by its traceback; None if it is of other things."""
+    found = re.findall(r"^\w*Error: \[Errno \d+\] (.+?): '(.+)'$", text, re.MULTILINE)
+    if not found or not text.endswith(f"'{found[-1][1]}'") or "mkdir(" not in text:
+        return None
+    reason, path = found[-1]
+    return (
+        f"the output directory cannot be made: {path} in {Path.cwd()} ({reason}). Start where you may write, or give "
+        f"it a place: output_dir=/scratch/run, for a sweep hydra.sweep.dir=/scratch/sweep."
+    )
 
 
 def _ungrammatical(overrides: Sequence[str]) -> str | None:
@@ -229,7 +244,8 @@ def _quoted(value: str) -> str | None:
     if value[:1] in ("[", "{"):
         return None
     kind = '"' if '"' not in value else "'"
-    return kind + re.sub(r"(\\*)" + kind, lambda found: found.group(1) * 2 + "\\" + kind, value) + kind
+    escaped = re.sub(r"(\\*)" + kind, lambda found: found.group(1) * 2 + "\\" + kind, value)
+    return kind + re.sub(r"(\\+)$", r"\1\1", escaped) + kind
 
 
 def _list_with_quotes(value: str) -> str | None:

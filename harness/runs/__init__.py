@@ -13,11 +13,13 @@ from harness.runs.command import (
     config_options,
     goes_on,
     group,
+    hydra_elsewhere,
     label,
     objective,
     point_name,
     sweep_dir,
     typed,
+    with_run_dir,
 )
 from harness.runs.exits import (
     REQUEUE_EXIT_CODE,
@@ -71,6 +73,7 @@ __all__ = [
     "finished_result",
     "goes_on",
     "group",
+    "hydra_elsewhere",
     "interrupted_run",
     "interrupted_stamp",
     "is_interrupted",
@@ -87,5 +90,6 @@ __all__ = [
     "settings_of",
     "sweep_dir",
     "typed",
+    "with_run_dir",
     "write_result",
 ]

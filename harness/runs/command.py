@@ -32,11 +32,13 @@ __all__ = [
     "config_options",
     "goes_on",
     "group",
+    "hydra_elsewhere",
     "label",
     "objective",
     "point_name",
     "sweep_dir",
     "typed",
+    "with_run_dir",
 ]
 
 
@@ -111,6 +113,50 @@ def arguments_of_rank(arguments: Sequence[str], rank: int) -> list[str]:
     if rank == 0:
         return list(arguments)
     return [*arguments, *(QUIET_RANK if SweepPoint.of_environment() is None else _QUIET)]
+
+
+def with_run_dir(arguments: Sequence[str], is_sweep: bool) -> list[str]:
+    """Arguments of the command line, with ``hydra.run.dir`` where ``output_dir`` was given: one directory has both.
+
+    Raises:
+        ValueError: two directories were given, or one for all points of a sweep.
+    """
+    by_key = {
+        key: argument.partition("=")[2]
+        for key in ("output_dir", "hydra.run.dir")
+        for argument in arguments
+        if argument.lstrip("+").startswith(f"{key}=")
+    }
+    output_dir, run_dir = by_key.get("output_dir"), by_key.get("hydra.run.dir")
+    if output_dir is None:
+        return list(arguments)
+    if is_sweep:
+        raise ValueError(
+            f"output_dir={output_dir} would be the directory of every point of the sweep, and they would write over "
+            f"each other. Give the sweep a directory, in which each point has its own: hydra.sweep.dir={output_dir}"
+        )
+    if run_dir is None:
+        return [*arguments, f"hydra.run.dir={output_dir}"]
+    if run_dir != output_dir:
+        raise ValueError(
+            f"output_dir={output_dir} and hydra.run.dir={run_dir} are two directories for one run: what reads it would "
+            f"not find its configuration. Give one of them; the other one follows."
+        )
+    return list(arguments)
+
+
+def hydra_elsewhere(config: DictConfig) -> str | None:
+    """Message of an ``output_dir`` that is not where Hydra writes, as one of a file would be; None if they agree."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get().runtime.output_dir
+    if Path(str(config.output_dir)).absolute() == Path(str(hydra)).absolute():
+        return None
+    return (
+        f"output_dir is {config.output_dir}, but Hydra writes the configuration of the run in {hydra}: what reads it "
+        f"would not find both. In a file of the configuration, set hydra.run.dir (of a sweep: hydra.sweep.dir), which "
+        f"output_dir follows."
+    )
 
 
 def typed() -> tuple[str, ...]:

@@ -275,7 +275,7 @@ def test_jobs_on_one_node_have_ports_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("hosts", "first"),
-    [("node7", "node7"), ("n[003-005,9]-ib,x", "n003-ib"), ("r[1-2]n[07,9]", "r1n07"), ("a,b[1-2]", "a"), ("n[5]", "n5")]
+    [("node7", "node7"), ("n[003-005,9]-ib,x", "n003-ib"), ("r[1-2]n[07,9]", "r1n07"), ("a,b[1]", "a"), ("n[5]", "n5")],
 )  # fmt: skip
 def test_first_host_of_a_list(hosts: str, first: str) -> None:
     ranks = find_ranks(srun(3, 4, 2) | {"SLURM_STEP_NODELIST": hosts}).ranks
