@@ -231,7 +231,7 @@ def _ungrammatical(overrides: Sequence[str]) -> str | None:
 
 
 def _refused_by_grammar(override: str) -> str | None:
-    """What Hydra's grammar says of an override; None if it can be read."""
+    """Complaint of Hydra's grammar about an override; None if it can be read."""
     try:
         OverridesParser.create().parse_override(override)
     except hydra.errors.HydraException as error:

@@ -231,7 +231,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Found:
-    """What the variables of a process say."""
+    """Meaning of the variables of a process."""
 
     ranks: Ranks | None = None
     """None for one process that trains alone, and where torch's variables are there already."""
