@@ -1,8 +1,9 @@
-"""Entry point: trains and tests a force field from Hydra configs, on one rank or under torchrun on many.
+"""Entry point: trains and tests a force field from Hydra configs, on one rank or on many.
 
     python -m harness.train                                        # the embedded alloy
     python -m harness.train data=file data.train=my.xyz loss.coeffs.forces=10
     torchrun --nproc-per-node 2 -m harness.train ...               # the same on two ranks
+    srun -n 2 python -m harness.train ...                          # likewise, as mpirun, mpiexec and jsrun do
     python -m harness.train --multirun loss.coeffs.forces=1,10,100 # a sweep
 
 ``conf/train.yaml`` is the table of contents of what can be set.
@@ -30,12 +31,13 @@ from harness.config.explain import BAD_INPUT, HINT, message
 from harness.config.resolvers import now
 from harness.distributed import (
     START_LIMIT,
+    LaunchError,
     RankAbsentError,
     agree,
     launched_rank,
     launched_ranks,
     share,
-    take_ranks_of_submitit,
+    take_ranks,
 )
 from harness.job import Job, execute
 from harness.job.consistency import refusal
@@ -58,6 +60,7 @@ from harness.runs import (
     current_session,
     finished_result,
     goes_on,
+    hydra_elsewhere,
     interrupted_stamp,
     keyboard_interrupts,
     label,
@@ -68,10 +71,11 @@ from harness.runs import (
     record,
     report_entries,
     typed,
+    with_run_dir,
     write_result,
 )
 from harness.support.process import end_with_parent
-from harness.support.warn import quieten
+from harness.support.warn import quieten, settle_rank
 
 __all__ = ["absent_ranks_reported", "main", "run_job", "train"]
 
@@ -96,6 +100,7 @@ def main() -> None:
         os.environ.pop(POINT, None)  # this command was started by a rank of a sweep point, and is none
     quieten()
     with new_session() as session, absent_ranks_reported():
+        _settle_ranks()
         _settle_arguments()
         try:
             run_with_hydra(run_job)
@@ -112,17 +117,37 @@ def main() -> None:
             raise
 
 
+def _settle_ranks() -> None:
+    """Ranks of the launcher, whichever it is, by torch's variables."""
+    try:
+        notes = take_ranks()
+    except LaunchError as error:
+        if not error.rank:  # otherwise rank 0 finds the same
+            print(f"\nerror: {error}", file=sys.stderr)
+        raise JobFailed(str(error)) from None
+    settle_rank(launched_rank())
+    for note in notes:
+        print(f"launch: {note}", flush=True)
+
+
 def _settle_arguments() -> None:
     """Arguments of this rank, and the moment in the name of the output directory, the same on all ranks."""
     # Hydra wants all overrides in one piece: an option among them would end it
     arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     num_ranks, is_sweep = launched_ranks(), asks_for_sweep(arguments)
+    if SweepPoint.of_environment() is None:
+        try:
+            arguments = with_run_dir(arguments, is_sweep)
+        except ValueError as error:
+            if launched_rank() == 0:
+                print(f"\nerror: {error}", file=sys.stderr)
+            raise JobFailed(str(error)) from None
     sys.argv[1:] = arguments_of_rank(arguments, launched_rank()) if num_ranks > 1 else arguments
     if SweepPoint.of_environment() is not None:  # the sweep has settled the rest
         return
     os.environ.pop(TYPED, None)  # of a sweep that has started this command
     if num_ranks > 1 and is_sweep:
-        sys.exit(_SWEEP_ON_RANKS.format(num_ranks))
+        sys.exit(_SWEEP_ON_RANKS.format(num_ranks) if launched_rank() == 0 else 1)
     stamp = interrupted_stamp(is_sweep) if launched_rank() == 0 else None
     if num_ranks > 1:  # each rank's clock would give it a folder of its own
         stamp = share("run_stamp", agree("run_stamp", stamp or now()) if launched_rank() == 0 else "")
@@ -152,14 +177,17 @@ def run_job(config: DictConfig) -> Objective:
     """
     session, asked_for = current_session(), command()
     session.has_composed = True
+    if launched_rank() == 0 and (away := hydra_elsewhere(config)):
+        _refuse(ConfigError(away, 1))
     if asked_for.point is None:
         return train(config, asked_for)
     is_rank = SweepPoint.of_environment() is not None
     if not is_rank:
         if launched_ranks() > 1 and os.environ.get(TYPED) is None:
             sys.exit(_SWEEP_ON_RANKS.format(launched_ranks()))
-        if take_ranks_of_submitit():
+        if "SUBMITIT_EXECUTOR" in os.environ:  # in a process that has not come through `main`
             quieten()
+            _settle_ranks()
     try:
         return train(config, asked_for)
     except SystemExit as error:
@@ -257,7 +285,8 @@ def _remove_if_empty(output_dir: Path) -> None:
 
 _SWEEP_ON_RANKS = (
     "error: --multirun under a launcher would run the whole sweep on each of the {} ranks. Start a sweep without "
-    "torchrun; hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 makes each of its points a job of two ranks."
+    "torchrun, srun or mpirun; hydra/launcher=torchrun hydra.launcher.nproc_per_node=2 makes each of its points a job "
+    "of two ranks."
 )
 
 

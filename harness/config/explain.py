@@ -15,6 +15,7 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -165,6 +166,12 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     if "BasicSweeper does not support sweep type" in reported:
         last = reported.splitlines()[-1]
         return f"a range of values needs a sampler that draws from it: sweep=optuna or sweep=pareto.\n({last})"
+    unwritable = _unwritable(reported)
+    if unwritable is not None:
+        return unwritable
+    if "override_grammar" in reported:
+        given = overrides if overrides is not None else config_options(sys.argv[1:], every=True)[1]
+        return _ungrammatical(given) or reported
     misspelt = re.search(r"Could not override '([^'\n]+)'", reported)
     if misspelt is None:
         return reported or "the configuration cannot be composed"
@@ -186,6 +193,67 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     meant += "It is one of sweep=optuna and sweep=pareto. " if key == "hydra.sweeper.n_trials" else ""
     listed = "hydra" if of_hydra else "job"
     return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({reported})"
+
+
+def _unwritable(text: str) -> str | None:
+    """Message of an output directory that Hydra could not make, by its traceback; None if it is of other things."""
+    found = re.findall(r"^\w*Error: \[Errno \d+\] (.+?): '(.+)'$", text, re.MULTILINE)
+    if not found or not text.endswith(f"'{found[-1][1]}'") or "mkdir(" not in text:
+        return None
+    reason, path = found[-1]
+    return (
+        f"the output directory cannot be made: {path} in {Path.cwd()} ({reason}). Start where you may write, or give "
+        f"it a place: output_dir=/scratch/run, for a sweep hydra.sweep.dir=/scratch/sweep."
+    )
+
+
+def _ungrammatical(overrides: Sequence[str]) -> str | None:
+    """Message of the argument that is against Hydra's grammar, with the quotes that it needs; None if there is none."""
+    for override in overrides:
+        found = _refused_by_grammar(override)
+        if found is None:
+            continue
+        name, equals, value = override.partition("=")
+        if not equals:
+            return (
+                f"the argument {shlex.quote(override)} has no value: a setting is given as name=value, and taken away "
+                f"as ~name."
+            )
+        for quoted in (_quoted(value), _list_with_quotes(value)):
+            fixed = f"{name}={quoted}"
+            if quoted is not None and _refused_by_grammar(fixed) is None:
+                return (
+                    f"the argument {shlex.quote(override)} has characters that mean something to Hydra ({found}). "
+                    f"Quote its value, once for Hydra and once for the shell:\n  {shlex.quote(fixed)}"
+                )
+        return f"the argument {shlex.quote(override)} is none that Hydra can read: {found}"
+    return None
+
+
+def _refused_by_grammar(override: str) -> str | None:
+    """Complaint of Hydra's grammar about an override; None if it can be read."""
+    try:
+        OverridesParser.create().parse_override(override)
+    except hydra.errors.HydraException as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _quoted(value: str) -> str | None:
+    """A value in quotes of Hydra; None for a list or dictionary, which they would turn into text."""
+    if value[:1] in ("[", "{"):
+        return None
+    kind = '"' if '"' not in value else "'"
+    escaped = re.sub(r"(\\*)" + kind, lambda found: found.group(1) * 2 + "\\" + kind, value)
+    return kind + re.sub(r"(\\+)$", r"\1\1", escaped) + kind
+
+
+def _list_with_quotes(value: str) -> str | None:
+    """A list whose entries are in quotes where they need them."""
+    if not re.fullmatch(r"\[.*\]", value) or any(bracket in value[1:-1] for bracket in "[]{}"):
+        return None
+    entries = [entry.strip() for entry in value[1:-1].split(",")]
+    return "[" + ",".join(f"{_quoted(each)}" if _refused_by_grammar(f"x={each}") else each for each in entries) + "]"
 
 
 def _composed(overrides: Sequence[str], wrong: str, config_dir: str | None, of_hydra: bool) -> DictConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from harness.distributed import launched_on_node, launched_ranks
 from harness.loggers import wandb_variables
 from harness.runs import RUN_STAMP, group, point_name, point_number
 
@@ -60,8 +61,8 @@ def register_resolvers() -> None:
     # not cached: each rank and each sweep point has its own
     own: dict[str, Callable[..., Any]] = {
         # ranks that a launcher has started on this node; one without a launcher
-        "harness.devices": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "harness.nodes": lambda: int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "harness.devices": launched_on_node,
+        "harness.nodes": lambda: launched_ranks() // launched_on_node(),
         "harness.point_name": point_name,
         "harness.group": group,
         "harness.wandb": wandb_variables.variable,

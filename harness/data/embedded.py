@@ -78,6 +78,7 @@ def embedded_alloy_file(num_frames: int = 400, seed: int = 0, cache_dir: str | o
 
     Raises:
         ValueError: if ``num_frames`` is not positive.
+        OSError: the file cannot be written.
     """
     if num_frames < 1:
         raise ValueError(f"the embedded alloy needs num_frames >= 1, found {num_frames}")
@@ -85,10 +86,16 @@ def embedded_alloy_file(num_frames: int = 400, seed: int = 0, cache_dir: str | o
     path = directory / f"alloy-v{_VERSION}-seed{seed}-{num_frames}frames.xyz"
     if path.exists():
         return path
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():  # another process may have made it while this one waited for the lock
-            frames = [alloy_frame(index, seed) for index in range(num_frames)]
-            with replacing(path) as part:
-                ase.io.write(part, frames, format="extxyz")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():  # another process may have made it while this one waited for the lock
+                frames = [alloy_frame(index, seed) for index in range(num_frames)]
+                with replacing(path) as part:
+                    ase.io.write(part, frames, format="extxyz")
+    except OSError as error:
+        raise OSError(
+            f"the embedded data set is kept in {directory}, which cannot be written ({error}). Name another folder by "
+            f"the variable HARNESS_CACHE, or data.cache_dir=..."
+        ) from error
     return path

@@ -1,4 +1,4 @@
-"""Ranks: collectives of a step, sharded parameters, the rendezvous, and notes after a failure."""
+"""Ranks: launchers, collectives of a step, sharded parameters, the rendezvous, and notes after a failure."""
 
 from harness.distributed.collectives import (
     ProcessGroup,
@@ -13,6 +13,7 @@ from harness.distributed.collectives import (
     sum_over_ranks,
 )
 from harness.distributed.failures import Board, is_lost_connection, keep_alive
+from harness.distributed.launchers import LaunchError, take_ranks
 from harness.distributed.rendezvous import (
     START_LIMIT,
     RankAbsentError,
@@ -20,17 +21,18 @@ from harness.distributed.rendezvous import (
     decide,
     is_launched_by_torchrun,
     join,
+    launched_on_node,
     launched_rank,
     launched_ranks,
     named,
     share,
-    take_ranks_of_submitit,
 )
 from harness.distributed.sharding import join_shards, shard_parameters, sharded_parts, split_like
 
 __all__ = [
     "START_LIMIT",
     "Board",
+    "LaunchError",
     "ProcessGroup",
     "RankAbsentError",
     "agree",
@@ -45,6 +47,7 @@ __all__ = [
     "join_shards",
     "keep_alive",
     "known_backends",
+    "launched_on_node",
     "launched_rank",
     "launched_ranks",
     "max_over_ranks",
@@ -56,5 +59,5 @@ __all__ = [
     "share",
     "split_like",
     "sum_over_ranks",
-    "take_ranks_of_submitit",
+    "take_ranks",
 ]

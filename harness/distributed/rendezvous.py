@@ -24,11 +24,11 @@ __all__ = [
     "decide",
     "is_launched_by_torchrun",
     "join",
+    "launched_on_node",
     "launched_rank",
     "launched_ranks",
     "named",
     "share",
-    "take_ranks_of_submitit",
 ]
 
 START_LIMIT = timedelta(minutes=5)
@@ -44,8 +44,11 @@ class RankAbsentError(TimeoutError):
 
 
 def launched_ranks() -> int:
-    """Number of ranks that a launcher has started, before there is a process group; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of ranks that a launcher has started, before there is a process group; 1 without a launcher.
+
+    They are those of torch's variables, which :func:`~harness.distributed.take_ranks` makes of any launcher's.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def launched_rank() -> int:
@@ -53,29 +56,9 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def take_ranks_of_submitit() -> bool:
-    """Set torch's environment variables of the ranks from those of submitit.
-
-    Returns:
-        True in a job of submitit's.
-    """
-    if "SUBMITIT_EXECUTOR" not in os.environ or is_launched_by_torchrun():
-        return False
-    from submitit import JobEnvironment
-    from submitit.helpers import TorchDistributedEnvironment
-
-    job = JobEnvironment()
-    if job.num_tasks == 1:
-        return True
-    os.environ.pop(
-        "MASTER_PORT", None
-    )  # inherited from the process that has submitted it; submitit draws one for the job
-    # all GPUs of the node stay visible to every rank, which takes the one of its number
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    os.environ["GROUP_RANK"] = str(job.node)
-    if job.num_nodes == 1:  # the name of a host may not resolve on itself
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-    return True
+def launched_on_node() -> int:
+    """Number of those of :func:`launched_ranks` that are on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def agree(key: str, proposal: str) -> str:
@@ -181,6 +164,11 @@ def job_store() -> Any:
         return launcher_store(START_LIMIT)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            raise RankAbsentError(
+                f"Rank {launched_rank()} cannot serve the store of the job at {where}: the port is in use, by another "
+                f"job or one that has not ended yet. Give all ranks another one, such as MASTER_PORT=29401."
+            ) from None
         if launched_rank() == 0 and not is_launched_by_torchrun():  # it keeps the store itself
             awaited = f"the other ranks to reach it at {where} ({str(error).splitlines()[0].rstrip('.')})"
             raise RankAbsentError(_waited(awaited, START_LIMIT)) from None

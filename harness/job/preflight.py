@@ -7,7 +7,6 @@ then tries a small step.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harness.checkpoints import read
 from harness.config.resolvers import config_folder
-from harness.distributed import launched_ranks
+from harness.distributed import launched_on_node, launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
@@ -85,7 +84,7 @@ def _check_numbers(config: DictConfig) -> None:
 
 def _check_ranks(config: DictConfig) -> None:
     """Refuse numbers of devices and nodes that are not those of the launcher."""
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    started = launched_on_node()
     asked = config.trainer.get("devices")
     if isinstance(asked, int) and asked != started:
         raise ValueError(

@@ -68,11 +68,16 @@ def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback], command
     keeping = next((callback for callback in callbacks if isinstance(callback, KeepsCheckpoints)), None)
     if keeping is None or not config.train:
         return None
-    if not goes_on(config) or not is_interrupted(Path(config.output_dir), command):
+    is_awaited = goes_on(config)
+    if not is_awaited or not is_interrupted(Path(config.output_dir), command):
+        if is_awaited and command.point is None:
+            print(f"resume: no interrupted run of this command; it starts anew in {config.output_dir}", flush=True)
         if not config.ckpt_path or Path(config.ckpt_path).resolve().parent != keeping.dirpath.resolve():
             keeping.put_aside()
         return None
     newest = keeping.newest()
+    if newest is None and command.point is None:
+        print(f"resume: the run in {config.output_dir} left no checkpoint; it starts anew", flush=True)
     return None if newest is None else str(newest)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -61,6 +61,8 @@ def make_trainer(
     plugins = [instantiate(plugin) for plugin in config.trainer.get("plugins") or []]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
+    if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        plugins += cluster_plugins()
     try:
         trainer: Trainer = instantiate(
             settings,
@@ -68,7 +70,7 @@ def make_trainer(
             callbacks=used,
             logger=list(loggers) or False,
             use_distributed_sampler=False,  # its samplers pad with duplicates; the data brings its own
-            plugins=[*plugins, *cluster_plugins()],
+            plugins=plugins,
         )
     except InstantiationException as error:
         cause = error.__cause__

@@ -13,6 +13,7 @@ from harness.runs.command import (
     config_options,
     goes_on,
     group,
+    hydra_elsewhere,
     label,
     objective,
     point_name,
@@ -20,6 +21,7 @@ from harness.runs.command import (
     sweep_dir,
     swept_settings,
     typed,
+    with_run_dir,
 )
 from harness.runs.exits import (
     REQUEUE_EXIT_CODE,
@@ -73,6 +75,7 @@ __all__ = [
     "finished_result",
     "goes_on",
     "group",
+    "hydra_elsewhere",
     "interrupted_run",
     "interrupted_stamp",
     "is_interrupted",
@@ -91,5 +94,6 @@ __all__ = [
     "sweep_dir",
     "swept_settings",
     "typed",
+    "with_run_dir",
     "write_result",
 ]

@@ -32,6 +32,7 @@ __all__ = [
     "config_options",
     "goes_on",
     "group",
+    "hydra_elsewhere",
     "label",
     "objective",
     "point_name",
@@ -39,6 +40,7 @@ __all__ = [
     "sweep_dir",
     "swept_settings",
     "typed",
+    "with_run_dir",
 ]
 
 
@@ -115,6 +117,50 @@ def arguments_of_rank(arguments: Sequence[str], rank: int) -> list[str]:
     return [*arguments, *(QUIET_RANK if SweepPoint.of_environment() is None else _QUIET)]
 
 
+def with_run_dir(arguments: Sequence[str], is_sweep: bool) -> list[str]:
+    """Arguments of the command line, with ``hydra.run.dir`` where ``output_dir`` was given: one directory has both.
+
+    Raises:
+        ValueError: two directories were given, or one for all points of a sweep.
+    """
+    by_key = {
+        key: argument.partition("=")[2]
+        for key in ("output_dir", "hydra.run.dir")
+        for argument in arguments
+        if argument.lstrip("+").startswith(f"{key}=")
+    }
+    output_dir, run_dir = by_key.get("output_dir"), by_key.get("hydra.run.dir")
+    if output_dir is None:
+        return list(arguments)
+    if is_sweep:
+        raise ValueError(
+            f"output_dir={output_dir} would be the directory of every point of the sweep, and they would write over "
+            f"each other. Give the sweep a directory, in which each point has its own: hydra.sweep.dir={output_dir}"
+        )
+    if run_dir is None:
+        return [*arguments, f"hydra.run.dir={output_dir}"]
+    if run_dir != output_dir:
+        raise ValueError(
+            f"output_dir={output_dir} and hydra.run.dir={run_dir} are two directories for one run: what reads it would "
+            f"not find its configuration. Give one of them; the other one follows."
+        )
+    return list(arguments)
+
+
+def hydra_elsewhere(config: DictConfig) -> str | None:
+    """Message of an ``output_dir`` that is not where Hydra writes, as one of a file would be; None if they agree."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get().runtime.output_dir
+    if Path(str(config.output_dir)).absolute() == Path(str(hydra)).absolute():
+        return None
+    return (
+        f"output_dir is {config.output_dir}, but Hydra writes the configuration of the run in {hydra}: what reads it "
+        f"would not find both. In a file of the configuration, set hydra.run.dir (of a sweep: hydra.sweep.dir), which "
+        f"output_dir follows."
+    )
+
+
 def typed() -> tuple[str, ...]:
     """Arguments of the command line, as the user has typed them; those of the whole sweep for a point of one."""
     point = SweepPoint.of_environment()
@@ -124,14 +170,21 @@ def typed() -> tuple[str, ...]:
     return tuple(json.loads(handed)) if handed else tuple(word for word in sys.argv[1:] if word not in QUIET_RANK)
 
 
-def config_options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options of a command line by which Hydra finds the configuration, such as ``config_dir``, and the overrides."""
+def config_options(arguments: Sequence[str], every: bool = False) -> tuple[dict[str, str], list[str]]:
+    """Options of a command line by which Hydra finds the configuration, such as ``config_dir``, and the overrides.
+
+    Args:
+        arguments: of the command line.
+        every: also what is meant for an override and is none, since it has no ``=``.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     for option, short in (("--config-dir", "-cd"), ("--config-path", "-cp"), ("--config-name", "-cn")):
         parser.add_argument(option, short)
     parser.add_argument("--cfg", "-c")  # otherwise -c is an abbreviation of any of them
     options, others = parser.parse_known_args(list(arguments))
     overrides = [argument for argument in others if "=" in argument or argument.startswith("~")]
+    if every:
+        overrides = [argument for argument in others if not argument.startswith("-")]
     return {name: value for name, value in vars(options).items() if value is not None and name != "cfg"}, overrides
 
 

@@ -77,7 +77,7 @@ class SweepCallback(Callback):
         """Hydra's hook before the first point.
 
         Raises:
-            JobFailed: another sweep is going on in the directory.
+            JobFailed: another sweep is going on in the directory, or it cannot be made.
         """
         folder = Path(str(config.hydra.sweep.dir)).absolute()
         try:
@@ -88,6 +88,14 @@ class SweepCallback(Callback):
                 f"{folder} belongs to a sweep that is still going on. Wait for it or end it, or give this one another "
                 f"hydra.sweep.dir."
             )
+            print(f"\nerror: {text}", file=sys.stderr)
+            raise JobFailed(text) from None
+        except OSError as error:
+            text = (
+                f"the directory of the sweep cannot be made: {folder} ({error.strerror}). Start where you may write, "
+                f"or give it a place: hydra.sweep.dir=/scratch/sweep."
+            )
+            current_session().has_composed = True
             print(f"\nerror: {text}", file=sys.stderr)
             raise JobFailed(text) from None
         write_plan(folder, config)

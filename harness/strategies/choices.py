@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
@@ -79,12 +79,12 @@ def deep_speed(stage: int = 2, **options: Any) -> ZeroStrategy:
     return ZeroStrategy(stage=stage, **options)
 
 
-def cluster_plugins() -> list[SLURMEnvironment]:
-    """Plugins of the cluster for the trainer: where srun has started the ranks, one that does not requeue the job.
+def cluster_plugins() -> list[ClusterEnvironment]:
+    """Plugin of the cluster for the trainer: ranks are those of torch's variables, whoever has started them.
 
-    Lightning would, on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other. Here
-    :class:`~harness.callbacks.ResumeCheckpoint` saves, and ``launch/slurm.sbatch`` puts the job back into the queue.
+    Lightning would look for launchers of its own choice. In a job of SLURM it would take the script of the job for one
+    of its tasks, and requeue the job on SIGUSR1, beside a checkpoint of its own that a restart prefers to any other.
+    Here :func:`~harness.distributed.take_ranks` finds the ranks, :class:`~harness.callbacks.ResumeCheckpoint` saves,
+    and ``launch/slurm.sbatch`` puts the job back into the queue.
     """
-    if "SLURM_NTASKS" not in os.environ or TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return []
-    return [SLURMEnvironment(auto_requeue=False)]
+    return [TorchElasticEnvironment() if launched_ranks() > 1 else LightningEnvironment()]

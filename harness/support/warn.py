@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-__all__ = ["OneWarning", "is_rank_zero", "quieten", "warn"]
+__all__ = ["OneWarning", "is_rank_zero", "quieten", "settle_rank", "warn"]
 
 
 def is_rank_zero() -> bool:
@@ -22,6 +22,11 @@ def warn(text: str) -> None:
     """Warn of what must not stop a training, not even where warnings are errors."""
     with suppress(Warning):
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def settle_rank(rank: int) -> None:
+    """Let Lightning's messages of rank 0 be those of this rank 0, before Lightning knows the ranks itself."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 class OneWarning:

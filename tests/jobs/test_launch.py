@@ -230,16 +230,18 @@ def test_cancelled_slurm_job_is_saved_and_not_put_back(tmp_path: Path) -> None:
     assert json.loads((stopped.runs[0] / "run.json").read_text())["state"] == "preempted"
 
 
-def test_lightning_does_not_requeue_jobs_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cluster_plugins() == []
-    variables = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
-    for name, value in variables.items():
+def test_lightning_looks_for_no_launcher_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for SLURM either: it would requeue the job by itself, and take the job's script for one of its tasks."""
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    (alone,) = cluster_plugins()
+    assert (alone.global_rank(), alone.world_size()) == (0, 1)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     (plugin,) = cluster_plugins()
-    assert plugin.auto_requeue is False
-    assert (plugin.global_rank(), plugin.world_size()) == (1, 2)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert cluster_plugins() == []
+    assert plugin.creates_processes_externally
+    assert (plugin.global_rank(), plugin.world_size(), plugin.local_rank()) == (3, 4, 1)
+    assert not hasattr(plugin, "auto_requeue")
 
 
 # --- DeepSpeed ---

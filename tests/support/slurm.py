@@ -43,7 +43,9 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, hand_on)
 for rank in range(tasks):
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank % per_node, "SLURM_NODEID": rank // per_node}
-    place["SLURM_NTASKS"] = tasks
+    place |= {"SLURM_NTASKS": tasks, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_ID": 0}
+    place["SLURM_STEP_NODELIST"] = "localhost"
+    place["SLURM_STEP_TASKS_PER_NODE"] = f"{per_node}(x{tasks // per_node})"
     started.append(subprocess.Popen(arguments, env={**os.environ, **{key: str(value) for key, value in place.items()}}))
 codes = [task.wait() for task in started]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
@@ -92,6 +94,8 @@ class Job:
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_NTASKS": str(nodes if tasks is None else tasks),
+            "SLURM_PROCID": "0",  # the script of a job has them too, and is no task
+            "SLURM_LOCALID": "0",
             "SLURM_SUBMIT_DIR": str(ROOT),
             "REQUEUED": str(self._requeued),
             **environment,
