@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from harness.checkpoints import newest_valid
+from harness.checkpoints import COMPLETE, newest_valid
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.module import ForceFieldModule, is_nth_step_done
@@ -28,8 +28,6 @@ from harness.support.lightning_private import ignore_sigterm_broadcast, is_valid
 
 __all__ = ["COMPLETE", "ResumeCheckpoint"]
 
-COMPLETE = "complete"
-"""Key in the checkpoint of a complete training, with its last values by log key."""
 _RANDOM_STATES = "random_states"
 
 
