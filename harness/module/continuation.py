@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from harness.checkpoints import COMPLETE
 from harness.module.coefficient_control import controllers_of
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
+from harness.support.lightning_private import training_loader
 
 __all__ = ["RECORD", "Continuation", "describe", "parts_of"]
 
@@ -33,6 +34,9 @@ RECORD = "optimization"
 _SAME_MOMENTS = ({"torch.optim.adam.Adam", "torch.optim.adamw.AdamW"},)
 """Optimizers whose states mean the same."""
 _RATES = ("lr", "initial_lr", "params")
+_POSITION = "num_batches_done"
+_PLACE = ("epoch", _POSITION)
+"""Of the state of a loader of this package, whose other entries are the order of the data."""
 _OF_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 _MOVING = ("base_lrs", "verbose", "last_epoch", *_OF_PLATEAU)
 
@@ -50,7 +54,7 @@ def describe(optimizer: Optimizer, options: Mapping[str, Any] | None, module: nn
             "class": _path(options["scheduler"]),
             "interval": pace.interval,
             "frequency": pace.frequency,
-            "monitor": options.get("monitor"),
+            "monitor": options.get("monitor") if isinstance(options["scheduler"], ReduceLROnPlateau) else None,
         }
     return record
 
@@ -79,7 +83,7 @@ class Continuation:
 
     def __post_init__(self) -> None:
         self.progress = Progress.of(self.checkpoint)
-        self.length = TrainingLength(self.trainer)
+        self.length = TrainingLength.of(self.trainer)
         self.record: Mapping[str, Any] = self.checkpoint.get(RECORD) or {}
         self.horizons: dict[Pace, int] = {}
         self._callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -132,7 +136,7 @@ class Continuation:
                 f"{where}, of which an epoch had {before} then and has {now} now (batch size, data or "
                 f"limit_train_batches): their frames are others. {remedy}"
             )
-        if done.batches % accumulate:
+        if done.batches % accumulate and self.record.get("accumulate") not in (None, accumulate):
             raise ValueError(
                 f"{where}, which is no multiple of accumulate_grad_batches={accumulate}: its next step would lack "
                 f"batches. {remedy}"
@@ -154,6 +158,7 @@ class Continuation:
         self._take_trained_weights()
         self._release_coefficients(module)
         self._follow_early_stopping()
+        self._begin_epoch_with_other_batches()
         saved = self.checkpoint.get("optimizer_states") or []
         if len(saved) == 1 and saved[0].get("param_groups") and len(self._states) <= 1:
             made = make(self.horizon)
@@ -199,6 +204,20 @@ class Continuation:
             if state["patience"] != callback.patience:
                 self.lines.append(f"patience of EarlyStopping: {state['patience']} → {callback.patience}")
                 state["patience"] = callback.patience
+
+    def _begin_epoch_with_other_batches(self) -> None:
+        """Leave out the loaders' position in an epoch that has not begun, if it is one in other batches."""
+        loops = self.checkpoint["loops"]["fit_loop"].get("state_dict") or {}
+        states = loops.get("combined_loader") or []
+        if self.progress.batches or len(states) != 1 or _POSITION not in states[0]:
+            return
+        loader: Any = training_loader(self.trainer)
+        now = loader.state_dict() if hasattr(loader, "state_dict") else {}
+        order = [{name: value for name, value in each.items() if name not in _PLACE} for each in (states[0], now)]
+        if order[0] != order[1]:
+            loops["combined_loader"] = []
+            for name in order[1]:
+                self.lines += _changes(f"{name} of the training data", [order[0].get(name)], [order[1][name]])
 
     # --- optimizer and scheduler ---
 

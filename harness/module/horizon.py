@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Progress:
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]
         done = int(epochs["processed"])
-        in_progress = int(batches["current"]["completed"]) if epochs["started"] > done else 0
+        in_progress = int(batches["current"]["processed"]) if epochs["started"] > done else 0
         if in_progress and batches.get("is_last_batch"):  # only the validation was left
             done, in_progress = done + 1, 0
         return cls(done, in_progress, int(checkpoint["global_step"]))
@@ -73,13 +73,31 @@ class Pace:
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """Length of a training.
+    """Length of a training; the first limit that is reached counts.
 
     Args:
-        trainer: that has been given it, by ``max_epochs``, ``max_steps`` or both: the first that is reached counts.
+        max_epochs: None or -1 for no limit.
+        max_steps: -1 for no limit.
+        accumulate_in: batches of an optimizer step in an epoch of some number.
+        num_batches: of an epoch; None if the data has no length.
     """
 
-    trainer: Trainer
+    max_epochs: int | None
+    max_steps: int
+    accumulate_in: Callable[[int], int]
+    num_batches: Callable[[], int | None]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> TrainingLength:
+        """Length of a trainer's training."""
+
+        def accumulate_in(epoch: int) -> int:
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            scheduled = [each for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
+            found = scheduled[0].get_accumulate_grad_batches(epoch) if scheduled else trainer.accumulate_grad_batches
+            return int(found)
+
+        return cls(trainer.max_epochs, trainer.max_steps, accumulate_in, lambda: batches_of_epoch(trainer))
 
     def turns_left(self, pace: Pace, done: Progress) -> int:
         """Turns of a scheduler from some progress to the end.
@@ -121,21 +139,13 @@ class TrainingLength:
         whole = sum(pace.turns(0, range(number), number, self.accumulate_in(epoch)) for epoch in range(done.epochs))
         return whole + pace.turns(0, range(done.batches), number, self.accumulate_in(done.epochs))
 
-    def accumulate_in(self, epoch: int) -> int:
-        """Batches of an optimizer step in an epoch."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, GradientAccumulationScheduler):
-                return int(callback.get_accumulate_grad_batches(epoch))
-        return int(self.trainer.accumulate_grad_batches)
-
     def _limits(self) -> tuple[float, int | None]:
         """Most epochs, perhaps without end, and most steps.
 
         Raises:
             ValueError: neither has an end.
         """
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        epochs, steps = self.max_epochs, self.max_steps
         max_epochs = math.inf if epochs in (None, -1) else float(epochs)  # type: ignore[arg-type]
         max_steps = None if steps == -1 else int(steps)
         if max_steps is None and math.isinf(max_epochs):
@@ -148,7 +158,7 @@ class TrainingLength:
         return max_epochs, max_steps
 
     def _num_batches(self, pace: Pace, by_steps: bool) -> int:
-        number = batches_of_epoch(self.trainer)
+        number = self.num_batches()
         if number is None:
             cause = "max_steps" if by_steps else f"interval: {pace.interval}"
             raise ValueError(

@@ -32,7 +32,6 @@ from harness.module.continuation import RECORD, Continuation, describe, parts_of
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
 from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
 from harness.module.schedule_following import ScheduleFollower, check_length, warn_of_monitors, warn_of_unreached
-from harness.module.step import LearntWeighting, Step, StepObserver, StepSumsOfAll, is_nth_step
 from harness.strategies import (
     ZeroStrategy,
     check_strategy,
@@ -332,6 +331,7 @@ class ForceFieldModule(LightningModule):
                 **self._optimization,
                 "controllers": controllers_of(self.loss, self.trainer.callbacks),  # type: ignore[attr-defined]
                 "num_batches": batches_of_epoch(self.trainer),
+                "accumulate": self.trainer.accumulate_grad_batches,
             }
         states = checkpoint.get("state_dict", {})
         states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})
@@ -379,19 +379,19 @@ class ForceFieldModule(LightningModule):
         self._horizons = continuation.horizons
         return continuation.lines
 
-    def configure_optimizers(self, trainer: Trainer | None = None) -> Any:
+    def configure_optimizers(self, length: TrainingLength | None = None) -> Any:
         """Optimizer, and learning-rate scheduler if there is one, from their callables or configs.
 
         Args:
-            trainer: whose training's length is the ``horizon`` of a scheduler; the module's own if None.
+            length: of the training, the ``horizon`` of a scheduler; None for that of the module's trainer.
         """
-        trainer = trainer_of(self) if trainer is None else trainer
-        length = None if trainer is None else TrainingLength(trainer)
+        trainer = trainer_of(self)
+        reckoned = length if length is not None or trainer is None else TrainingLength.of(trainer)
 
         def horizon(pace: Pace) -> int:
-            return self._horizons.get(pace) or cast(TrainingLength, length).turns_left(pace, Progress())
+            return self._horizons.get(pace) or cast(TrainingLength, reckoned).turns_left(pace, Progress())
 
-        made = build_optimizer(self, self._optimizer, self._lr_scheduler, horizon if length else None)
+        made = build_optimizer(self, self._optimizer, self._lr_scheduler, horizon if reckoned else None)
         self._optimization = describe(*parts_of(made), self)
         return made
 
