@@ -45,6 +45,7 @@ from harness.module.horizon import Pace, Progress, TrainingLength
 from harness.schedules import LearningRateCoupled
 from harness.schedules import Linear as LinearSchedule
 
+RISING = LinearSchedule({"forces_mse": 1}, {"forces_mse": 50}, start_epoch=0, end_epoch=8)
 LOSS = [
     oracle.Component("total_energy", "mse", 2.0, ignore_nan=True, per_atom=True),
     oracle.Component("forces", "mse", 1.0, ignore_nan=True),
@@ -207,6 +208,7 @@ def case_of(scheduler: Any, rates: list[float], interval: str = "epoch", **chang
 
 STEPS = 2 * EPOCHS * len(GROUPS)
 ONE_CYCLE = functools.partial(OneCycleLR, max_lr=0.1, cycle_momentum=False)
+CYCLIC = functools.partial(CyclicLR, base_lr=1e-3, max_lr=1e-2, step_size_up=4, cycle_momentum=False)
 CASES = {
     "longer": Case(Training(), by_epoch(lambda e: cosine(RATE, e, 8))),
     "lower rate": Case(Training(functools.partial(Adam, lr=1e-4)), by_epoch(lambda e: cosine(1e-4, e, 8))),
@@ -403,9 +405,7 @@ def test_an_early_end_is_no_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [lambda: adaptive.SoftAdapt(beta=2.0), lambda: None])
-@pytest.mark.parametrize(
-    "schedule", [None, LinearSchedule({"forces_mse": 1}, {"forces_mse": 50}, start_epoch=0, end_epoch=8)]
-)
+@pytest.mark.parametrize("schedule", [None, RISING])
 def test_coefficients_are_those_of_the_command(before: Any, schedule: Any, tmp_path: Path) -> None:
     weighting = before()
     callbacks = [] if weighting is None else [weighting]
