@@ -1,4 +1,4 @@
-"""What a training goes on from: a checkpoint with other settings than it was made with, or its weights alone."""
+"""Start of a training from a checkpoint with other settings than it was made with, or from its weights alone."""
 
 from __future__ import annotations
 

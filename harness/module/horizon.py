@@ -20,7 +20,7 @@ HORIZON = "horizon"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come.
+    """Epochs, batches and steps that a training has made.
 
     Attributes:
         epochs: complete ones.
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Pace:
-    """When Lightning lets a scheduler take a turn.
+    """Moments at which Lightning lets a scheduler take a turn.
 
     Attributes:
         interval: ``epoch`` or ``step``.

@@ -56,6 +56,7 @@ WIDER = [[0, 1, 2, 3], [4, 5, 6]]
 EPOCHS, RATE = 4, 0.02
 MONITOR = "val0_epoch/weighted_sum"
 COSINE = functools.partial(CosineAnnealingLR, T_max="horizon")
+ADAM = functools.partial(Adam, lr=RATE)
 PLATEAU = functools.partial(
     ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.999999
 )  # nothing after the first is good enough
@@ -83,7 +84,7 @@ class Used(Callback):
 class Training:
     """A training of the linear model; defaults are those of the one that goes on."""
 
-    optimizer: Any = functools.partial(Adam, lr=RATE)
+    optimizer: Any = ADAM
     scheduler: Any = COSINE
     interval: str = "epoch"
     loss: list[oracle.Component] = field(default_factory=lambda: LOSS)
