@@ -283,8 +283,8 @@ class NonFiniteGuard(Callback):
         rate = trainer.optimizers[0].param_groups[0].get("initial_lr")
         lower = "" if rate is None else f" optimizer.lr={float(rate) / 10:g}"
         message += f"\nThe state of the training is in {checkpoint}"
-        if trained:
-            message += f". A checkpoint of before goes on with a lower rate: ckpt_path=…/checkpoints/last.ckpt{lower}"
+        if trained:  # whose weights are of no use
+            message += "."
         else:
             message += f", which goes on with the next batch, also with a lower rate: ckpt_path={checkpoint}{lower}"
         if self._in_a_row:

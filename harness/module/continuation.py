@@ -170,6 +170,10 @@ class Continuation:
     def _take_trained_weights(self) -> None:
         """Go on from the weights that were trained, and not from their average, where nothing averages any more."""
         trained = self.checkpoint.get("current_model_state")
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        is_over = epochs not in (None, -1) and self.progress.epochs >= epochs  # type: ignore[operator]
+        if trained is not None and COMPLETE in self.checkpoint and (is_over or -1 < steps <= self.progress.steps):
+            self.checkpoint["current_model_state"] = trained = dict(self.checkpoint["state_dict"])  # as it had ended
         if trained is not None and not any(isinstance(each, WeightAveraging) for each in self._callbacks):
             self.checkpoint["state_dict"] = trained
             self.lines.append("averaged weights → none: the weights that were trained go on, not their average")
