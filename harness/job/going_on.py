@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
-from torch import Tensor
 
 from harness.checkpoints import read
 from harness.job.made_with import MADE_WITH, differences
 from harness.module import ForceFieldModule
 
-__all__ = ["changed_settings", "check_continuation", "check_initial_weights", "load_initial_weights"]
+__all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
 
 _SAID_ELSEWHERE = (
     "optimizer.*",  # by the module, which compares states
@@ -30,7 +29,6 @@ _SAID_ELSEWHERE = (
     "matmul_precision",
 )
 _MODEL = "model."
-_SHOWN = 5
 
 
 def check_continuation(path: str, module: ForceFieldModule, trainer: Trainer) -> None:
@@ -61,39 +59,6 @@ def changed_settings(path: str, config: DictConfig) -> list[str]:
     ]
 
 
-def check_initial_weights(path: str, module: ForceFieldModule) -> None:
-    """Refuse weights that are not those of the module's model, by names, shapes and atom types.
-
-    Raises:
-        ValueError: with what differs.
-    """
-    checkpoint = read(Path(path))
-    trained = checkpoint.get("type_names")
-    if trained is not None and module.type_names is not None and list(trained) != module.type_names:
-        raise ValueError(
-            f"init_from={path} was trained with the atom types {list(trained)}, these are {module.type_names}: an "
-            f"index would mean another element. Give the data the checkpoint's: "
-            f"'data.type_names=[{','.join(trained)}]'."
-        )
-    found, own = _weights(checkpoint), module.model.state_dict()
-    shapes = [
-        f"{name} {list(found[name].shape)} there, {list(value.shape)} here"
-        for name, value in own.items()
-        if isinstance(value, Tensor) and isinstance(found.get(name), Tensor) and found[name].shape != value.shape
-    ]
-    problems = {
-        "lacks": [name for name in own if name not in found],
-        "has besides": [name for name in found if name not in own],
-        "has other shapes of": shapes,
-    }
-    wrong = "; ".join(f"{what} {_some(names)}" for what, names in problems.items() if names)
-    if wrong:
-        raise ValueError(
-            f"init_from={path} is not of this model: it {wrong}. Give the model the settings that the checkpoint was "
-            f"made with (config.yaml in the folder .hydra of its run): init_from takes all weights or none."
-        )
-
-
 def load_initial_weights(path: str, module: ForceFieldModule) -> list[str]:
     """Load the weights of a checkpoint into a new training; averaged ones where there are both.
 
@@ -115,7 +80,3 @@ def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name.removeprefix(_MODEL): value for name, value in checkpoint["state_dict"].items() if name.startswith(_MODEL)
     }
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -24,9 +24,9 @@ from harness.distributed import launched_on_node, launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
+from harness.job.going_on import check_continuation
 from harness.job.match import ACCEPTED, Start, compare
 from harness.job.monitors import check_monitors
-from harness.job.going_on import check_continuation, check_initial_weights
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
@@ -246,8 +246,6 @@ def check(job: Job) -> None:
     # the trainer makes them anew; here for the mistakes in their sections
     module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
     if config.train:
-        if config.get("init_from"):
-            check_initial_weights(config.init_from, module)
         if config.ckpt_path:
             check_continuation(config.ckpt_path, module, job.trainer)
         _check_accumulation(config, job.callbacks, module)
