@@ -31,8 +31,8 @@ from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
-from harness.runs import point_number, swept_settings
 from harness.module.horizon import TrainingLength
+from harness.runs import point_number, swept_settings
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
 from harness.support.text import did_you_mean
@@ -241,8 +241,6 @@ def check(job: Job) -> None:
     check_controllers(module, job.callbacks)
     _warn_of_swept(module)
     check_monitors(job)
-    module.configure_optimizers()  # the trainer makes them anew; here for the mistakes in their sections
-    _check_monitors(config, job.callbacks, module)
     # the trainer makes them anew; here for the mistakes in their sections
     module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
     if config.train:

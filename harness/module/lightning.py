@@ -32,6 +32,7 @@ from harness.module.continuation import RECORD, Continuation, describe, parts_of
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
 from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
 from harness.module.schedule_following import ScheduleFollower, check_length, warn_of_monitors, warn_of_unreached
+from harness.module.step import LearntWeighting, Step, StepObserver, StepSumsOfAll, is_nth_step
 from harness.strategies import (
     ZeroStrategy,
     check_strategy,
