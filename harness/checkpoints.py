@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["AtomicCheckpointIO", "newest_valid", "read", "step_of", "why_invalid"]
+__all__ = ["COMPLETE", "AtomicCheckpointIO", "newest_valid", "read", "step_of", "why_invalid"]
+
+COMPLETE = "complete"
+"""Key in the checkpoint of a complete training, with its last values by log key."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -35,6 +35,7 @@ from harness.job import follow_schedule, read_schedule
 from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
+from harness.module.horizon import TrainingLength
 from harness.schedules import Schedule, unreached
 from harness.support.checks import is_whole_number
 from harness.support.figures import new_figure, save_figure
@@ -191,7 +192,7 @@ class _Preview:
 
     def _learning_rates(self) -> Callable[[float], float]:
         """Epoch to learning rate, divided by the one that the optimizer was given."""
-        made = self.module.configure_optimizers()
+        made = self.module.configure_optimizers(self._length())
         optimizer, options = (made["optimizer"], made["lr_scheduler"]) if isinstance(made, dict) else (made, None)
         if options is None:
             return lambda epoch: 1.0
@@ -221,7 +222,18 @@ class _Preview:
                     _move(scheduler)
         return lambda epoch: ratios[min(int(epoch * per_epoch + 1e-6), number - 1)]
 
+    def _length(self) -> TrainingLength:
+        """Length of the training, as its trainer would know it."""
+        trainer = self.config.trainer
+        accumulate = trainer.get("accumulate_grad_batches", 1)
+        epochs, steps = trainer.get("max_epochs", self.config.max_epochs), trainer.get("max_steps", -1)
+        return TrainingLength(epochs, steps, lambda epoch: accumulate, self._num_batches)
+
     def _steps_of_an_epoch(self) -> int:
+        return math.ceil(self._num_batches() / self.config.trainer.get("accumulate_grad_batches", 1))
+
+    def _num_batches(self) -> int:
+        limit = self.config.trainer.get("limit_train_batches", 1.0)
         try:
             num_batches = len(self._data.train_dataloader())
         except (AttributeError, TypeError):  # it needs its trainer, or has no length
@@ -229,7 +241,7 @@ class _Preview:
                 "lr_scheduler.interval=step: the number of steps in an epoch cannot be told from the data without a "
                 "trainer. Preview with lr_scheduler=none."
             ) from None
-        return math.ceil(num_batches / self.config.trainer.get("accumulate_grad_batches", 1))
+        return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
 
     def _begins(self) -> list[float]:
         """Epochs at which the coefficients behind a breakpoint first hold."""

@@ -280,8 +280,13 @@ class NonFiniteGuard(Callback):
         message = self._explain(trainer, module, seen, trained)
         checkpoint = self._file(seen, ".ckpt")
         trainer.save_checkpoint(checkpoint, weights_only=False)
-        goes_on = "" if trained else ", which goes on with the next batch if it is given as ckpt_path"
-        message += f"\nThe state of the training is in {checkpoint}{goes_on}."
+        rate = trainer.optimizers[0].param_groups[0].get("initial_lr")
+        lower = "" if rate is None else f" optimizer.lr={float(rate) / 10:g}"
+        message += f"\nThe state of the training is in {checkpoint}"
+        if trained:  # whose weights are of no use
+            message += "."
+        else:
+            message += f", which goes on with the next batch, also with a lower rate: ckpt_path={checkpoint}{lower}"
         if self._in_a_row:
             message += f"\n{self._in_a_row} steps in a row were skipped before it (max_skipped={self.max_skipped})."
         self._publish(trainer, seen, "Loss or weights are not finite", message)

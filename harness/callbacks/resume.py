@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
-from harness.checkpoints import newest_valid
+from harness.checkpoints import COMPLETE, newest_valid
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.module import ForceFieldModule, is_nth_step_done
@@ -28,9 +28,9 @@ from harness.support.lightning_private import ignore_sigterm_broadcast, is_valid
 
 __all__ = ["COMPLETE", "ResumeCheckpoint"]
 
-COMPLETE = "complete"
-"""Key in the checkpoint of a complete training, with its last values by log key."""
 _RANDOM_STATES = "random_states"
+_TRAINED = "current_model_state"
+"""Key of callbacks that average weights: the weights that were trained."""
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -77,6 +77,7 @@ class ResumeCheckpoint(Checkpoint):
         self._first_batch = True
         self._random_state: dict[str, Any] | None = None
         self._complete: dict[str, float] | None = None
+        self._trained: dict[str, Tensor] | None = None
 
     @property
     def last(self) -> Path:
@@ -124,7 +125,7 @@ class ResumeCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():  # Python gives signals to that thread alone
             self._handlers = {number: signal.getsignal(number) for number in self.signals}
         if stage == "fit":
-            self._request, self._complete = None, None
+            self._request, self._complete, self._trained = None, None, None
             self._requests.forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,6 +182,12 @@ class ResumeCheckpoint(Checkpoint):
         if leave:
             raise Preempted(self._message(trainer))
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the weights that were trained, if they are averaged: at the end, the average takes their place."""
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            state = pl_module.state_dict()
+            self._trained = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end and mark it as complete, so that early stopping is not decided again."""
         self._complete = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -231,6 +238,8 @@ class ResumeCheckpoint(Checkpoint):
         checkpoint[_RANDOM_STATES] = gather_objects(_random_state())
         if self._complete is not None:
             checkpoint[COMPLETE] = self._complete
+            if _TRAINED in checkpoint and self._trained is not None:
+                checkpoint[_TRAINED] = {**checkpoint[_TRAINED], **self._trained}
         loops = checkpoint["loops"]["fit_loop"]
         epochs = loops["epoch_progress"]["total"]
         if epochs["processed"] == epochs["completed"] and (epochs["started"] == epochs["processed"]):

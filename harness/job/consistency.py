@@ -92,7 +92,7 @@ _OF_WANDB = (
     "settings",
 )
 MAY_DIFFER = (
-    *("output_dir", "ckpt_path", "data.train", "data.val", "data.test", "data.cache_dir"),
+    *("output_dir", "ckpt_path", "init_from", "data.train", "data.val", "data.test", "data.cache_dir"),
     *(f"logger.*.{name}" for name in _OF_WANDB),
 )
 """Settings that may differ between nodes: the output directory; what follows W&B's own variables and its key, which
@@ -117,8 +117,9 @@ def facts(config: DictConfig, datamodule: LightningDataModule | None) -> Facts:
     }
     if datamodule is not None:
         described["data"] = data_facts(config, datamodule)
-        if config.ckpt_path:
-            described["data"]["checkpoint"] = file_fingerprint(Path(config.ckpt_path))
+        start = config.ckpt_path or config.get("init_from")
+        if start:
+            described["data"]["checkpoint"] = file_fingerprint(Path(start))
     return described
 
 

@@ -15,6 +15,7 @@ from harness.callbacks.tables import values_table
 from harness.checkpoints import read, step_of
 from harness.job.best import best_before, best_checkpoint, load_checkpoint, why_scores_differ
 from harness.job.build import Job, build
+from harness.job.going_on import changed_settings, load_initial_weights
 from harness.job.made_with import made_with
 from harness.job.match import data_differences
 from harness.job.preflight import check, check_settings
@@ -57,6 +58,8 @@ def execute(job: Job) -> dict[str, float]:
     _print_start(job)
     connect(job.trainer)
     job.trainer.precision_plugin.convert_module(job.module)  # before weights are loaded, which it would round
+    if job.config.train and job.config.get("init_from") and not job.resume_from:
+        _print_lines(job, load_initial_weights(job.config.init_from, job.module))
     _start_loggers(job)
     results: dict[str, float] = {}
     best = job.config.ckpt_path
@@ -75,6 +78,11 @@ def _print_start(job: Job) -> None:
         job.console.print(line, highlight=False, markup=False, soft_wrap=True)
     for record in job.device_notes:
         logging.getLogger(record.name).handle(record)
+
+
+def _print_lines(job: Job, lines: list[str]) -> None:
+    for line in lines:
+        job.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _start_loggers(job: Job) -> None:
@@ -102,6 +110,9 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
         return dict(complete), best_checkpoint(trainer, before) or job.resume_from
     if start:
         job.console.print(f"goes on from {start}", highlight=False, soft_wrap=True)
+    if start and not job.resume_from:
+        lines = [f"differs from the checkpoint: {line}" for line in changed_settings(start, job.config)]
+        _print_lines(job, lines)
     trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=start, weights_only=True)
     return _floats(trainer.callback_metrics), best_checkpoint(trainer, before)
 

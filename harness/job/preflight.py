@@ -24,12 +24,14 @@ from harness.distributed import launched_on_node, launched_ranks
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
+from harness.job.going_on import check_continuation
 from harness.job.match import ACCEPTED, Start, compare
 from harness.job.monitors import check_monitors
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import controllers_of, refuse_several
+from harness.module.horizon import TrainingLength
 from harness.runs import point_number, swept_settings
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
@@ -169,28 +171,39 @@ def _check_unread(config: DictConfig) -> None:
 
 def _check_checkpoint(config: DictConfig) -> None:
     """Refuse a file that is no checkpoint, or is torn, and a test without one."""
-    path = config.ckpt_path
-    if not path:
-        if not config.train:
-            raise ValueError("train=false only tests: give it a checkpoint with ckpt_path=...")
-        return
+    start = config.get("init_from")
+    if not config.train and not config.ckpt_path:
+        instead = f" in place of init_from, which a training starts from: ckpt_path={start}" if start else "=..."
+        raise ValueError(f"train=false only tests: give it a checkpoint with ckpt_path{instead}")
+    if start and config.ckpt_path:
+        raise ValueError(
+            f"Both ckpt_path={config.ckpt_path} and init_from={start} are given. ckpt_path goes on with a training: "
+            f"weights, state of the optimizer, epoch and step; init_from starts a new one from weights alone. Leave "
+            f"one of them out."
+        )
+    for name in ("ckpt_path", "init_from"):
+        if config.get(name):
+            _check_file(name, config[name])
+
+
+def _check_file(name: str, path: object) -> None:
     if not isinstance(path, str):
-        raise ValueError(f"ckpt_path is the path of a checkpoint or null, found {path!r}.")
+        raise ValueError(f"{name} is the path of a checkpoint or null, found {path!r}.")
     if Path(path).is_dir():
         refuse_folder(path)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"ckpt_path={path}: there is no such file.")
+        raise FileNotFoundError(f"{name}={path}: there is no such file.")
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # of pickle, zip and torch, each in its own words
         raise ValueError(
-            f"ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}). Is the file complete, and "
+            f"{name}={path} cannot be read as a checkpoint ({type(error).__name__}). Is the file complete, and "
             f"written by this command?"
         ) from error
     missing = {"state_dict", "epoch", "loops"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(
-            f"ckpt_path={path} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}. Give one of the "
+            f"{name}={path} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}. Give one of the "
             f"files in the folder checkpoints/ of a run."
         )
 
@@ -228,8 +241,11 @@ def check(job: Job) -> None:
     check_controllers(module, job.callbacks)
     _warn_of_swept(module)
     check_monitors(job)
-    module.configure_optimizers()  # the trainer makes them anew; here for the mistakes in their sections
+    # the trainer makes them anew; here for the mistakes in their sections
+    module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
     if config.train:
+        if config.ckpt_path:
+            check_continuation(config.ckpt_path, module, job.trainer)
         _check_accumulation(config, job.callbacks, module)
         module.check_weighting(job.trainer.strategy)
     for part in _parts(job):

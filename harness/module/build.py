@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ from hydra.utils import instantiate
 from torch import nn
 
 from harness.metrics import MetricsManager
+from harness.module.horizon import HORIZON, Pace
 from harness.support.configs import take_out
 
-__all__ = ["ManagerSource", "build_manager", "build_managers", "build_optimizer"]
+__all__ = ["ManagerSource", "build_manager", "build_managers", "build_optimizer", "scheduler_options"]
 
 ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, Any]
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
@@ -70,6 +72,7 @@ def build_optimizer(
     module: nn.Module,
     optimizer: Callable[..., torch.optim.Optimizer] | Mapping[str, Any] | None,
     lr_scheduler: Callable[..., Any] | Mapping[str, Any] | None,
+    horizon: Callable[[Pace], int] | None = None,
 ) -> Any:
     """Optimizer of all trained parameters, and its learning-rate scheduler, in the form that Lightning takes.
 
@@ -77,6 +80,8 @@ def build_optimizer(
         module: that is trained.
         optimizer: callable from parameters, or a config of one; Adam with 1e-3 if None.
         lr_scheduler: callable from an optimizer, a config of one, or Lightning's dictionary with it as ``scheduler``.
+            An argument ``horizon`` of it stands for the length of the training.
+        horizon: that length in the turns of a scheduler, at least 1; None where it is not known, and 1 is taken.
 
     Raises:
         ValueError: nothing to train, or arguments that an optimizer or scheduler does not take.
@@ -88,22 +93,39 @@ def build_optimizer(
     built: torch.optim.Optimizer = (
         torch.optim.Adam(parameters, lr=1e-3) if optimizer is None else _call(optimizer, "optimizer", parameters)
     )
+    rates = [copy.copy(group.get("lr")) for group in built.param_groups]
+    options = scheduler_options(lr_scheduler)
+    if options is not None:
+        length = None if horizon is None else functools.partial(horizon, Pace.of(options))
+        options["scheduler"] = _call(options["scheduler"], "lr_scheduler", built, length)
+    for group, rate in zip(built.param_groups, rates, strict=True):
+        if rate is not None:  # as most schedulers do: what was asked for, whatever becomes of it
+            group.setdefault("initial_lr", rate)
+    return built if options is None else {"optimizer": built, "lr_scheduler": options}
+
+
+def scheduler_options(lr_scheduler: Callable[..., Any] | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Lightning's dictionary of a scheduler, whose ``scheduler`` is still a callable or config; None without one."""
     if lr_scheduler is None:
-        return built
+        return None
     if isinstance(lr_scheduler, Mapping) and "scheduler" in lr_scheduler:
-        options: dict[str, Any] = {str(key): value for key, value in lr_scheduler.items()}
-    else:
-        options = {"scheduler": lr_scheduler}
-    options["scheduler"] = _call(options["scheduler"], "lr_scheduler", built)
-    return {"optimizer": built, "lr_scheduler": options}
+        return {str(key): value for key, value in lr_scheduler.items()}
+    return {"scheduler": lr_scheduler}
 
 
-def _call(source: Callable[..., Any] | Mapping[str, Any], what: str, argument: Any) -> Any:
-    """Result of a callable, or of a config's target, on one argument."""
+def _call(
+    source: Callable[..., Any] | Mapping[str, Any], what: str, argument: Any, length: Callable[[], int] | None = None
+) -> Any:
+    """Result of a callable, or of a config's target, on one argument; ``length`` replaces ``horizon``."""
     if isinstance(source, Mapping):
         source = instantiate(source, _partial_=True)
     if not callable(source):
         raise TypeError(f"`{what}` is a callable or a config with a `_target_`, found {source!r}.")
+    if isinstance(source, functools.partial):
+        named = [name for name, value in source.keywords.items() if isinstance(value, str) and value == HORIZON]
+        if named:
+            turns = 1 if length is None else max(length(), 1)
+            source = functools.partial(source.func, *source.args, **source.keywords | dict.fromkeys(named, turns))
     try:
         return source(argument)
     except (TypeError, ValueError) as error:

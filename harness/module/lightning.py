@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
@@ -26,6 +27,9 @@ from harness.metrics import MetricsManager, Report, Values, compute_together, me
 from harness.module.accumulation import Accumulation
 from harness.module.build import ManagerSource, build_manager, build_managers, build_optimizer
 from harness.module.checkpoint_states import adopt_managers, adopt_weighting, managers_by_key
+from harness.module.coefficient_control import controllers_of
+from harness.module.continuation import RECORD, Continuation, describe, parts_of
+from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
 from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
 from harness.module.schedule_following import ScheduleFollower, check_length, warn_of_monitors, warn_of_unreached
 from harness.module.step import LearntWeighting, Step, StepObserver, StepSumsOfAll, is_nth_step
@@ -62,7 +66,8 @@ class ForceFieldModule(LightningModule):
         train_metrics: metrics watched on the training batches.
         optimizer: callable from parameters to an optimizer, or a config of one; Adam with 1e-3 if not given.
         lr_scheduler: dictionary as Lightning takes it, whose ``scheduler`` is a callable from an optimizer to a
-            scheduler or a config of one, beside ``monitor``, ``interval``, ``frequency``; or that callable alone.
+            scheduler or a config of one, beside ``monitor``, ``interval``, ``frequency``; or that callable alone. An
+            argument ``horizon`` of it, such as ``T_max: horizon``, is the length of the training in its intervals.
         type_names: names of the atom types, handed to losses and metrics; the model's ``type_names`` if not given.
         num_val_sets: number of validation sets.
         num_test_sets: number of test sets.
@@ -118,6 +123,8 @@ class ForceFieldModule(LightningModule):
         self.latest: dict[str, float] = {}
         """Loss values of the last step that was logged, for progress bars."""
         self._follower = ScheduleFollower()
+        self._optimization: dict[str, Any] | None = None
+        self._horizons: dict[Pace, int] = {}  # of a training that goes on from a checkpoint
         # of the trainer's callbacks, from setup on
         self._accumulation = Accumulation()
         self._step_sums = StepSumsOfAll()
@@ -158,6 +165,7 @@ class ForceFieldModule(LightningModule):
         self._step_sums = StepSumsOfAll(callbacks)
         self._observers = [callback for callback in callbacks if isinstance(callback, StepObserver)]
         if stage == "fit":
+            self._horizons = {}
             warn_of_unreached(self.trainer, self._train_managers)
             monitors = [getattr(callback, "monitor", None) for callback in callbacks]
             if isinstance(self._lr_scheduler, Mapping):
@@ -319,6 +327,13 @@ class ForceFieldModule(LightningModule):
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names
         checkpoint[_POSITION] = list(self._follower.position)  # not that of now: the next epoch may have begun
+        if self._optimization is not None:
+            checkpoint[RECORD] = {
+                **self._optimization,
+                "controllers": controllers_of(self.loss, self.trainer.callbacks),  # type: ignore[attr-defined]
+                "num_batches": batches_of_epoch(self.trainer),
+                "accumulate": self.trainer.accumulate_grad_batches,
+            }
         states = checkpoint.get("state_dict", {})
         states.update({key: manager.get_extra_state() for key, manager in managers.items() if key in states})
 
@@ -336,14 +351,50 @@ class ForceFieldModule(LightningModule):
             )
         epoch, rate = checkpoint.get(_POSITION, (0.0, None))
         self._follower.position = epoch, rate
-        states = checkpoint.get("state_dict", {})
         trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        adopt_weighting(self.loss.weighting, states, trains)
-        adopt_managers(self, states)
+        for states in (checkpoint.get("state_dict", {}), checkpoint.get("current_model_state")):
+            if states is not None:  # of the weights that were trained, beside their average
+                adopt_weighting(self.loss.weighting, states, trains)
+                adopt_managers(self, states)
+        if trainer is not None and trains:
+            for line in self.go_on_from(checkpoint, trainer):
+                rank_zero_info(f"differs from the checkpoint: {line}")
 
-    def configure_optimizers(self) -> Any:
-        """Optimizer, and learning-rate scheduler if there is one, from their callables or configs."""
-        return build_optimizer(self, self._optimizer, self._lr_scheduler)
+    def go_on_from(self, checkpoint: dict[str, Any], trainer: Trainer) -> list[str]:
+        """Change the states of a checkpoint to those that a training goes on with under the settings of now.
+
+        Lightning's ``fit(ckpt_path=...)`` calls it by :meth:`on_load_checkpoint`.
+
+        Args:
+            checkpoint: changed in place, unless nothing differs.
+            trainer: of the training that goes on, not necessarily attached.
+
+        Returns:
+            A line for each difference.
+
+        Raises:
+            ValueError: it cannot go on with these settings.
+        """
+        continuation = Continuation(checkpoint, trainer)
+        continuation.apply(self, lambda horizon: build_optimizer(self, self._optimizer, self._lr_scheduler, horizon))
+        self._horizons = continuation.horizons
+        return continuation.lines
+
+    def configure_optimizers(self, length: TrainingLength | None = None) -> Any:
+        """Optimizer, and learning-rate scheduler if there is one, from their callables or configs.
+
+        Args:
+            length: of the training, the ``horizon`` of a scheduler; None for that of the module's trainer.
+        """
+        trainer = trainer_of(self)
+        reckoned = length if length is not None or trainer is None else TrainingLength.of(trainer)
+
+        def horizon(pace: Pace) -> int:
+            return self._horizons.get(pace) or cast(TrainingLength, reckoned).turns_left(pace, Progress())
+
+        made = build_optimizer(self, self._optimizer, self._lr_scheduler, horizon if reckoned else None)
+        self._optimization = describe(*parts_of(made), self)
+        return made
 
 
 def _check_strategy(module: ForceFieldModule) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "set_data_parallel_size",
     "stops_at_end_of_epoch",
     "trainer_of",
+    "training_loader",
     "unwatch_fetches",
     "watch_fetches",
 ]
@@ -46,6 +47,7 @@ NAMES = (
     "_check_on_train_epoch_end",
     "_data_fetcher",
     "_data_parallel_size",
+    "_data_source",
     "_ddp_kwargs",
     "_every_n_train_steps",
     "_get_process_group_backend",
@@ -159,6 +161,19 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     """Trainer of a module; None if it has none, where ``module.trainer`` would raise."""
     trainer: Trainer | None = _private(module, "_trainer")
     return trainer
+
+
+def training_loader(trainer: Trainer) -> Any:
+    """A loader of the training batches: that which ``fit`` was given, or a new one of the data or Lightning module.
+
+    Raises:
+        AttributeError: there is none yet.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None:
+        return datamodule.train_dataloader()
+    source = _private(trainer.fit_loop, "_data_source").instance
+    return source.train_dataloader() if hasattr(source, "train_dataloader") else source
 
 
 # --- callbacks ---

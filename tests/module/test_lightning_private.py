@@ -91,6 +91,7 @@ READS: dict[str, Callable[[str], Any]] = {
     "_check_on_train_epoch_end": lambda name: private.stops_at_end_of_epoch(Without(EarlyStopping("a"), name)),  # type: ignore[arg-type]
     "_every_n_train_steps": lambda name: private.saves_at_end_of_epoch(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
     "_save_on_train_epoch_end": lambda name: private.saves_at_end_of_epoch(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
+    "_data_source": lambda name: private.training_loader(Nested(trainer(), name)),  # type: ignore[arg-type]
     "_trainer": lambda name: private.trainer_of(Without(Small(), name)),  # type: ignore[arg-type]
     "_ddp_kwargs": lambda name: private.ddp_options(Without(DDPStrategy(), name)),  # type: ignore[arg-type]
     "_data_parallel_size": lambda name: private.parallel_sizes(Without(ModelParallelStrategy(), name)),  # type: ignore[arg-type]
@@ -181,6 +182,12 @@ def test_lightning_broadcasts_a_flag_of_sigterm_in_every_step_and_can_be_kept_fr
     private.ignore_sigterm_broadcast(running)
     running.fit_loop.epoch_loop._broadcast_sigterm_tensor()
     assert called == [True]
+
+
+def test_the_loader_of_a_training() -> None:
+    running, loader = trainer(max_epochs=1), torch.utils.data.DataLoader(torch.ones(3, 1))  # type: ignore[arg-type]
+    running.fit(Small(), loader)
+    assert private.training_loader(running) is loader
 
 
 def test_the_trainer_of_a_module() -> None:

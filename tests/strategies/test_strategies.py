@@ -229,6 +229,23 @@ def test_a_checkpoint_is_continued_by_every_strategy_on_any_number_of_ranks(
         same_training(alone["single,adam"][0], ranks)
 
 
+@pytest.mark.slow
+def test_every_strategy_goes_on_with_other_settings(frames: Path, tmp_path: Path) -> None:
+    """Adam's moments under AdamW, with another rate and decay: each strategy as one process, and SGD anew."""
+    launch(tmp_path, 1, frames, "single,adam")
+    start = f"32-true,from={tmp_path}/single-adam-0.ckpt"
+    expected = {
+        name: launch(tmp_path, 1, frames, f"single,{name},{start},name=single-{name}")[f"single-{name}"][0]
+        for name in ("adamw", "sgd")
+    }
+    assert deviation(expected["adamw"], expected["sgd"])[1] > 1e-3
+    strategies = ("ddp", "fsdp", "zero2", "zero3")
+    cases = [f"{name},{kind},{start},name={name}-{kind}" for name in strategies for kind in expected]
+    for name, ranks in launch(tmp_path, 2, frames, *cases).items():
+        assert len(ranks[0]["steps"]) == 4, name
+        same_training(expected[name.rpartition("-")[2]], ranks)
+
+
 # --- on the command line ---
 
 

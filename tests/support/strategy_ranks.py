@@ -48,6 +48,7 @@ OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=5e-2, momentum=0.9),
     # an epsilon above the rounding of gradients: without it, one that is zero but for rounding makes a whole step
     "adam": functools.partial(torch.optim.Adam, lr=2e-3, eps=1e-4),
+    "adamw": functools.partial(torch.optim.AdamW, lr=2e-2, eps=1e-4, weight_decay=0.3),
 }
 
 

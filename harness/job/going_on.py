@@ -1,0 +1,82 @@
+"""Start of a training from a checkpoint with other settings than it was made with, or from its weights alone."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+
+from harness.checkpoints import read
+from harness.job.made_with import MADE_WITH, differences
+from harness.module import ForceFieldModule
+
+__all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
+
+_SAID_ELSEWHERE = (
+    "optimizer.*",  # by the module, which compares states
+    "lr_scheduler.*",
+    "data.batch_size",
+    "cutoff",
+    "data.cutoff",
+    "data.dtype",
+    "data.keys.*",
+    "model.*",
+    "trainer.precision",
+    "matmul_precision",
+)
+_MODEL = "model."
+
+
+def check_continuation(path: str, module: ForceFieldModule, trainer: Trainer) -> None:
+    """Refuse a training that cannot go on from a checkpoint; nothing is changed.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    module.go_on_from(read(Path(path)), trainer)
+
+
+def changed_settings(path: str, config: DictConfig) -> list[str]:
+    """Lines for the settings that differ from those of a checkpoint, ``name: before → now``.
+
+    Those of the optimizer and the learning-rate scheduler are told by the module; those of the model are checked.
+    """
+    record = read(Path(path)).get(MADE_WITH)
+    if not isinstance(record, Mapping):
+        return []
+    changed = differences(record, config)
+    own = {(name, str(before), str(now)) for name, before, now in changed if "." not in name}
+    return [
+        f"{name}: {before} → {now}"
+        for name, before, now in changed
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _SAID_ELSEWHERE)
+        # trainer.max_epochs follows max_epochs
+        and ("." not in name or (name.rpartition(".")[2], str(before), str(now)) not in own)
+    ]
+
+
+def load_initial_weights(path: str, module: ForceFieldModule) -> list[str]:
+    """Load the weights of a checkpoint into a new training; averaged ones where there are both.
+
+    Returns:
+        Lines that say what was loaded.
+    """
+    checkpoint = read(Path(path))
+    weights = _weights(checkpoint)
+    module.model.load_state_dict(weights)
+    kind = "averaged weights" if "current_model_state" in checkpoint else "weights"
+    return [
+        f"starts from the {kind} of {path} ({len(weights)} tensors, of step {checkpoint['global_step']}): a new "
+        f"training, whose optimizer, epochs and steps begin at 0"
+    ]
+
+
+def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of the model by their names in it; those of the loss and its metrics belong to a training."""
+    return {
+        name.removeprefix(_MODEL): value for name, value in checkpoint["state_dict"].items() if name.startswith(_MODEL)
+    }
