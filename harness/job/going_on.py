@@ -12,22 +12,13 @@ from omegaconf import DictConfig
 
 from harness.checkpoints import read
 from harness.job.made_with import MADE_WITH, differences
+from harness.job.match import rule_of
 from harness.module import ForceFieldModule
 
 __all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
 
-_SAID_ELSEWHERE = (
-    "optimizer.*",  # by the module, which compares states
-    "lr_scheduler.*",
-    "data.batch_size",
-    "cutoff",
-    "data.cutoff",
-    "data.dtype",
-    "data.keys.*",
-    "model.*",
-    "trainer.precision",
-    "matmul_precision",
-)
+_OF_THE_MODULE = ("optimizer.*", "lr_scheduler.*", "data.batch_size")
+"""Settings that the module compares by the states that they have made."""
 _MODEL = "model."
 
 
@@ -43,7 +34,8 @@ def check_continuation(path: str, module: ForceFieldModule, trainer: Trainer) ->
 def changed_settings(path: str, config: DictConfig) -> list[str]:
     """Lines for the settings that differ from those of a checkpoint, ``name: before → now``.
 
-    Those of the optimizer and the learning-rate scheduler are told by the module; those of the model are checked.
+    Those of the optimizer and the learning-rate scheduler are told by the module; those that concern the model are
+    compared by :mod:`harness.job.match`.
     """
     record = read(Path(path)).get(MADE_WITH)
     if not isinstance(record, Mapping):
@@ -53,7 +45,8 @@ def changed_settings(path: str, config: DictConfig) -> list[str]:
     return [
         f"{name}: {before} → {now}"
         for name, before, now in changed
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _SAID_ELSEWHERE)
+        if rule_of(name) is None
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in _OF_THE_MODULE)
         # trainer.max_epochs follows max_epochs
         and ("." not in name or (name.rpartition(".")[2], str(before), str(now)) not in own)
     ]
