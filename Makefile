@@ -2,16 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MACE_VENV := .venv-mace
 RANKS ?= 2
 WORKERS ?= 2
-MACE_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
+MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
   tests/jobs/test_other_models_jobs.py
 STRICT := fields.py schedules.py distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install hooks train test test-slow test-mace test-all lint lint-code lint-format lint-shell lint-docker types imports \
+.PHONY: help install hooks train test test-slow test-mace test-sevennet test-all lint lint-code lint-format lint-shell lint-docker types imports \
   docs benchmark dist release ci lock clean
 
 help:  ## this list
@@ -38,16 +37,19 @@ test: install  ## the test suite but for what is marked slow
 test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
 	$(BIN)/python -m pytest -m slow
 
-test-mace: $(MACE_VENV)/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
-	$(MACE_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MACE_TESTS)
+test-mace: .venv-mace/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
+	.venv-mace/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS)
 
-$(MACE_VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(MACE_VENV)/bin/python || $(PYTHON) -m venv $(MACE_VENV)
-	$(MACE_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(MACE_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[mace,test-tools]'
+test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet, which brings many packages, likewise
+	.venv-sevennet/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) -k sevennet
+
+.venv-%/.installed: pyproject.toml constraints.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*,test-tools]'
 	touch $@
 
-test-all: test test-slow test-mace  ## every test
+test-all: test test-slow test-mace test-sevennet  ## every test
 
 lint: install  ## ruff, shellcheck, hadolint
 	@$(MAKE) --no-print-directory lint-code lint-format lint-shell lint-docker
@@ -95,4 +97,4 @@ lock:  ## exact versions of what is in the image, into constraints-image.txt
 	mv build/lock.txt constraints-image.txt
 
 clean:  ## remove what make has made, but not outputs/
-	rm -rf $(VENV) $(MACE_VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-mace .venv-sevennet build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,7 @@
 """MACE, NequIP, Allegro and SevenNet: their adapters beside their own code, and what a training asks of a model.
 
-Runs for the packages that are installed: `make test` has all but MACE, `make test-mace` has MACE.
+Runs for the packages that are installed: `make test` has NequIP and Allegro, `make test-mace` and
+`make test-sevennet` the others.
 """
 
 from __future__ import annotations
