@@ -35,7 +35,7 @@ test: install  ## the test suite but for what is marked slow
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 test-mace: .venv-mace/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
 	.venv-mace/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS)

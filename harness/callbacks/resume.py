@@ -113,8 +113,8 @@ class ResumeCheckpoint(Checkpoint):
         os.replace(self.following, self.last)
 
     def put_aside(self) -> None:
-        """Keep another run's checkpoints in this folder from being taken for this one's."""
-        for path in (self.following, self.last, self.previous):
+        """Keep another run's checkpoints in this folder from being taken for this one's, or from being written over."""
+        for path in (self.following, self.last, self.previous, self.dirpath / "best.ckpt"):
             if path.exists():
                 os.replace(path, path.with_suffix(".before"))
 

@@ -174,6 +174,8 @@ class AtomsDataModule(LightningDataModule):
         self._asked_type_names = _checked_type_names(type_names)
         self._is_set_up = False
         self._fingerprint: dict[str, str] | None = None
+        self.model_statistics: Any = None
+        """Statistics that the model was built of where they are not those of this training set but of a checkpoint."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, split them and take the statistics; the first call does everything, later ones nothing.
@@ -337,11 +339,12 @@ class AtomsDataModule(LightningDataModule):
 
     def _tell_of_references(self, pl_module: LightningModule, stage: str) -> None:
         """Warn of references that the training energies leave open, if the model has them."""
-        shifts, undetermined = self.statistics.energy_shifts, self.statistics.undetermined
+        of_model = self.statistics if self.model_statistics is None else self.model_statistics
+        shifts, undetermined = of_model.energy_shifts, of_model.undetermined
         found = reference_energies(pl_module, self.type_names)
         if undetermined is None or (found is not None and not np.allclose(list(found.values()), shifts, 1e-6, 1e-9)):
             return
-        directions = undetermined.numpy()
+        directions = np.asarray(undetermined)
         if stage == "fit" and any(frame.energy is not None for frame in self.train_set.frames):
             text = undetermined_text(directions, shifts.tolist(), self.type_names)
             if text:

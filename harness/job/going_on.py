@@ -17,7 +17,7 @@ from harness.module import ForceFieldModule
 
 __all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
 
-_OF_THE_MODULE = ("optimizer.*", "lr_scheduler.*", "data.batch_size")
+_OF_THE_MODULE = ("optimizer", "optimizer.*", "lr_scheduler", "lr_scheduler.*", "data.batch_size")
 """Settings that the module compares by the states that they have made."""
 _MODEL = "model."
 

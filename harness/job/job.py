@@ -21,6 +21,7 @@ from harness.job.match import data_differences
 from harness.job.preflight import check, check_settings
 from harness.job.protocols import FinishesRun, WritesFiles
 from harness.metrics import MetricsManager
+from harness.module.horizon import Progress
 from harness.strategies import connect
 from harness.support.log_keys import LogKeys, stage_of_set
 
@@ -113,6 +114,9 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
     if start and not job.resume_from:
         lines = [f"differs from the checkpoint: {line}" for line in changed_settings(start, job.config)]
         _print_lines(job, lines)
+        done, limit = Progress.of(read(Path(start))).epochs, trainer.max_epochs
+        if limit not in (None, -1) and done >= limit:  # type: ignore[operator]
+            job.console.print(f"nothing is left to train: {done} epochs are done, and max_epochs={limit}")
     trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=start, weights_only=True)
     return _floats(trainer.callback_metrics), best_checkpoint(trainer, before)
 

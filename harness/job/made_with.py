@@ -11,12 +11,12 @@ import torch
 from ase.data import atomic_numbers
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from harness.checkpoints import read
 from harness.job.consistency import data_facts, settings_of, versions
-from harness.loggers.secrets import without_secrets
+from harness.loggers.secrets import MASK, without_secrets
 from harness.models import reference_energies as energy_shifts
 from harness.runs import command
 
@@ -196,8 +196,18 @@ def _settings(config: DictConfig) -> dict[str, Any]:
 def _command() -> list[str]:
     """Overrides of this run, with their interpolations as they were typed."""
     overrides = command().overrides if HydraConfig.initialized() else ()
-    parts = [override.partition("=") for override in overrides]
-    return [name + sign + str(without_secrets({name: value})[name]) for name, sign, value in parts]
+    return [_masked(override) for override in overrides]
+
+
+def _masked(override: str) -> str:
+    """An override, its value masked if there is a secret in it at any depth, such as in ``{api_key: ...}``."""
+    name, sign, value = override.partition("=")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
+    except Exception:  # no YAML: only its name can tell
+        parsed = {"value": value}
+    plain = {name: parsed["value"] if isinstance(parsed, dict) else value, "text": value}
+    return override if without_secrets(plain) == plain else f"{name}{sign}{MASK}"
 
 
 def _number(value: Any) -> float | None:

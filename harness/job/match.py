@@ -190,7 +190,8 @@ def _refuse_settings(start: Start, changed: Sequence[tuple[str, Any, Any]], acce
 
 def _named_settings(start: Start, changed: Sequence[tuple[str, Any, Any]]) -> list[str]:
     named = [each for each in changed if start.verdict(each[0]) == "named"]
-    return [f"{name}: {before} → {now}" for name, before, now in named]
+    # an argument that only one of two kinds of data has is no difference of theirs
+    return [f"{name}: {before} → {now}" for name, before, now in named if NOT_SET not in (before, now)]
 
 
 def _without_copies(some: list[tuple[str, Any, Any]], changed: Sequence[tuple[str, Any, Any]]) -> list[Any]:

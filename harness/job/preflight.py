@@ -190,6 +190,12 @@ def _check_file(name: str, path: object) -> None:
     if not isinstance(path, str):
         raise ValueError(f"{name} is the path of a checkpoint or null, found {path!r}.")
     if Path(path).is_dir():
+        inside = [file for file in (Path(path) / "checkpoints", Path(path)) if (file / "best.ckpt").is_file()]
+        if inside:
+            raise ValueError(
+                f"{name}={path} is a folder, expected a checkpoint in it: {name}={inside[0] / 'best.ckpt'}, or "
+                f"last.ckpt beside it."
+            )
         refuse_folder(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name}={path}: there is no such file.")

@@ -17,6 +17,7 @@ _SECRET_SETTING = re.compile(  # whole words only: `keys` of labels, `tokens` an
     r"(^|[^a-z])(key|apikey|token|secret|password|passwd|credentials?)([^a-z]|$)", re.IGNORECASE
 )
 _SHORTEST_SECRET = 8
+_CREDENTIALS = re.compile(r"(://[^/\s:@]+:)[^/\s@]+@")  # of an address, https://user:password@host
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     A secret is the value of a setting whose name has a word such as ``key``, ``token``, ``secret``, ``password`` or
     ``credentials`` in it, and any text that contains the value of an environment variable with such a name
-    (``WANDB_API_KEY``, ``HF_TOKEN``) of at least 8 characters. Values that are paths of this machine are none.
+    (``WANDB_API_KEY``, ``HF_TOKEN``) of at least 8 characters. Values that are paths of this machine are none. Of an
+    address with a password, the password is masked.
 
     Args:
         settings: settings, with dictionaries and lists at any depth; they are not changed.
@@ -52,7 +54,9 @@ def _masked(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_masked(item, secrets) for item in value]
     text = str(value) if isinstance(value, str | int | float | bytes | Path) else ""
-    return MASK if any(secret in text for secret in secrets) else value
+    if any(secret in text for secret in secrets):
+        return MASK
+    return _CREDENTIALS.sub(rf"\1{MASK}@", value) if isinstance(value, str) else value
 
 
 def _names_a_secret(name: object) -> bool:

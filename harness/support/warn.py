@@ -51,6 +51,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # of the strides of dimensions of size 1, which mean nothing
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # of a run that goes on in another directory, and of averaged weights that it adds or leaves out: told in our words
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    warnings.filterwarnings("ignore", message=".*Please add the following callbacks")
+    warnings.filterwarnings("ignore", message="The checkpoint was not created with WeightAveraging")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     warnings.formatwarning = _formatted

@@ -186,6 +186,10 @@ ALONE = {
         srun(0, 1, job_tasks=4) | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
         "",
     ),
+    "a step of a script of four tasks": (
+        batch_script(4) | {"SLURM_STEP_ID": "4294967291", "SLURM_STEP_NUM_TASKS": "4"},
+        "a SLURM job of 4 tasks",
+    ),
     "a step of a script": (batch_script(1) | {"SLURM_STEP_ID": "4294967291"}, ""),
     "srun -n 1": (srun(0, 1, job_tasks=4), ""),
     "mpirun -n 1": (open_mpi(0, 1), ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from support.bad_input import BASE, composed, frames
 import harness
 from harness.job import train
 from harness.job.made_with import MADE_WITH, NOT_SET, differences, made_with
+
+made_with_module = importlib.import_module("harness.job.made_with")
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,26 @@ def test_differences_are_those_of_settings_and_not_of_the_run(folder: Path, file
 
 def test_a_checkpoint_of_0_1_0_has_no_record() -> None:
     assert made_with(Path(__file__).parents[1] / "fixtures" / "checkpoint-0.1.0.ckpt") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("+thing={api_key: TOPSECRET123}", "+thing=***"),
+        ("logger.wandb.settings={base: {token: abc}}", "logger.wandb.settings=***"),
+        ("+service.password=hidden", "+service.password=***"),
+        ("+url=https://me:hidden@host/path", "+url=***"),
+        ("data.keys.energy=REF_energy", "data.keys.energy=REF_energy"),
+        ("loss.coeffs={forces: 1, total_energy: 10}", "loss.coeffs={forces: 1, total_energy: 10}"),
+        ("data.train=[a.xyz,b.xyz]", "data.train=[a.xyz,b.xyz]"),
+        ("~schedule", "~schedule"),
+        ("max_epochs=4", "max_epochs=4"),
+    ],
+)
+def test_secrets_of_the_command_are_masked_at_any_depth(
+    override: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = type("Typed", (), {"overrides": (override,)})
+    monkeypatch.setattr(made_with_module, "command", lambda: typed)
+    monkeypatch.setattr(made_with_module.HydraConfig, "initialized", staticmethod(lambda: True))
+    assert made_with_module._command() == [kept]

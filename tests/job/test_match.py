@@ -230,7 +230,7 @@ def test_recorded_statistics_have_the_attributes_of_those_of_a_training_set() ->
 
 def test_the_summary_has_the_reference_energies_of_the_model(folder: Folder) -> None:
     shifts = read(folder.checkpoint)[MADE_WITH]["energy_shifts"]
-    job = prepare(composed(folder.overrides("b", f"ckpt_path={folder.checkpoint}")))
+    job = prepare(composed(folder.overrides("b", f"ckpt_path={folder.checkpoint}", "max_epochs=3")))
     line = job.notes[-1]
     assert line == (
         f"reference energies of the model in eV, from the checkpoint: Cu {shifts['Cu']:.4f}, Ag {shifts['Ag']:.4f}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from support.commands import BIN
@@ -193,6 +194,7 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 
 def test_wandb_stores_what_the_variables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.teardown()  # a session of a test before has read the variables already
     for name in OF_RUN:
         monkeypatch.setenv(name, f"of-{name.lower().replace('_', '-')}")
     monkeypatch.setenv("WANDB_TAGS", "first,second")

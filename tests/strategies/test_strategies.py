@@ -301,7 +301,7 @@ def test_the_best_checkpoint_is_tested(
         (["trainer.precision=16-mixed"], ["16-mixed", "GPU", "bf16-mixed"]),
         (["trainer.precision=bf16-true"], ["bf16-true", "positions", "bf16-mixed"]),
         (["strategy=fsdp", "trainer.precision=64-true"], ["64-true", "FSDP", "strategy=ddp"]),
-        (["strategy=fsdp", "callbacks=[default,ema]"], ["EMAWeightAveraging", "strategy=ddp"]),
+        (["strategy=fsdp", "callbacks=[default,ema]"], ["ExponentialMovingAverage", "strategy=ddp"]),
         (["strategy=deepspeed_zero2", "strategy.stage=4"], ["stage", "4"]),
         (["+strategy.save_distributed_checkpoint=true", "strategy=fsdp"], ["save_distributed_checkpoint", "one file"]),
         (["ckpt_path=${output_dir}"], ["folder", "one file"]),
@@ -352,7 +352,8 @@ def test_deepspeed_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strategies.single_device() == "auto"
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="2 ranks"):
         strategies.single_device()
 
