@@ -653,6 +653,7 @@ def learn_with_zero(rank: int, world_size: int, folder: Path) -> list[torch.Tens
     return ends
 
 
+@pytest.mark.slow
 def test_deep_speed_learns_as_ddp_does(tmp_path: Path) -> None:
     for ddp, *others in spawn(2, learn_with_zero, tmp_path, timeout=200):
         assert ddp[-4:].abs().max() > 1e-3

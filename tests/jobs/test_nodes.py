@@ -45,6 +45,7 @@ def assert_refused(done: list[Finished], *words: str) -> None:
     assert "Initializing distributed" not in done[0].err  # not even a process group
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_two_hosts_train_as_one_host_with_as_many_ranks(tmp_path: Path) -> None:
     """Every value of every component, to the last bit; only rank 0 of node 0 writes."""

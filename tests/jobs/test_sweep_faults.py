@@ -74,6 +74,7 @@ VALUES = {
 """Overrides that a shell, Hydra or OmegaConf could mistake for something else on their way to the ranks."""
 
 
+@pytest.mark.slow
 def test_the_first_point_that_fails_ends_a_sweep_if_asked(tmp_path: Path) -> None:
     point = [*POINT, "logger=none", "hydra.launcher.nproc_per_node=1", "hydra.launcher.fail_fast=true"]
     done = train(*TORCHRUN, *point, "loss.coeffs.forces=-1,10", folder=tmp_path)

@@ -150,6 +150,7 @@ def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path
             assert value == pytest.approx(of_two[key], rel=1e-4), key
 
 
+@pytest.mark.slow
 @needs_submitit
 def test_two_tasks_of_submitit_are_two_ranks(of_ranks: Path, tmp_path: Path) -> None:
     done = train(
