@@ -25,7 +25,15 @@ from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
 from harness.data.isolated import isolated_energies, without_isolated_atoms
 from harness.data.loader import ResumableDataLoader
-from harness.data.reading import Frame, LabelKeys, chemical_symbols, file_fingerprint, label_hint, read_frames
+from harness.data.reading import (
+    Frame,
+    LabelKeys,
+    chemical_symbols,
+    file_fingerprint,
+    label_hint,
+    mixed_family_hint,
+    read_frames,
+)
 from harness.data.references import outside_text, undetermined_text
 from harness.data.repeats import refuse_repeated_files, repeated_frames_text
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
@@ -213,7 +221,8 @@ class AtomsDataModule(LightningDataModule):
         references = isolated_energies(self._isolated["train"])
         self.statistics: DataStatistics = training_statistics(self.train_set, references, self.keys)
         self._is_set_up = True
-        for text in repeated_frames_text(self.train_set.frames, self._evaluation_frames()):
+        mixed = mixed_family_hint(self.train_set.frames, self.keys)
+        for text in [*filter(None, [mixed]), *repeated_frames_text(self.train_set.frames, self._evaluation_frames())]:
             rank_zero_warn(text)
 
     def _without_isolated_atoms(

@@ -15,7 +15,16 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-__all__ = ["Frame", "LabelKeys", "chemical_symbols", "file_fingerprint", "information", "label_hint", "read_frames"]
+__all__ = [
+    "Frame",
+    "LabelKeys",
+    "chemical_symbols",
+    "file_fingerprint",
+    "information",
+    "label_hint",
+    "mixed_family_hint",
+    "read_frames",
+]
 
 # Results and information that are no labels; left out where the keys of a file are listed.
 _NOT_LABELS = frozenset({"numbers", "positions", "key_value_pairs", "data", "unique_id"})
@@ -190,6 +199,40 @@ def label_hint(frames: Sequence[Frame], label: str, keys: LabelKeys) -> str:
     places = {name: f"{getattr(keys, name)!r} (data.keys.{name})" for name in ("stress", "virial", label)}
     sought = f"{places['stress']} and {places['virial']}" if label == "stress" else places[label]
     return f"It is looked for under {sought}; the frames have {available}. {_suggested(frames, keys, label)}".strip()
+
+
+def mixed_family_hint(frames: Sequence[Frame], keys: LabelKeys) -> str:
+    """Sentence on labels of one calculation that were not asked for, where another label of it was.
+
+    ``data.keys.virial=REF_virials`` alone reads the energies of ``energy``, though the frames also have ``REF_energy``:
+    perhaps labels of two methods are mixed.
+
+    Args:
+        frames: of a set.
+        keys: that the frames were read with.
+
+    Returns:
+        No text where the keys that were named have no beginning in common with other labels of the frames.
+    """
+    frames = frames[:1000]  # a file is like its beginning
+    available = set().union(*(_available(frame.atoms) for frame in frames))
+    changed = keys.changed()
+    prefixes = {key.rpartition("_")[0] + "_" for key in changed.values() if "_" in key}
+    found = [
+        f"data.keys.{label}={key}"
+        for label in ("energy", "forces")
+        if label not in changed and getattr(keys, label) in available
+        for key in sorted(available)
+        if any(key.startswith(prefix) for prefix in prefixes) and any(name in key.lower() for name in _NAMES[label])
+    ]
+    if not found:
+        return ""
+    named = ", ".join(f"data.keys.{label}={key}" for label, key in changed.items())
+    return (
+        f"{frames[0].origin}: {named} is given, but energies or forces are read under their usual names, though the "
+        f"frames also have {', '.join(name.partition('=')[2] for name in found)}: labels of two methods may be mixed. "
+        f"If those belong together, give {' '.join(found)}, too."
+    )
 
 
 # Parts of names by which a label goes elsewhere; those of arrays are told from those of the whole frame by their shape.

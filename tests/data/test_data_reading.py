@@ -15,7 +15,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from harness.data import Frame, LabelKeys, read_frames
-from harness.data.reading import label_hint
+from harness.data.reading import label_hint, mixed_family_hint
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -282,3 +282,21 @@ def test_data_sets_at_hand():
     assert acac[0].stress is None
     sizes = {len(frame.atoms) for frame in read_frames(SHARED / "ethanol_methanol" / "train_eth_meth.xyz")}
     assert sizes == {6, 9}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"virial": "REF_virials"}, "data.keys.energy=REF_energy data.keys.forces=REF_forces"),
+        ({"virial": "REF_virials", "energy": "REF_energy"}, "data.keys.forces=REF_forces"),
+        ({"virial": "REF_virials", "energy": "REF_energy", "forces": "REF_forces"}, ""),
+        ({}, ""),
+    ],
+)
+def test_labels_of_two_methods_are_told(keys: dict[str, str], told: str) -> None:
+    atoms = bulk("Cu", cubic=True)
+    atoms.info |= {"REF_energy": 1.0, "REF_virials": np.eye(3).ravel(), "energy": 2.0}
+    atoms.arrays["REF_forces"] = atoms.arrays["forces"] = np.zeros((4, 3))
+    found = mixed_family_hint([Frame(atoms)], LabelKeys.from_mapping(keys))
+    assert bool(found) == bool(told)
+    assert told in found
