@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
 from harness.checkpoints import read
-from harness.job.made_with import MADE_WITH, differences
+from harness.job.made_with import MADE_WITH, NOT_SET, differences
 from harness.job.match import rule_of
 from harness.module import ForceFieldModule
 
@@ -40,7 +40,7 @@ def changed_settings(path: str, config: DictConfig) -> list[str]:
     record = read(Path(path)).get(MADE_WITH)
     if not isinstance(record, Mapping):
         return []
-    changed = differences(record, config)
+    changed = _whole_parts(differences(record, config))
     own = {(name, str(before), str(now)) for name, before, now in changed if "." not in name}
     return [
         f"{name}: {before} → {now}"
@@ -50,6 +50,20 @@ def changed_settings(path: str, config: DictConfig) -> list[str]:
         # trainer.max_epochs follows max_epochs
         and ("." not in name or (name.rpartition(".")[2], str(before), str(now)) not in own)
     ]
+
+
+def _whole_parts(changed: Sequence[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Differences with one entry, of the class, for a part such as a callback that only one of the two commands has."""
+    ending = "._target_"
+    parts = {name.removesuffix(ending) for name, *pair in changed if name.endswith(ending) and NOT_SET in pair}
+    found: list[tuple[str, Any, Any]] = []
+    for name, before, now in changed:
+        if name.removesuffix(ending) in parts and name.endswith(ending):
+            old, new = (value if value == NOT_SET else str(value).rpartition(".")[2] for value in (before, now))
+            found.append((name.removesuffix(ending), old, new))
+        elif not any(name.startswith(f"{part}.") for part in parts):
+            found.append((name, before, now))
+    return found
 
 
 def load_initial_weights(path: str, module: ForceFieldModule) -> list[str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from support.commands import TINY
 from support.configs import composed
 
+from harness.callbacks import ResumeCheckpoint
 from harness.job.going_on import changed_settings
 from harness.job.job import execute, prepare
 
@@ -121,3 +122,35 @@ def test_each_difference_is_a_line(last: Path, tmp_path: Path, caplog: pytest.Lo
         "differs from the checkpoint: lr_scheduler.scheduler.T_max: 2 → 3",
         "differs from the checkpoint: the learning rate goes on with 2.5e-05, CosineAnnealingLR at epoch 2",
     ]
+
+
+@pytest.mark.parametrize("setting", ["init_from", "ckpt_path"])
+def test_the_folder_of_a_run_is_answered_with_its_checkpoint(setting: str, last: Path, tmp_path: Path) -> None:
+    best = last.with_name("best.ckpt")
+    for folder in (last.parent, last.parents[1]):
+        with pytest.raises(ValueError, match=rf"is a folder, expected a checkpoint in it: {setting}={best}"):
+            prepare(config(tmp_path, f"{setting}={folder}"))
+
+
+def test_a_finished_training_says_that_nothing_is_left(
+    last: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started(config(tmp_path / "finished", f"ckpt_path={last}", "max_epochs=2"))
+    assert "nothing is left to train: 2 epochs are done, and max_epochs=2" in capsys.readouterr().out
+
+
+def test_checkpoints_of_a_run_before_are_put_aside(tmp_path: Path) -> None:
+    for name in ("best", "last", "previous"):
+        (tmp_path / f"{name}.ckpt").write_text(name)
+    ResumeCheckpoint(tmp_path).put_aside()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "best.before": "best",
+        "last.before": "last",
+        "previous.before": "previous",
+    }
+
+
+def test_a_callback_that_is_gone_is_one_line(last: Path) -> None:
+    lines = changed_settings(str(last), config(last.parents[1], "callbacks=default", "max_epochs=3"))
+    of_average = [line for line in lines if "ema" in line]
+    assert of_average == ["callbacks.ema: ExponentialMovingAverage → not set"]
