@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+import hashlib
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from hydra.utils import instantiate
@@ -15,7 +20,26 @@ from harness.metrics import MetricsManager
 from harness.module.horizon import HORIZON, Pace
 from harness.support.configs import take_out
 
-__all__ = ["ManagerSource", "build_manager", "build_managers", "build_optimizer", "scheduler_options"]
+__all__ = [
+    "CODE",
+    "TARGET",
+    "ManagerSource",
+    "asked_for",
+    "build_manager",
+    "build_managers",
+    "build_optimizer",
+    "recipe",
+    "scheduler_options",
+]
+
+TARGET = "_target_"
+"""Key in a recipe of the dotted path of a callable."""
+CODE = "_code_"
+"""Key in a recipe of the digest of a function: ``major.minor:hexadecimal``, of the Python that compiled it."""
+_ARGUMENTS = "_args_"
+_OF_HYDRA = ("_partial_", "_convert_", "_recursive_")
+
+_asked: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
 
 ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, Any]
 """A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
@@ -94,14 +118,112 @@ def build_optimizer(
         torch.optim.Adam(parameters, lr=1e-3) if optimizer is None else _call(optimizer, "optimizer", parameters)
     )
     rates = [copy.copy(group.get("lr")) for group in built.param_groups]
+    _asked[built] = {"settings": [_settings(group) for group in built.param_groups]}
     options = scheduler_options(lr_scheduler)
     if options is not None:
+        _asked[built]["recipe"] = recipe(options["scheduler"])
         length = None if horizon is None else functools.partial(horizon, Pace.of(options))
         options["scheduler"] = _call(options["scheduler"], "lr_scheduler", built, length)
     for group, rate in zip(built.param_groups, rates, strict=True):
         if rate is not None:  # as most schedulers do: what was asked for, whatever becomes of it
             group.setdefault("initial_lr", rate)
     return built if options is None else {"optimizer": built, "lr_scheduler": options}
+
+
+def asked_for(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """What :func:`build_optimizer` made an optimizer from, in plain data; empty for another's optimizer.
+
+    Returns:
+        ``settings``, those of each group before a scheduler moved any, and ``recipe`` of the scheduler if there is one.
+    """
+    return _asked.get(optimizer, {})
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: recipe(value) for name, value in group.items() if name != "params"}
+
+
+def recipe(source: Any) -> Any:
+    """Plain data that says what is asked for: a config, a callable with its arguments, or one of these arguments.
+
+    A callable is a dictionary with its dotted path as :data:`TARGET`, its arguments by their names, and, of a function
+    of Python, a digest of its code, defaults and plain variables as :data:`CODE`. A config and the partial that it
+    stands for have the same recipe.
+    """
+    if source is None or isinstance(source, bool | int | float | str):
+        return source
+    if isinstance(source, torch.Tensor):
+        return source.tolist()
+    if isinstance(source, functools.partial):
+        made = recipe(source.func)
+        made = dict(made) if isinstance(made, dict) else {TARGET: made}
+        if source.args:
+            made[_ARGUMENTS] = [*made.get(_ARGUMENTS, []), *map(recipe, source.args)]
+        return made | {name: recipe(value) for name, value in source.keywords.items()}
+    if isinstance(source, Mapping):
+        return {str(name): recipe(value) for name, value in source.items() if name not in _OF_HYDRA}
+    if isinstance(source, Sequence | set | frozenset):
+        found = map(recipe, source)
+        return sorted(found, key=repr) if isinstance(source, set | frozenset) else list(found)
+    if isinstance(source, types.MethodType):
+        return {TARGET: _dotted(source.__func__), "self": recipe(source.__self__)}
+    if isinstance(source, types.FunctionType):
+        digest = hashlib.sha256("\n".join(_content(source, set())).encode()).hexdigest()[:16]
+        return {TARGET: _dotted(source), CODE: f"{sys.version_info[0]}.{sys.version_info[1]}:{digest}"}
+    if isinstance(source, type | types.BuiltinFunctionType):
+        return {TARGET: _dotted(source)}
+    if callable(source) and hasattr(source, "__dict__"):
+        return {TARGET: _dotted(type(source))} | {name: _plain(value) for name, value in vars(source).items()}
+    return _plain(source)
+
+
+def _dotted(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    """A value of no known kind, without the address that tells objects of one process apart."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _content(function: types.FunctionType, seen: set[int]) -> list[str]:
+    """Parts of a function that its result depends on: code, constants, defaults, and variables that are plain."""
+    if id(function) in seen:
+        return []
+    seen.add(id(function))
+    parts = [*_content_of_code(function.__code__), repr(recipe(function.__defaults__ or ()))]
+    parts.append(repr(recipe(function.__kwdefaults__ or {})))
+    variables = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            variables[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    names = function.__code__.co_names
+    variables |= {name: function.__globals__[name] for name in names if name in function.__globals__}
+    for name, value in variables.items():
+        if isinstance(value, types.FunctionType):
+            is_own = value.__module__ == function.__module__
+            parts += [name, *(_content(value, seen) if is_own else [_dotted(value)])]
+        elif isinstance(value, type):
+            parts += [name, _dotted(value)]
+        elif value is None or isinstance(value, bool | int | float | str | list | tuple | dict | functools.partial):
+            parts += [name, repr(recipe(value))]
+    return parts
+
+
+def _content_of_code(code: types.CodeType) -> list[str]:
+    parts = [code.co_code.hex(), repr(code.co_names)]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            parts += _content_of_code(constant)
+        elif isinstance(constant, frozenset):
+            parts.append(repr(sorted(constant, key=repr)))
+        else:
+            parts.append(repr(constant))
+    return parts
 
 
 def scheduler_options(lr_scheduler: Callable[..., Any] | Mapping[str, Any] | None) -> dict[str, Any] | None:

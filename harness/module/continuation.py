@@ -9,8 +9,11 @@ The states in the checkpoint are changed before Lightning and its strategies loa
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +25,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from harness.checkpoints import COMPLETE
+from harness.module.build import CODE, TARGET, asked_for
 from harness.module.coefficient_control import controllers_of
-from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
+from harness.module.horizon import HORIZON, Pace, Progress, TrainingLength, batches_of_epoch
 from harness.support.lightning_private import training_loader
 
 __all__ = ["RECORD", "Continuation", "describe", "parts_of"]
@@ -38,6 +42,11 @@ _POSITION = "num_batches_done"
 _PLACE = ("epoch", _POSITION)
 """Of the state of a loader of this package, whose other entries are the order of the data."""
 _OF_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+_CYCLES = ("OneCycleLR", "CyclicLR")
+_OF_CYCLES = ("betas", "momentum")
+"""Settings that these schedulers move in the groups of an optimizer, where they also replace ``initial_lr``."""
+_DEFAULT = "default"
+_IN_PATHS = ("<lambda>", "<locals>")
 _MOVING = ("base_lrs", "verbose", "last_epoch", *_OF_PLATEAU)
 
 
@@ -55,8 +64,9 @@ def describe(optimizer: Optimizer, options: Mapping[str, Any] | None, module: nn
             "interval": pace.interval,
             "frequency": pace.frequency,
             "monitor": options.get("monitor") if isinstance(options["scheduler"], ReduceLROnPlateau) else None,
+            "inner": _inner(options["scheduler"]),
         }
-    return record
+    return {**record, **asked_for(optimizer)}
 
 
 def parts_of(made: Any) -> tuple[Optimizer, dict[str, Any] | None]:
@@ -159,20 +169,36 @@ class Continuation:
         self._release_coefficients(module)
         self._follow_early_stopping()
         self._begin_epoch_with_other_batches()
+        self._tell_of_cut_epoch()
         saved = self.checkpoint.get("optimizer_states") or []
         if len(saved) == 1 and saved[0].get("param_groups") and len(self._states) <= 1:
             made = make(self.horizon)
-            optimizer, options = (
-                (made["optimizer"], made["lr_scheduler"]) if isinstance(made, Mapping) else (made, None)
-            )
+            optimizer, options = parts_of(made)
             self._change_optimization(module, saved[0], optimizer, options)
+            if options is not None and isinstance(options["scheduler"], ReduceLROnPlateau):
+                self._take_turn_of_epoch(options["scheduler"], Pace.of(options), options.get("monitor"))
+
+    @property
+    def _is_over(self) -> bool:
+        """True if no step is left to be made."""
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        is_last = epochs not in (None, -1) and self.progress.epochs >= epochs  # type: ignore[operator]
+        return is_last or -1 < steps <= self.progress.steps
+
+    def _tell_of_cut_epoch(self) -> None:
+        """Say that an epoch that ``max_steps`` has cut is not finished."""
+        batches = self.checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        done, whole = int(batches["processed"]), self.record.get("num_batches")
+        if COMPLETE in self.checkpoint and not self._is_over and whole is not None and 0 < done < whole:
+            self.lines.append(
+                f"the training ended within epoch {self.progress.epochs - 1}, after {done} of its {whole} batches: the "
+                f"other {whole - done} are left out, and it goes on with epoch {self.progress.epochs}"
+            )
 
     def _take_trained_weights(self) -> None:
         """Go on from the weights that were trained, and not from their average, where nothing averages any more."""
         trained = self.checkpoint.get("current_model_state")
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        is_over = epochs not in (None, -1) and self.progress.epochs >= epochs  # type: ignore[operator]
-        if trained is not None and COMPLETE in self.checkpoint and (is_over or -1 < steps <= self.progress.steps):
+        if trained is not None and COMPLETE in self.checkpoint and self._is_over:
             self.checkpoint["current_model_state"] = trained = dict(self.checkpoint["state_dict"])  # as it had ended
         if trained is not None and not any(isinstance(each, WeightAveraging) for each in self._callbacks):
             self.checkpoint["state_dict"] = trained
@@ -238,15 +264,26 @@ class Continuation:
         old, new = saved["param_groups"], [_without_parameters(group) for group in optimizer.param_groups]
         is_same = before["optimizer"] == now["optimizer"] and carried is saved["state"]
         has_same_groups = [len(group["params"]) for group in old] == self._sizes
-        hyperparameters = arguments = []
-        if has_same_groups and before["optimizer"] == now["optimizer"]:
+        settings: list[Any] = [each.get("settings") for each in (before, now)]
+        hyperparameters: list[str] = []
+        moved: list[str] = []
+        if has_same_groups and before["optimizer"] == now["optimizer"] and all(settings):
+            names = [name for name in settings[1][0] if name not in _RATES]
+            hyperparameters = _changes_of_groups("optimizer", names, *settings)
+        elif has_same_groups and before["optimizer"] == now["optimizer"]:  # of a checkpoint that does not tell
             names = [name for name in new[0] if name not in _RATES]
-            hyperparameters = _changes_of_groups([name for name in names if name in optimizer.defaults], old, new)
-            arguments = _changes_of_groups([name for name in names if name not in optimizer.defaults], old, new)
-        rates = (
-            _changes("optimizer.lr", [*map(_base, old)], [*map(_base, new)]) if has_same_groups else ["other groups"]
-        )
-        arguments = [*self._changed_scheduler(before, now, state), *arguments]
+            own = [name for name in names if name in optimizer.defaults and name not in _moved_by(before, now)]
+            hyperparameters = _changes_of_groups("optimizer", own, old, new)
+            others = [name for name in names if name not in optimizer.defaults]
+            moved = _changes_of_groups("lr_scheduler.scheduler", others, old, new)
+        compared: Sequence[Any] = settings if all(settings) else (old, new)
+        bases = [[_base(group) for group in groups] for groups in compared]
+        rates = ["other groups"]
+        if has_same_groups:
+            rates = _changes("optimizer.lr", *bases) if all(settings) or not _moved_by(before, now) else []
+        arguments = self._changed_scheduler(before, now, state, moved)
+        if not arguments and not rates:
+            arguments = self._other_rates(before, now, scheduler, state)
         self.lines += [*hyperparameters, *(rates if has_same_groups else []), *arguments]
         if not arguments and not rates:  # the rate and what moves it stay as they are
             if hyperparameters or not is_same:
@@ -394,9 +431,13 @@ class Continuation:
         return f", {type(scheduler).__name__} at {pace.interval} {turns * pace.frequency}"
 
     def _changed_scheduler(
-        self, before: Mapping[str, Any], now: Mapping[str, Any], new_state: Mapping[str, Any] | None
+        self,
+        before: Mapping[str, Any],
+        now: Mapping[str, Any],
+        new_state: Mapping[str, Any] | None,
+        moved: Sequence[str],
     ) -> list[str]:
-        """Lines for another scheduler, or other arguments of the same."""
+        """Lines for another scheduler, or other arguments of the same; ``moved`` are those that groups tell."""
         had, has = self._states[0] if self._states else None, now.get("scheduler")
         old = before.get("scheduler") or ({"class": "another one"} if had is not None else None)
         if old is None or has is None or old["class"] != has["class"]:
@@ -406,7 +447,41 @@ class Continuation:
         lines = []
         for name in ("interval", "frequency", "monitor"):
             lines += _changes(f"lr_scheduler.{name}", [old.get(name)], [has.get(name)])
-        return lines + _changed_arguments("lr_scheduler.scheduler", had or {}, new_state or {})
+        name = "lr_scheduler.scheduler"
+        inner = _changed_inner(name, old["inner"], has["inner"]) if "inner" in old else []
+        by_state = _changed_arguments(name, had or {}, new_state or {})
+        if "recipe" not in before or "recipe" not in now:
+            return _once([*lines, *inner, *by_state, *moved])
+        leaves = [_leaves(name, each["recipe"]) for each in (before, now)]
+        asked, codes = _changed_leaves(*leaves)
+        if asked:  # beside them, the state tells of lengths alone
+            lengths = {leaf for each in leaves for leaf, value in each.items() if value == HORIZON}
+            by_state = [line for line in by_state if line.partition(":")[0] in lengths]
+        found = _once([*lines, *inner, *asked, *by_state])
+        return found or codes
+
+    def _other_rates(
+        self,
+        before: Mapping[str, Any],
+        now: Mapping[str, Any],
+        scheduler: Any,
+        state: Mapping[str, Any] | None,
+    ) -> list[str]:
+        """A line if the scheduler of now has other rates at the position of the one before.
+
+        Only where no record tells what was asked for, or where that depends on the length of the training.
+        """
+        recipes = [each.get("recipe") for each in (before, now)]
+        is_told = all(recipes) and HORIZON not in _leaves("", recipes[1]).values()
+        if is_told or isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
+            return []
+        had, has = (each.get("_last_lr") for each in (self._states[0] if self._states else {}, state or {}))
+        if not had or not has or len(had) != len(has):
+            return []
+        if all(math.isclose(float(one), float(other), rel_tol=1e-9) for one, other in zip(had, has, strict=True)):
+            return []
+        shown = (_shown([float(rate) for rate in rates]) for rates in (had, has))
+        return [f"lr_scheduler: another schedule, whose rate at this position is {' → '.join(shown)}"]
 
     def _take_plateau(
         self,
@@ -430,6 +505,117 @@ class Continuation:
             return f", {type(scheduler).__name__} begins anew, since it follows another value"
         state.update({key: self._states[0][key] for key in _OF_PLATEAU})
         return f", {type(scheduler).__name__} goes on from its best value, {state['best']:.6g}"
+
+    def _take_turn_of_epoch(self, scheduler: ReduceLROnPlateau, pace: Pace, monitor: str | None) -> None:
+        """Give a plateau scheduler the turn of the epoch that a checkpoint of its end was made before.
+
+        Lightning saves after a validation, lets the scheduler see its value later, and leaves that out in a restart.
+        """
+        loops, state = self.checkpoint["loops"]["fit_loop"], self._states[0] if self._states else {}
+        epoch = self.progress.epochs
+        validated = loops.get("epoch_loop.val_loop.batch_progress", {}).get("total", {}).get("processed")
+        is_due = pace.interval == "epoch" and not self.progress.batches and epoch > 0 and epoch % pace.frequency == 0
+        is_taken = loops["epoch_progress"]["current"].get("completed", epoch) >= epoch or "num_bad_epochs" not in state
+        turns = self.length.turns_done(pace, self.progress) if is_due else 0
+        if not is_due or is_taken or not validated or state["last_epoch"] >= turns:
+            return
+        states: Mapping[str, Any] = self.checkpoint.get("callbacks") or {}
+        saving = [each for each in states.values() if isinstance(each, Mapping) and "best_model_path" in each]
+        value = saving[0].get("current_score") if len(saving) == 1 and saving[0].get("monitor") == monitor else None
+        name = type(scheduler).__name__
+        if value is None:  # with more than one it may be of an epoch before
+            self.lines.append(
+                f"{name} has not seen {monitor} of epoch {epoch - 1}, which the checkpoint does not tell: its turn is "
+                f"left out"
+            )
+            return
+        saved = self.checkpoint["optimizer_states"][0]
+        groups = [dict(group) for group in saved["param_groups"]]
+        for own, group in zip(scheduler.optimizer.param_groups, groups, strict=True):
+            own["lr"] = group["lr"]
+        scheduler.load_state_dict(copy.deepcopy(state))
+        scheduler.step(float(value))
+        for own, group in zip(scheduler.optimizer.param_groups, groups, strict=True):
+            group["lr"] = own["lr"]
+        self.checkpoint["optimizer_states"] = [{**saved, "param_groups": groups}]
+        self.checkpoint["lr_schedulers"] = [scheduler.state_dict()]
+        rates = ", ".join(_shown(float(group["lr"])) for group in groups)
+        self.lines.append(
+            f"{name} takes its turn of epoch {epoch - 1}, with {monitor} = {float(value):.6g}: the checkpoint was made "
+            f"before it; the learning rate is {rates}"
+        )
+
+
+def _inner(scheduler: Any) -> list[Any]:
+    """Class of each scheduler within another, beside those within it."""
+    # of an attribute that torch has no public name for; the states in checkpoints have it, too
+    return [[_path(each), _inner(each)] for each in vars(scheduler).get("_schedulers", ())]
+
+
+def _changed_inner(name: str, old: Sequence[Any], new: Sequence[Any]) -> list[str]:
+    """Lines for schedulers within others that are of another class."""
+    if len(old) != len(new):
+        pair = (", ".join(_short(path) for path, _ in each) or "none" for each in (old, new))
+        return [f"{name}: {' → '.join(pair)}"]
+    lines = []
+    for number, (before, now) in enumerate(zip(old, new, strict=True)):
+        if before[0] != now[0]:
+            lines.append(f"{name}.{number}: {_short(before[0])} → {_short(now[0])}")
+        else:
+            lines += _changed_inner(f"{name}.{number}", before[1], now[1])
+    return lines
+
+
+def _leaves(name: str, made: Any) -> dict[str, Any]:
+    """Values of a recipe by their dotted names; a callable has its path by its own name."""
+    if isinstance(made, Mapping):
+        pairs: Iterable[tuple[Any, Any]] = made.items()
+    elif isinstance(made, list) and any(isinstance(each, Mapping | list) for each in made):
+        pairs = enumerate(made)
+    else:
+        return {name: made}
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        found |= _leaves(name if key == TARGET else f"{name}.{key}", value)
+    return found
+
+
+def _changed_leaves(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Lines for what was asked for otherwise, and for functions of the same name with other code."""
+    asked, codes = [], []
+    for name in dict.fromkeys((*old, *new)):
+        before, now = old.get(name, _DEFAULT), new.get(name, _DEFAULT)
+        if before == now or HORIZON in (before, now):  # the number that it stands for is in the state
+            continue
+        function, _, key = name.rpartition(".")
+        if key != CODE:
+            values = [_short(each) if _is_path(each) else _shown(each) for each in (before, now)]
+            asked.append(f"{name}: {' → '.join(values)}")
+        elif function in old and old[function] == new.get(function):
+            versions = {str(each).partition(":")[0] for each in (before, now)}
+            if len(versions) == 1:  # another Python compiles the same function otherwise
+                codes.append(f"{function}: {_short(old[function])} → another function of this name")
+    return asked, codes
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() or part in _IN_PATHS for part in value.split("."))
+
+
+def _moved_by(*records: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings of an optimizer that a scheduler of one of these records moves; the rate is among them, then."""
+    classes = {(record.get("scheduler") or {}).get("class") for record in records}
+    return _OF_CYCLES if any(_short(each) in _CYCLES for each in classes) else ()
+
+
+def _once(lines: Sequence[str]) -> list[str]:
+    """The first line of each name, and none of a part of a scheduler that is another one."""
+    found: dict[str, str] = {}
+    for line in lines:
+        name = line.partition(":")[0]
+        if name not in found and not any(name.startswith(f"{other}.") and other[-1:].isdigit() for other in found):
+            found[name] = line
+    return list(found.values())
 
 
 def _path(thing: object) -> str:
@@ -480,20 +666,24 @@ def _changes(name: str, old: Sequence[Any], new: Sequence[Any]) -> list[str]:
 
 
 def _changes_of_groups(
-    names: Sequence[str], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+    prefix: str, names: Sequence[str], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Lines for the settings of these names that groups of parameters have otherwise than before."""
     return [
         line
         for name in names
         if all(name in group for group in (*old, *new))
-        for line in _changes(f"optimizer.{name}", [group[name] for group in old], [group[name] for group in new])
+        for line in _changes(f"{prefix}.{name}", [group[name] for group in old], [group[name] for group in new])
     ]
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         value = value.tolist()
+    if isinstance(value, Counter):  # milestones
+        value = sorted(value.elements())
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_shown(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -505,7 +695,10 @@ def _changed_arguments(name: str, old: Mapping[str, Any], new: Mapping[str, Any]
     for key, value in new.items():
         if key in _MOVING or key not in old or (key.startswith("_") and key not in ("_schedulers", "_milestones")):
             continue
-        if key == "_schedulers" and len(value) == len(old[key]):
+        if key == "_schedulers":
+            if len(value) != len(old[key]):
+                lines.append(f"{name}: {len(old[key])} schedulers → {len(value)} schedulers")
+                continue
             for number, (before, now) in enumerate(zip(old[key], value, strict=True)):
                 lines += _changed_arguments(f"{name}.{number}", before, now)
         elif not _equal(old[key], value):

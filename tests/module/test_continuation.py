@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 from lightning.pytorch.strategies import DDPStrategy
 from support import oracle
 from support.accumulation_cases import TYPES
@@ -23,6 +28,7 @@ from support.linear import trainer as make_trainer
 from support.spawning import spawn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
+    ChainedScheduler,
     ConstantLR,
     CosineAnnealingLR,
     CosineAnnealingWarmRestarts,
@@ -30,6 +36,8 @@ from torch.optim.lr_scheduler import (
     ExponentialLR,
     LambdaLR,
     LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
     OneCycleLR,
     ReduceLROnPlateau,
     SequentialLR,
@@ -475,6 +483,260 @@ def module_continuation(module: Named, checkpoint: dict[str, Any], names: list[l
     continuation = Continuation(checkpoint, make_trainer())
     continuation.apply(module, lambda horizon: optimizer_of(module, names))
     return continuation.lines
+
+
+# --- what a scheduler's state does not show ---
+
+
+def sequence(optimizer: Optimizer, second: Any = ExponentialLR, **options: Any) -> Any:
+    parts = [ConstantLR(optimizer, 0.5, total_iters=2), second(optimizer, **options)]
+    return SequentialLR(optimizer, parts, milestones=[2])
+
+
+def chain(optimizer: Optimizer, second: Any = ExponentialLR, **options: Any) -> Any:
+    return ChainedScheduler([ConstantLR(optimizer, 0.5, total_iters=2), second(optimizer, **options)], optimizer)
+
+
+def falling(epoch: int, power: float = 1.0) -> float:
+    return 1 / (1 + epoch) ** power
+
+
+def to_end(optimizer: Optimizer, turns: int) -> Any:
+    return LambdaLR(optimizer, lambda turn: 1 - turn / (turns + 1))
+
+
+def closure(factor: float) -> Callable[[int], float]:
+    return lambda turn: factor**turn
+
+
+class Falling:
+    """A function of the turn that is an object."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, turn: int) -> float:
+        return falling(turn, self.power)
+
+
+def partial(scheduler: Any, **options: Any) -> Any:
+    return functools.partial(scheduler, **options)
+
+
+ONE = partial(OneCycleLR, max_lr=0.1, total_steps=STEPS)
+FUNCTION = f"{__name__}.<lambda>"
+# schedulers before and now, and the lines that are told; the one before is that of a training of four epochs
+HIDDEN: dict[str, tuple[Any, Any, list[str]]] = {
+    "pct_start": (partial(ONE, pct_start=0.3), partial(ONE, pct_start=0.8), ["scheduler.pct_start: 0.3 → 0.8"]),
+    "pct_start by default": (ONE, partial(ONE, pct_start=0.8), ["scheduler.pct_start: default → 0.8"]),
+    "anneal_strategy": (
+        partial(ONE, anneal_strategy="cos"),
+        partial(ONE, anneal_strategy="linear"),
+        ["scheduler.anneal_strategy: cos → linear"],
+    ),
+    "max_lr": (ONE, partial(ONE, max_lr=0.2), ["scheduler.max_lr: 0.1 → 0.2"]),
+    "a config": (
+        {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "_partial_": True, **ONE.keywords, "pct_start": 0.3},
+        {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "_partial_": True, **ONE.keywords, "pct_start": 0.8},
+        ["scheduler.pct_start: 0.3 → 0.8"],
+    ),
+    "mode of cycles": (
+        partial(CYCLIC, mode="triangular"),
+        partial(CYCLIC, mode="triangular2"),
+        ["scheduler.mode: triangular → triangular2"],
+    ),
+    "sequence": (
+        partial(sequence, gamma=0.5),
+        partial(sequence, second=StepLR, step_size=3, gamma=0.5),
+        [
+            "scheduler.1: ExponentialLR → StepLR",
+            "scheduler.second: default → StepLR",
+            "scheduler.step_size: default → 3",
+        ],
+    ),
+    "chain": (
+        partial(chain, gamma=0.9),
+        partial(chain, second=CosineAnnealingLR, T_max=40),
+        [
+            "scheduler.1: ExponentialLR → CosineAnnealingLR",
+            "scheduler.gamma: 0.9 → default",
+            "scheduler.second: default → CosineAnnealingLR",
+            "scheduler.T_max: default → 40",
+        ],
+    ),
+    "chain of functions": (
+        lambda optimizer: ChainedScheduler([ExponentialLR(optimizer, 0.9)]),
+        lambda optimizer: ChainedScheduler([CosineAnnealingLR(optimizer, 40)]),
+        ["scheduler.0: ExponentialLR → CosineAnnealingLR"],
+    ),
+    "a function": (
+        partial(LambdaLR, lr_lambda=lambda turn: 0.95**turn),
+        partial(LambdaLR, lr_lambda=lambda turn: 0.9**turn),
+        ["scheduler.lr_lambda: <lambda> → another function of this name"],
+    ),
+    "a closure": (
+        partial(LambdaLR, lr_lambda=closure(0.95)),
+        partial(LambdaLR, lr_lambda=closure(0.9)),
+        ["scheduler.lr_lambda: <lambda> → another function of this name"],
+    ),
+    "a partial": (
+        partial(LambdaLR, lr_lambda=partial(falling, power=0.3)),
+        partial(LambdaLR, lr_lambda=partial(falling, power=0.7)),
+        ["scheduler.lr_lambda.power: 0.3 → 0.7"],
+    ),
+    "an object": (
+        partial(LambdaLR, lr_lambda=Falling(0.3)),
+        partial(LambdaLR, lr_lambda=Falling(0.7)),
+        ["scheduler.lr_lambda.power: 0.3 → 0.7"],
+    ),
+    "multiplicative": (
+        partial(MultiplicativeLR, lr_lambda=lambda turn: 0.5),
+        partial(MultiplicativeLR, lr_lambda=lambda turn: 0.9),
+        ["scheduler.lr_lambda: <lambda> → another function of this name"],
+    ),
+    "milestones": (
+        partial(MultiStepLR, milestones=[2, 90]),
+        partial(MultiStepLR, milestones=[3, 20]),
+        ["scheduler.milestones: [2, 90] → [3, 20]"],
+    ),
+}
+BY_RATES = ("pct_start", "anneal_strategy", "chain of functions", "a function", "a closure", "a partial")
+BY_RATES += ("an object", "multiplicative")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known"), [*((name, True) for name in HIDDEN), *((name, False) for name in BY_RATES)]
+)
+def test_a_schedule_that_is_asked_for_otherwise_is_used(
+    name: str, is_known: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, now, lines = HIDDEN[name]
+    Training(scheduler=before, interval="step", options={"max_epochs": 2}).run(tmp_path)
+    start = tmp_path / "last.ckpt"
+    if not is_known:
+        checkpoint = torch.load(start, weights_only=True)
+        for key in ("recipe", "settings"):
+            del checkpoint[RECORD][key]
+        torch.save(checkpoint, start)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        used = Training(scheduler=now, interval="step", options={"max_epochs": 4}).run(tmp_path / "now", start)
+    made = {key: value for key, value in now.items() if not key.startswith("_")} if isinstance(now, dict) else None
+    expected = turns_of(now if made is None else partial(OneCycleLR, **made), RATE, 12, Adam)
+    assert used.rates == pytest.approx(expected[6:], rel=1e-9)
+    assert used.rates != pytest.approx(turns_of(before, RATE, 12, Adam)[6:], rel=1e-3) if made is None else True
+    told = [line.removeprefix("lr_scheduler.") for line in told_in(caplog) if line.startswith("lr_scheduler")]
+    if is_known:
+        assert told == lines
+    else:
+        assert len(told) >= 1
+
+
+def told_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    start = "differs from the checkpoint: "
+    return [each.getMessage().removeprefix(start) for each in caplog.records if each.getMessage().startswith(start)]
+
+
+# the same asked for again: nothing is told, and the states of the checkpoint stay
+@pytest.mark.parametrize("name", HIDDEN)
+def test_the_same_schedule_is_none_that_differs(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(scheduler=HIDDEN[name][0], interval="step", options={"max_epochs": 1})
+    training.run(tmp_path)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for kept in (checkpoint, {**checkpoint, RECORD: {**checkpoint[RECORD], "recipe": None}}):
+        states = [kept[key] for key in ("optimizer_states", "lr_schedulers")]
+        assert training.module.go_on_from(kept, training.trainer) == []
+        assert [kept[key] for key in ("optimizer_states", "lr_schedulers")] == states
+
+
+def test_a_length_within_a_function_counts(tmp_path: Path) -> None:
+    """Neither the recipe nor the state has the number that `horizon` stands for."""
+    training = Training(scheduler=partial(to_end, turns="horizon"), options={"max_epochs": 2})
+    training.run(tmp_path)
+    training.options = {"max_epochs": 4}
+    used = training.run(tmp_path / "now", tmp_path / "last.ckpt")
+    assert used.rates[::3] == pytest.approx([RATE * (1 - turn / 5) for turn in (2, 3)])
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("optimizer", [ADAM, functools.partial(SGD, lr=RATE, momentum=0.8)])
+def test_what_a_cycle_moves_is_no_setting_of_the_optimizer(
+    optimizer: Any, is_known: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = partial(OneCycleLR, max_lr=0.1, total_steps="horizon")
+    training = Training(optimizer, one, interval="step", options={"max_epochs": 2})
+    training.run(tmp_path)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    if not is_known:
+        for key in ("recipe", "settings"):
+            del checkpoint[RECORD][key]
+        torch.save(checkpoint, tmp_path / "last.ckpt")
+    training.options = {"max_epochs": 4}
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        used = training.run(tmp_path / "now", tmp_path / "last.ckpt")
+    expected = turns_of(partial(one, total_steps=12), RATE, 12, Adam)
+    assert used.rates == pytest.approx(expected[6:])
+    told = told_in(caplog)
+    assert told[0] == "lr_scheduler.scheduler.total_steps: 6 → 12"
+    assert len(told) == 2
+    assert told[1].startswith("the learning rate goes on with")
+
+
+def test_settings_that_were_typed_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = partial(OneCycleLR, max_lr=0.1, total_steps=12)
+    Training(ADAM, one, interval="step", options={"max_epochs": 2}).run(tmp_path)
+    now = Training(partial(ADAM, betas=(0.8, 0.99), weight_decay=0.1), one, interval="step", options={"max_epochs": 3})
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        now.run(tmp_path / "now", tmp_path / "last.ckpt")
+    assert set(told_in(caplog)) == {
+        "optimizer.betas: [0.9, 0.999] → [0.8, 0.99]",
+        "optimizer.weight_decay: 0 → 0.1",
+    }
+
+
+# --- checkpoints that Lightning makes before an epoch is complete, and epochs that are cut ---
+
+
+@pytest.mark.parametrize("patience", [0, 1])  # nothing differs, and another scheduler
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_plateau_has_the_turn_that_a_best_checkpoint_lacks(
+    patience: int, others: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def saving() -> list[Callback]:
+        every = [ModelCheckpoint(tmp_path / "every", "{epoch}", save_top_k=-1, every_n_epochs=1)]
+        best = ModelCheckpoint(tmp_path, "{epoch}", monitor=MONITOR, save_top_k=-1)
+        return [best, *(every * others)]
+
+    before = partial(PLATEAU, threshold=0.9)  # nothing is good enough
+    now = partial(before, patience=patience)
+    whole = Training(scheduler=before, callbacks=saving, options={"max_epochs": 4}).run(tmp_path)
+    (start,) = tmp_path.glob("epoch=1*.ckpt")
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        used = Training(scheduler=now, options={"max_epochs": 4}).run(tmp_path / "now", start)
+    (told,) = [line for line in told_in(caplog) if line.startswith("ReduceLROnPlateau")]
+    if others:
+        assert told.endswith("epoch 1, which the checkpoint does not tell: its turn is left out")
+        return
+    assert told.startswith(f"ReduceLROnPlateau takes its turn of epoch 1, with {MONITOR} = ")
+    if patience == 0:
+        assert used.rates == whole.rates[6:]
+        assert torch.equal(used.weights[-1], whole.weights[-1])
+    else:
+        assert used.rates[::3] == [RATE, RATE / 2]
+
+
+def test_an_epoch_that_is_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(scheduler=None, options={"max_steps": 4, "max_epochs": -1})
+    training.run(tmp_path)
+    training.options = {"max_steps": 8, "max_epochs": -1}
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        training.run(tmp_path / "now", tmp_path / "last.ckpt")
+    line = "the training ended within epoch 1, after 1 of its 3 batches: the other 2 are left out, and it goes on with"
+    assert told_in(caplog) == [f"{line} epoch 2"]
+    caplog.clear()
+    training.options = {"max_steps": 4, "max_epochs": -1}
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        training.run(tmp_path / "again", tmp_path / "last.ckpt")
+    assert told_in(caplog) == []
 
 
 # --- refused ---
