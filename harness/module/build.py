@@ -131,7 +131,7 @@ def build_optimizer(
 
 
 def asked_for(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    """What :func:`build_optimizer` made an optimizer from, in plain data; empty for another's optimizer.
+    """Settings that :func:`build_optimizer` made an optimizer from, in plain data; empty for another's optimizer.
 
     Returns:
         ``settings``, those of each group before a scheduler moved any, and ``recipe`` of the scheduler if there is one.

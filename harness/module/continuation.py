@@ -187,9 +187,11 @@ class Continuation:
 
     def _tell_of_cut_epoch(self) -> None:
         """Say that an epoch that ``max_steps`` has cut is not finished."""
-        batches = self.checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        done, whole = int(batches["processed"]), self.record.get("num_batches")
-        if COMPLETE in self.checkpoint and not self._is_over and whole is not None and 0 < done < whole:
+        if COMPLETE not in self.checkpoint or self._is_over or self.progress.batches:
+            return
+        # by the record: at the end, Lightning's counts are those of the next epoch already
+        done, whole = self.record.get("batches"), self.record.get("num_batches")
+        if done is not None and whole is not None and 0 < done < whole:
             self.lines.append(
                 f"the training ended within epoch {self.progress.epochs - 1}, after {done} of its {whole} batches: the "
                 f"other {whole - done} are left out, and it goes on with epoch {self.progress.epochs}"

@@ -124,6 +124,7 @@ class ForceFieldModule(LightningModule):
         """Loss values of the last step that was logged, for progress bars."""
         self._follower = ScheduleFollower()
         self._optimization: dict[str, Any] | None = None
+        self._batches_done: int | None = None  # of the epoch of the last step
         self._horizons: dict[Pace, int] = {}  # of a training that goes on from a checkpoint
         # of the trainer's callbacks, from setup on
         self._accumulation = Accumulation()
@@ -219,6 +220,7 @@ class ForceFieldModule(LightningModule):
         of the one batch that they make up; see :mod:`harness.metrics.accumulation`. Logged values are of that batch,
         too.
         """
+        self._batches_done = batch_idx + 1
         if batch_idx == 0:
             self._follower.mark(self.trainer, self._train_managers)
             # The first batch, and not a hook, starts an epoch's statistics: after a restart Lightning leaves out hooks
@@ -332,6 +334,7 @@ class ForceFieldModule(LightningModule):
                 **self._optimization,
                 "controllers": controllers_of(self.loss, self.trainer.callbacks),  # type: ignore[attr-defined]
                 "num_batches": batches_of_epoch(self.trainer),
+                "batches": self._batches_done,
                 "accumulate": self.trainer.accumulate_grad_batches,
             }
         states = checkpoint.get("state_dict", {})
@@ -357,6 +360,7 @@ class ForceFieldModule(LightningModule):
                 adopt_weighting(self.loss.weighting, states, trains)
                 adopt_managers(self, states)
         if trainer is not None and trains:
+            self._batches_done = (checkpoint.get(RECORD) or {}).get("batches")
             for line in self.go_on_from(checkpoint, trainer):
                 rank_zero_info(f"differs from the checkpoint: {line}")
 

@@ -596,8 +596,8 @@ HIDDEN: dict[str, tuple[Any, Any, list[str]]] = {
     ),
     "milestones": (
         partial(MultiStepLR, milestones=[2, 90]),
-        partial(MultiStepLR, milestones=[3, 20]),
-        ["scheduler.milestones: [2, 90] → [3, 20]"],
+        partial(MultiStepLR, milestones=[2, 9]),
+        ["scheduler.milestones: [2, 90] → [2, 9]"],
     ),
 }
 BY_RATES = ("pct_start", "anneal_strategy", "chain of functions", "a function", "a closure", "a partial")
@@ -615,8 +615,7 @@ def test_a_schedule_that_is_asked_for_otherwise_is_used(
     start = tmp_path / "last.ckpt"
     if not is_known:
         checkpoint = torch.load(start, weights_only=True)
-        for key in ("recipe", "settings"):
-            del checkpoint[RECORD][key]
+        checkpoint[RECORD] = without_recipe(checkpoint[RECORD])
         torch.save(checkpoint, start)
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         used = Training(scheduler=now, interval="step", options={"max_epochs": 4}).run(tmp_path / "now", start)
@@ -631,6 +630,13 @@ def test_a_schedule_that_is_asked_for_otherwise_is_used(
         assert len(told) >= 1
 
 
+def without_recipe(record: dict[str, Any]) -> dict[str, Any]:
+    """Record as checkpoints before have it."""
+    scheduler = {key: value for key, value in record["scheduler"].items() if key != "inner"}
+    kept = {key: value for key, value in record.items() if key not in ("recipe", "settings")}
+    return {**kept, "scheduler": scheduler}
+
+
 def told_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     start = "differs from the checkpoint: "
     return [each.getMessage().removeprefix(start) for each in caplog.records if each.getMessage().startswith(start)]
@@ -642,7 +648,7 @@ def test_the_same_schedule_is_none_that_differs(name: str, tmp_path: Path, caplo
     training = Training(scheduler=HIDDEN[name][0], interval="step", options={"max_epochs": 1})
     training.run(tmp_path)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    for kept in (checkpoint, {**checkpoint, RECORD: {**checkpoint[RECORD], "recipe": None}}):
+    for kept in (checkpoint, {**checkpoint, RECORD: without_recipe(checkpoint[RECORD])}):
         states = [kept[key] for key in ("optimizer_states", "lr_schedulers")]
         assert training.module.go_on_from(kept, training.trainer) == []
         assert [kept[key] for key in ("optimizer_states", "lr_schedulers")] == states
@@ -667,8 +673,7 @@ def test_what_a_cycle_moves_is_no_setting_of_the_optimizer(
     training.run(tmp_path)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     if not is_known:
-        for key in ("recipe", "settings"):
-            del checkpoint[RECORD][key]
+        checkpoint[RECORD] = without_recipe(checkpoint[RECORD])
         torch.save(checkpoint, tmp_path / "last.ckpt")
     training.options = {"max_epochs": 4}
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
@@ -724,19 +729,24 @@ def test_a_plateau_has_the_turn_that_a_best_checkpoint_lacks(
         assert used.rates[::3] == [RATE, RATE / 2]
 
 
-def test_an_epoch_that_is_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    training = Training(scheduler=None, options={"max_steps": 4, "max_epochs": -1})
-    training.run(tmp_path)
-    training.options = {"max_steps": 8, "max_epochs": -1}
-    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        training.run(tmp_path / "now", tmp_path / "last.ckpt")
-    line = "the training ended within epoch 1, after 1 of its 3 batches: the other 2 are left out, and it goes on with"
-    assert told_in(caplog) == [f"{line} epoch 2"]
-    caplog.clear()
-    training.options = {"max_steps": 4, "max_epochs": -1}
-    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        training.run(tmp_path / "again", tmp_path / "last.ckpt")
-    assert told_in(caplog) == []
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_epoch_that_is_cut_is_told(accumulate: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    groups = [[index] for index in range(3 if accumulate == 1 else 5)]
+    training = Training(scheduler=None, groups=groups)
+    steps = 4  # of three in an epoch
+    for part, (start, max_steps) in enumerate([(None, steps), (0, steps), (0, 6), (2, 9)]):
+        training.options = {"max_steps": max_steps, "max_epochs": -1, "accumulate_grad_batches": accumulate}
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            used = training.run(tmp_path / str(part), None if start is None else tmp_path / str(start) / "last.ckpt")
+        rest = f"after {accumulate} of its {len(groups)} batches: the other {len(groups) - accumulate} are left out"
+        line = f"the training ended within epoch 1, {rest}, and it goes on with epoch 2"
+        cut_again = (
+            f"the training ended within epoch 2, {rest.replace(f'after {accumulate}', f'after {2 * accumulate}')}"
+        )
+        cut_again = cut_again.replace(f"other {len(groups) - accumulate}", f"other {len(groups) - 2 * accumulate}")
+        assert told_in(caplog) == [[], [], [line], [f"{cut_again}, and it goes on with epoch 3"]][part]
+        assert len(used.rates) == [4, 0, 2, 3][part]
 
 
 # --- refused ---
