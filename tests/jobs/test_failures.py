@@ -326,7 +326,7 @@ def test_another_command_in_the_same_directory_starts_anew(tmp_path: Path) -> No
     assert second.code == 0, second.err[-3000:]
     assert "goes on from" not in second.out
     left = sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
-    assert left == ["best.ckpt", "last.before", "last.ckpt"]
+    assert left == ["best.before", "best.ckpt", "last.before", "last.ckpt"]
     own = f"ckpt_path={tmp_path}/one/checkpoints/last.ckpt"
     third = train(*ARGUMENTS, "max_epochs=2", own, "hydra.run.dir=one", folder=tmp_path, **TESTS)
     assert third.code == 0, third.err[-3000:]
