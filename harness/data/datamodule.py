@@ -354,7 +354,8 @@ class AtomsDataModule(LightningDataModule):
         if undetermined is None or (found is not None and not np.allclose(list(found.values()), shifts, 1e-6, 1e-9)):
             return
         directions = np.asarray(undetermined)
-        if stage == "fit" and any(frame.energy is not None for frame in self.train_set.frames):
+        is_fitted_here = self.model_statistics is None  # otherwise it was told when the checkpoint's training began
+        if stage == "fit" and is_fitted_here and any(frame.energy is not None for frame in self.train_set.frames):
             text = undetermined_text(directions, shifts.tolist(), self.type_names)
             if text:
                 rank_zero_warn(text)

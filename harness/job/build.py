@@ -73,7 +73,7 @@ def build(config: DictConfig) -> Job:
     record = None if start is None else made_with(start.path)
     datamodule = _build_data(config)
     statistics = _statistics(record, datamodule)
-    if hasattr(datamodule, "model_statistics"):
+    if hasattr(datamodule, "model_statistics") and isinstance(statistics, RecordedStatistics):
         vars(datamodule)["model_statistics"] = statistics
     module = build_module(config, datamodule, statistics)
     callbacks: list[Callback] = [instantiate(section) for section in (config.callbacks or {}).values() if section]
