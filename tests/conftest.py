@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import settings
 from support import spawning
 from support.alloy import data  # noqa: F401 - a fixture
+
+from harness.strategies.extensions import remove_abandoned_locks
 
 # every run draws the same examples: a failure in CI is one that can be repeated
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
@@ -18,6 +21,9 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> Iterator[None]:
     torch.set_num_threads(1)
+    with warnings.catch_warnings():  # of a run of the tests that was killed in mid-compilation
+        warnings.simplefilter("ignore")
+        remove_abandoned_locks(0)
     yield
     spawning.close_all()
 

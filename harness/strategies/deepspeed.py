@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from harness.distributed import sum_over_ranks
 from harness.strategies.deepspeed_private import Shard, check_private, optimizer_state_of, refresh_weights, relink
+from harness.strategies.extensions import remove_abandoned_locks
 from harness.strategies.weights import WholeCheckpoints, copy_to_cpu, gathered, load_weights
 from harness.support.lightning_private import is_mid_accumulation
 
@@ -81,6 +82,12 @@ class ZeroStrategy(AccumulatesInWindows, WholeCheckpoints, DeepSpeedStrategy):  
         super().__init__(stage=stage, **options)
         self._parameters: list[list[nn.Parameter]] = []
         """Parameters of the optimizer, by group, before DeepSpeed puts flat shards into their place."""
+
+    def setup_environment(self) -> None:
+        """Join the ranks; DeepSpeed compiles an extension in doing so, and would wait for a lock that was left."""
+        if self.cluster_environment is None or self.cluster_environment.local_rank() == 0:
+            remove_abandoned_locks()
+        super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Hand model and optimizer to DeepSpeed."""

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from harness.strategies import ZeroStrategy
+from harness.strategies.extensions import remove_abandoned_locks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -25,6 +26,7 @@ class CpuZero(ZeroStrategy):
 
     def setup_environment(self) -> None:
         """As every DDP strategy's, without the refusal of CPUs."""
+        remove_abandoned_locks()
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
