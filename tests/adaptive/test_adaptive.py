@@ -761,6 +761,7 @@ def test_choices(choice: list[str], tmp_path: Path) -> None:
         assert {key: tested[key] for key in of_test} == of_test != {}
 
 
+@pytest.mark.slow
 def test_two_ranks_on_the_command_line(tmp_path: Path) -> None:
     choice = ["adaptive=gradient_balance", "adaptive.every_n_steps=1", "callbacks=[default,gradient_share]"]
     settings = ["callbacks.gradient_share.every_n_steps=2", "callbacks.parity=null", "logger=csv", "test=false"]

@@ -58,6 +58,7 @@ def two_ranks(folder: Path) -> list[dict[str, Said]]:
     return [{name: Said(**said) for name, said in each.items()} for each in read]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_mistake_is_told_by_one_of_two_ranks(name: str, two_ranks: list[dict[str, Said]], folder: Path) -> None:
     first, second = (each[name] for each in two_ranks)

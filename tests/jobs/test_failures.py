@@ -110,7 +110,8 @@ def test_kill_9_of_the_whole_job(undisturbed: Path, tmp_path: Path) -> None:
     assert '"finished"' in (folder / "run.json").read_text()
 
 
-@pytest.mark.parametrize("told", ["[1]", pytest.param("null", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["[1]", "null"])
 def test_sigterm_saves_within_the_step_and_the_same_command_goes_on(
     told: str, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from harness.sweep import rank, read_sweep
 pytestmark = pytest.mark.timeout(600)  # each starts several processes that import torch
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_is_told_by_its_rank_and_the_other_goes_on(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nown: of ${name}\n")
