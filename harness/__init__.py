@@ -36,6 +36,7 @@ from harness.presets import (
 
 if TYPE_CHECKING:
     from harness.module import ForceFieldModule
+    from harness.trained import load_model
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "Window",
     "compute_together",
     "field_spec",
+    "load_model",
     "merge_accumulated",
     "register_field",
     "registered_fields",
@@ -70,9 +72,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The Lightning module on first use: losses and metrics alone need no Lightning."""
+    """Names that need Lightning, on first use: losses and metrics alone need none."""
     if name == "ForceFieldModule":
         from harness.module import ForceFieldModule
 
         return ForceFieldModule
+    if name == "load_model":
+        from harness.trained import load_model
+
+        return load_model
     raise AttributeError(f"module 'harness' has no attribute {name!r}. Public names: {', '.join(__all__)}.")

@@ -14,12 +14,12 @@ from harness.checkpoints import read
 from harness.job.made_with import MADE_WITH, NOT_SET, differences
 from harness.job.match import rule_of
 from harness.module import ForceFieldModule
+from harness.trained.checkpoint import model_weights
 
 __all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
 
 _OF_THE_MODULE = ("optimizer", "optimizer.*", "lr_scheduler", "lr_scheduler.*", "data.batch_size")
 """Settings that the module compares by the states that they have made."""
-_MODEL = "model."
 
 
 def check_continuation(path: str, module: ForceFieldModule, trainer: Trainer) -> None:
@@ -73,17 +73,10 @@ def load_initial_weights(path: str, module: ForceFieldModule) -> list[str]:
         Lines that say what was loaded.
     """
     checkpoint = read(Path(path))
-    weights = _weights(checkpoint)
+    weights = model_weights(checkpoint)
     module.model.load_state_dict(weights)
     kind = "averaged weights" if "current_model_state" in checkpoint else "weights"
     return [
         f"starts from the {kind} of {path} ({len(weights)} tensors, of step {checkpoint['global_step']}): a new "
         f"training, whose optimizer, epochs and steps begin at 0"
     ]
-
-
-def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights of the model by their names in it; those of the loss and its metrics belong to a training."""
-    return {
-        name.removeprefix(_MODEL): value for name, value in checkpoint["state_dict"].items() if name.startswith(_MODEL)
-    }

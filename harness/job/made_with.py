@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,22 @@ from ase.data import atomic_numbers
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from harness.checkpoints import read
 from harness.job.consistency import data_facts, settings_of, versions
 from harness.loggers.secrets import MASK, without_secrets
 from harness.models import reference_energies as energy_shifts
 from harness.runs import command
+from harness.trained.record import (
+    ARCHITECTURE,
+    MADE_WITH,
+    RecordedStatistics,
+    made_with,
+    packages_of,
+    plain,
+    self_contained,
+    statistics_of,
+    units,
+)
 
 __all__ = [
     "MADE_WITH",
@@ -32,8 +40,6 @@ __all__ = [
     "statistics_of",
 ]
 
-MADE_WITH = "made_with"
-"""Key in a checkpoint."""
 NOT_SET = "not set"
 """Value of a setting that one of two configurations does not have."""
 _OF_A_RUN = (
@@ -48,16 +54,6 @@ _OF_A_RUN = (
     "objectives",
     "logger",
 )
-_STATISTICS = (
-    "type_names",
-    "energy_shifts",
-    "force_rms",
-    "mean_neighbors",
-    "num_frames",
-    "num_atoms",
-    "undetermined",
-    "isolated_atoms",
-)
 
 
 class MadeWith(Callback):
@@ -65,13 +61,17 @@ class MadeWith(Callback):
 
     The entry ``made_with`` is a dictionary:
 
+    * ``architecture``: the section ``model`` as the model was built of it, ``_target_`` and arguments, with the model's
+      reference energies as numbers: :func:`harness.load_model` rebuilds it of that and of ``statistics``;
     * ``settings``: values of the resolved configuration by dotted name, without those of loggers and without secrets;
     * ``data``: facts that decide the batches by name, as ``datamodule.fingerprint()`` gives them;
     * ``statistics``: numbers of the training set that the model was built of;
     * ``type_names``, ``cutoff`` in Å, ``dtype`` of the data, ``precision`` of the trainer;
     * ``energy_shifts``: reference energies of the model in eV by chemical symbol, where it has some;
     * ``energy_level``: mean and standard deviation of what they leave of the training labels, in eV/atom;
-    * ``command``: the overrides of the command line; ``versions`` of the package and its libraries.
+    * ``units`` by field: those of the cutoff, the batches and the predictions;
+    * ``command``: the overrides of the command line; ``versions`` of the package and its libraries, and ``packages``,
+      those of the model.
 
     What is not known is None.
 
@@ -86,17 +86,20 @@ class MadeWith(Callback):
         type_names = getattr(datamodule, "type_names", None)
         dtype = getattr(datamodule, "dtype", None)
         self.record: dict[str, Any] = {
+            ARCHITECTURE: _architecture(config),
             "settings": _settings(config),
-            "data": _plain(data_facts(config, datamodule)),
+            "data": plain(data_facts(config, datamodule)),
             "statistics": statistics_of(found),
             "type_names": None if type_names is None else [str(name) for name in type_names],
             "cutoff": _number(getattr(datamodule, "cutoff", config.get("cutoff"))),
             "dtype": str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None,
+            "units": units(),
             "command": _command(),
-            "versions": _plain(versions()),
+            "versions": plain(versions()),
         }
         self._frames = getattr(getattr(datamodule, "train_set", None), "frames", None) or []
         self._level: dict[str, Any] | None = None
+        self._packages: dict[str, str] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record."""
@@ -104,17 +107,15 @@ class MadeWith(Callback):
         shifts = energy_shifts(pl_module, type_names)
         if self._level is None and shifts is not None:  # once: of a large set it takes a while
             self._level = energy_level(self._frames, shifts)
+        if self._packages is None:
+            self._packages = packages_of(getattr(pl_module, "model", pl_module))
         checkpoint[MADE_WITH] = self.record | {
+            ARCHITECTURE: self_contained(self.record[ARCHITECTURE], shifts),
+            "packages": self._packages,
             "precision": str(trainer.precision),
             "energy_shifts": shifts,
             "energy_level": self._level,
         }
-
-
-def made_with(path: str | Path) -> dict[str, Any] | None:
-    """Record of a checkpoint file; None in one that has none, as those of version 0.1.0."""
-    found = read(Path(path)).get(MADE_WITH)
-    return found if isinstance(found, dict) else None
 
 
 def differences(made_with: Mapping[str, Any], config: DictConfig) -> list[tuple[str, Any, Any]]:
@@ -135,12 +136,6 @@ def differences(made_with: Mapping[str, Any], config: DictConfig) -> list[tuple[
     return [
         (name, *pair) for name, pair in pairs.items() if pair[0] != pair[1] and name.partition(".")[0] not in _OF_A_RUN
     ]
-
-
-def statistics_of(statistics: Any) -> dict[str, Any] | None:
-    """Statistics of a training set as plain numbers, those of them that there are; None without any."""
-    found = {name: getattr(statistics, name) for name in _STATISTICS if hasattr(statistics, name)}
-    return {name: _plain(value) for name, value in found.items()} or None
 
 
 def energy_level(frames: Sequence[Any], shifts: Mapping[str, float]) -> dict[str, Any] | None:
@@ -164,33 +159,15 @@ def energy_level(frames: Sequence[Any], shifts: Mapping[str, float]) -> dict[str
     return {"mean": float(left.mean()), "std": float(left.std()), "num_frames": len(left)}
 
 
-class RecordedStatistics:
-    """Statistics that a checkpoint's model was built of, with the attributes of those of a training set.
-
-    Args:
-        recorded: entry ``statistics`` of the record.
-        now: statistics of the training set of now, for attributes that were not recorded.
-    """
-
-    def __init__(self, recorded: Mapping[str, Any], now: Any = None) -> None:
-        self._now = now
-        values = dict(recorded)
-        for name in ("energy_shifts", "undetermined"):
-            if values.get(name) is not None:
-                values[name] = torch.tensor(values[name], dtype=torch.float64)
-        if "type_names" in values:
-            values["type_names"] = tuple(values["type_names"])
-        vars(self).update(values)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._now, name)
+def _architecture(config: DictConfig) -> dict[str, Any]:
+    """Builder of the model and its arguments, resolved."""
+    resolved: Any = OmegaConf.to_container(config.model, resolve=True) if config.get("model") else {}
+    return dict(plain(without_secrets(resolved)))
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
     found = settings_of(config, without_secrets)
-    return {name: _plain(value) for name, value in found.items() if name.partition(".")[0] != "logger"}
+    return {name: plain(value) for name, value in found.items() if name.partition(".")[0] != "logger"}
 
 
 def _command() -> list[str]:
@@ -212,17 +189,3 @@ def _masked(override: str) -> str:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _plain(value: Any) -> Any:
-    """A value as plain data: subclasses of numbers and strings would not load with ``weights_only=True``."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
-    if kind is None:
-        return None if value is None else str(value)
-    return kind(value)

@@ -1,0 +1,141 @@
+"""A trained model, rebuilt from its checkpoint alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from torch import Tensor, nn
+
+from harness.data import Frame, collate, frame_to_sample
+from harness.fields import Batch
+from harness.trained.checkpoint import TrainedCheckpoint
+from harness.trained.targets import Trust
+
+__all__ = ["TrainedModel", "load_model"]
+
+
+class TrainedModel(nn.Module):
+    """A model with what its users need to know about it.
+
+    Maps a batch to predictions, as the model of the training does: ``total_energy`` in eV, ``forces`` in eV/Å, and
+    ``stress`` in eV/Å³ (positive in tension, as ASE's) and ``atomic_energy`` where it has them.
+
+    Args:
+        model: from a batch dictionary to a dictionary of predictions.
+        checkpoint: that it was rebuilt from.
+
+    Attributes:
+        model: that of the training.
+        type_names: chemical symbols in the order of ``atom_types``; None if the training data had none.
+        cutoff: of the neighbour lists in Å; None if the training data had none.
+        units: by field, such as ``forces``.
+        dtype: of positions and cells in the training; weights have their own.
+        energy_shifts: reference energies in eV by type name; None if the model has none.
+        record: everything that the checkpoint says of its training, see
+            :class:`~harness.job.made_with.MadeWith`.
+        path: of the checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: TrainedCheckpoint) -> None:
+        super().__init__()
+        self.model = model
+        self.type_names = checkpoint.type_names
+        self.cutoff = checkpoint.cutoff
+        self.units: dict[str, str] = dict(checkpoint.record.get("units") or {})
+        self.dtype = _dtype(checkpoint, model)
+        self.energy_shifts: dict[str, float] | None = checkpoint.record.get("energy_shifts")
+        self.record: Mapping[str, Any] = checkpoint.record
+        self.path = checkpoint.path
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Predictions of a batch; forces may be a gradient, also in ``torch.no_grad()``."""
+        with torch.enable_grad():
+            predictions: dict[str, Tensor] = self.model(batch)
+        return predictions
+
+    def batch_of(self, structures: Atoms | Sequence[Atoms]) -> dict[str, Tensor]:
+        """A batch of structures, as those of the training, on the device of the model.
+
+        Raises:
+            ValueError: an element that the model does not know, or the checkpoint has no type names or no cutoff.
+        """
+        frames = [structures] if isinstance(structures, Atoms) else list(structures)
+        for index, atoms in enumerate(frames):
+            self.check_elements(atoms, "" if isinstance(structures, Atoms) else f"structure {index}: ")
+        if self.cutoff is None:
+            raise ValueError(
+                f"{self.path} has no cutoff, so the batches of its model are not known: make them yourself."
+            )
+        names = self.type_names or []
+        samples = [frame_to_sample(Frame(atoms), names, self.cutoff, dtype=self.dtype) for atoms in frames]
+        return {name: value.to(self.device) for name, value in collate(samples, self.dtype).items()}
+
+    def check_elements(self, atoms: Atoms, where: str = "") -> None:
+        """Refuse elements that the model was not trained on.
+
+        Args:
+            atoms: a structure.
+            where: beginning of the message.
+
+        Raises:
+            ValueError: with the elements that it knows.
+        """
+        if self.type_names is None:
+            raise ValueError(f"{self.path} has no type names, so the atom types of its model are not known.")
+        unknown = sorted(set(atoms.get_chemical_symbols()) - set(self.type_names))
+        if unknown:
+            raise ValueError(
+                f"{where}the model of {self.path} knows {', '.join(self.type_names)}, found {', '.join(unknown)} in "
+                f"{atoms.get_chemical_formula()}: an element needs training data that have it."
+            )
+
+
+def load_model(
+    path: str | Path,
+    map_location: torch.device | str | None = None,
+    *,
+    trust: Trust = (),
+    changes: Mapping[str, Any] | None = None,
+) -> TrainedModel:
+    """The model of a checkpoint, in evaluation mode, from the file alone: no config and no data are needed.
+
+    Weights are those that were validated, averaged ones under ``callbacks=[default,ema]``, in the dtypes of the
+    training. In float64 predictions are those of the validation bit for bit, for the same batch. Under
+    ``bf16-mixed`` they are those of the float32 weights, without autocast.
+
+    The file is read with ``weights_only=True``. It names the builder of its model: those of ``harness.models`` are
+    called, others, such as one of your own package, only if ``trust`` has them.
+
+    Args:
+        path: of a checkpoint of this package, whatever strategy has written it.
+        map_location: device of the model; the CPU if None.
+        trust: names of packages, modules or builders that may be imported and called, such as ``"my_models"``.
+        changes: arguments of the builder that replace those of the training, such as ``{"compile_mode": "eager"}``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: a package that the model needs is not installed; its extra is named.
+        ValueError: the file is no checkpoint, is damaged, or lacks what a model is rebuilt from; its builder is not
+            trusted; or its weights do not fit.
+    """
+    checkpoint = TrainedCheckpoint.read(path)
+    model = TrainedModel(checkpoint.build(trust, changes), checkpoint).eval()
+    return model if map_location is None else model.to(map_location)
+
+
+def _dtype(checkpoint: TrainedCheckpoint, model: nn.Module) -> torch.dtype:
+    """Dtype of the data of the training; that of the weights if it is not recorded."""
+    named = getattr(torch, str(checkpoint.record.get("dtype")), None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next((each.dtype for each in model.parameters() if each.dtype.is_floating_point), torch.get_default_dtype())
