@@ -14,6 +14,7 @@ those of these arguments that their signatures show:
 - ``extra_metrics``: further components, as :class:`~harness.metrics.MetricsManager` takes them.
 - ``schedule``: drives coefficients by epoch, see :mod:`harness.schedules`.
 - ``schedule_interval``: ``epoch`` or ``step``, how often a training moves on along the schedule.
+- ``coefficients``: ``normalised``, divided by their sum, or ``as_given``, for the plain sum of coefficient × component.
 
 The fields are ``total_energy``, ``forces`` and ``stress``, as far as the function has them. An unknown key of
 ``coeffs`` or ``ignore_nan`` is a ``ValueError`` that lists the valid ones.
@@ -31,6 +32,7 @@ from harness.metrics import (
     MeanAbsoluteError,
     MeanSquaredError,
     MetricsManager,
+    Normalisation,
     RootMeanSquaredError,
 )
 from harness.schedules import Interval, Schedule
@@ -70,12 +72,13 @@ def EnergyForceLoss(
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
+    coefficients: Normalisation = "normalised",
 ) -> MetricsManager:
     """Loss of energy and forces: ``per_atom_energy_mse`` (or ``total_energy_mse``) and ``forces_mse``."""
     metrics = _errors_of_loss(
         ("total_energy", "forces"), coeffs, ignore_nan, extra_metrics, per_atom_energy, per_type_forces_coeffs
     )
-    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
 
 
 def EnergyForceStressLoss(
@@ -87,12 +90,13 @@ def EnergyForceStressLoss(
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
+    coefficients: Normalisation = "normalised",
 ) -> MetricsManager:
     """Loss of energy, forces and stress: as :func:`EnergyForceLoss`, and ``stress_mse``."""
     metrics = _errors_of_loss(
         ("total_energy", "forces", "stress"), coeffs, ignore_nan, extra_metrics, per_atom_energy, per_type_forces_coeffs
     )
-    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
 
 
 def EnergyOnlyLoss(
@@ -103,13 +107,14 @@ def EnergyOnlyLoss(
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
+    coefficients: Normalisation = "normalised",
 ) -> MetricsManager:
     """Loss of the energy alone: ``per_atom_energy_mse`` (or ``total_energy_mse``).
 
     The coefficient matters only beside extra metrics that have one.
     """
     metrics = _errors_of_loss(("total_energy",), coeffs, ignore_nan, extra_metrics, per_atom_energy)
-    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
 
 
 def EnergyForceMetrics(
@@ -119,13 +124,14 @@ def EnergyForceMetrics(
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
+    coefficients: Normalisation = "normalised",
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_``, ``per_atom_energy_`` and ``forces_``.
 
     Units: eV, eV/atom, eV/Å.
     """
     metrics = _errors_to_monitor(("total_energy", "per_atom_energy", "forces"), coeffs, ignore_nan, extra_metrics)
-    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
 
 
 def EnergyForceStressMetrics(
@@ -135,10 +141,11 @@ def EnergyForceStressMetrics(
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
+    coefficients: Normalisation = "normalised",
 ) -> MetricsManager:
     """Errors of energy, forces and stress: as :func:`EnergyForceMetrics`, and those of ``stress_`` in eV/Å³."""
     metrics = _errors_to_monitor(tuple(_MONITORED), coeffs, ignore_nan, extra_metrics)
-    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
 
 
 def EnergyOnlyMetrics(
@@ -148,10 +155,23 @@ def EnergyOnlyMetrics(
     extra_metrics: Extra | None = None,
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
+    coefficients: Normalisation = "normalised",
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_`` (eV) and ``per_atom_energy_`` (eV/atom)."""
     metrics = _errors_to_monitor(("total_energy", "per_atom_energy"), coeffs, ignore_nan, extra_metrics)
-    return MetricsManager(metrics, type_names, schedule=schedule, schedule_interval=schedule_interval)
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+
+
+def _manager(
+    metrics: Sequence[Mapping[str, Any]],
+    type_names: Sequence[str] | None,
+    schedule: Schedule | None,
+    schedule_interval: Interval,
+    coefficients: Normalisation,
+) -> MetricsManager:
+    return MetricsManager(
+        metrics, type_names, schedule=schedule, schedule_interval=schedule_interval, coefficients=coefficients
+    )
 
 
 def _errors_of_loss(

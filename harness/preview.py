@@ -255,10 +255,13 @@ class _Preview:
         return rate
 
     def table(self, every: int | None) -> Table:
-        """Given and normalised coefficients, at the boundaries and at some epochs between."""
+        """Given and normalised coefficients, or given ones alone, at the boundaries and at some epochs between."""
         name = "no schedule" if self.schedule is None else type(self.schedule).__name__
         moves = ", which moves on at every step" if self.by_steps else ""
-        table = Table(title=f"{name}{moves}: given → normalised", title_justify="left")
+        kind = "given → normalised"
+        if self.loss.normalisation == "as_given":
+            kind = "coefficients as given" + (f", weights of atom types {kind}" if self.weights else "")
+        table = Table(title=f"{name}{moves}: {kind}", title_justify="left")
         table.add_column("epoch", justify="right", no_wrap=True)
         if self.needs_learning_rate:
             table.add_column("relative learning rate", justify="right")
@@ -277,7 +280,9 @@ class _Preview:
 
     def _cell(self, name: str) -> str:
         given, coeff = self.loss.given_coeffs[name], self.loss.coeffs[name]
-        return "-" if given is None or coeff is None else f"{given:.4g} → {coeff:.4g}"
+        if given is None or coeff is None:
+            return "-"
+        return f"{coeff:.4g}" if self.loss.normalisation == "as_given" else f"{given:.4g} → {coeff:.4g}"
 
     def _weight(self, key: str) -> str:
         given = {
@@ -288,21 +293,22 @@ class _Preview:
         return f"{given.get(key, 1):.4g} → {self.loss.type_weights[key]:.4g}"
 
     def draw(self, path: Path) -> None:
-        """Write the normalised coefficients over the epochs as a picture, and the weights of atom types below them."""
+        """Write the coefficients over the epochs as a picture, and the weights of atom types below them."""
         from matplotlib.ticker import MaxNLocator
 
         epochs = self._points()
         values: dict[str, list[float]] = {name: [] for name in (*self.components, *self.weights)}
         for epoch in epochs:
             self.move_to(epoch)
-            normalised: dict[str, Any] = {**self.loss.coeffs, **self.loss.type_weights}
+            moved: dict[str, Any] = {**self.loss.coeffs, **self.loss.type_weights}
             for name, series in values.items():
-                value = normalised.get(name)
+                value = moved.get(name)
                 series.append(math.nan if value is None else value)
         if not self.by_steps:  # the last epoch has a width too
             epochs = [*epochs, float(self.end)]
             values = {name: [*series, series[-1]] for name, series in values.items()}
-        panels = {"coefficient": self.components, "weight of atom type": self.weights}
+        normalisation = self.loss.normalisation.replace("_", " ")
+        panels = {f"coefficient, {normalisation}": self.components, "weight of atom type, normalised": self.weights}
         shown = {label: names for label, names in panels.items() if names}
         figure = new_figure(9, 3.6 * len(shown), layout="constrained")
         axes = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
@@ -310,7 +316,7 @@ class _Preview:
             numbers = np.array([values[name] for name in names])
             if np.nanmin(numbers) > 0 and np.nanmax(numbers) > 100 * np.nanmin(numbers):
                 axis.set_yscale("log")
-            axis.set_ylabel(f"{label}, normalised")
+            axis.set_ylabel(label)
             for name, series in zip(names, numbers, strict=True):
                 axis.plot(epochs, series, drawstyle="default" if self.by_steps else "steps-post", label=name)
             for boundary in self._begins():

@@ -9,8 +9,8 @@ hold then, by name. It has no state: a training that is continued at an epoch ha
     {'forces_mse': 2.5}
 
 **Coefficients** are given as users give them to a loss: ``{component: number}``, finite and at least 0; the loss
-normalises them. ``{component: {type: number}}`` are the weights of a component's average over the atom types. They
-go by the names that the per-type values are reported under, ``{component}_{type}``, so that
+normalises them, or takes them as given. ``{component: {type: number}}`` are the weights of a component's average over
+the atom types. They go by the names that the per-type values are reported under, ``{component}_{type}``, so that
 ``{"forces_mse": {"H": 5, "O": 1}}`` and ``{"forces_mse_H": 5, "forces_mse_O": 1}`` are the same. A name that is absent
 at an epoch is one that the schedule does not touch then: the coefficient that the loss was given holds. 0 is not
 absence: the component stays in the sum, with no weight.

@@ -25,14 +25,14 @@ class GradientBalance(Callback):
 
     .. math::
         \text{share}_k = \frac{c_k \lVert g_k \rVert}{\sum_j c_j \lVert g_j \rVert}, \qquad
-        c_k \leftarrow c_k \left( \frac{\text{target}_k}{\text{share}_k} \right)^{\text{rate}} \text{, normalised}
+        c_k \leftarrow c_k \left( \frac{\text{target}_k}{\text{share}_k} \right)^{\text{rate}}
 
-    from the next step on. With the rate 1 this step would have had the target shares; a smaller rate averages over the
-    noise of some 1/rate measurements. As GradNorm balances the norms of gradients, but by a factor in the place of a
-    gradient step of the coefficients, and without its term for the pace of each task.
+    from the next step on, scaled so that their sum stays. With the rate 1 this step would have had the target shares; a
+    smaller rate averages over the noise of some 1/rate measurements. As GradNorm balances the norms of gradients, but
+    by a factor in the place of a gradient step of the coefficients, and without its term for the pace of each task.
 
-    A coefficient stays within ``limit`` times and a ``limit``-th of what the user gave it (both normalised), so that
-    none dies or explodes. A component whose gradient is 0 or not finite in a step (no data, say) keeps its coefficient
+    A coefficient stays within ``limit`` times and a ``limit``-th of what the user gave it, so that none
+    dies or explodes. A component whose gradient is 0 or not finite in a step (no data, say) keeps its coefficient
     then, and the others share out what they have together. Components outside of the weighted sum, and those with the
     coefficient 0, take no part.
 

@@ -12,10 +12,10 @@ __all__ = ["SetPoint"]
 class SetPoint:
     r"""Coefficients as multiples of those that the user gave.
 
-    .. math:: c_k = \frac{w_k f_k}{\sum_j w_j f_j}
+    .. math:: c_k = \frac{w_k f_k}{\sum_j w_j f_j} \sum_j w_j
 
-    with the given coefficients :math:`w_k` (:math:`\sum_k w_k = 1`) and the factors :math:`f_k`, which an adaptive
-    scheme finds. Components whose coefficient is null or 0 are left as they are.
+    with the given coefficients :math:`w_k`, normalised or not, and the factors :math:`f_k`, which an adaptive scheme
+    finds: the sum stays that of the given ones. Components whose coefficient is null or 0 are left as they are.
 
     Attributes:
         coeffs: :math:`w_k` of the components in the weighted sum.
@@ -36,8 +36,8 @@ class SetPoint:
             loss: a manager, of this package or NequIP's.
         """
         found = {name: entry.coeff for name, entry in loss.entries.items() if entry.coeff is not None}
-        if self._is_moved and _same(found, _normalised(self._multiples)):
-            loss.set_coeffs(self._multiples)  # a manager that normalises what it restores may be off by a rounding
+        if self._is_moved and _same(found, self._moved):
+            loss.set_coeffs(self._moved)  # a manager that normalises what it restores may be off by a rounding
             return
         if not self._is_moved and _same(found, self.coeffs):
             return
@@ -48,11 +48,13 @@ class SetPoint:
         """Give a loss the coefficients of new factors; those that are not named stay."""
         self.factors |= factors
         self._is_moved = True
-        loss.set_coeffs(self._multiples)
+        loss.set_coeffs(self._moved)
 
     @property
-    def _multiples(self) -> dict[str, float]:
-        return {name: coeff * self.factors.get(name, 1.0) for name, coeff in self.coeffs.items()}
+    def _moved(self) -> dict[str, float]:
+        multiples = {name: coeff * self.factors.get(name, 1.0) for name, coeff in self.coeffs.items()}
+        scale = sum(self.coeffs.values()) / sum(multiples.values())
+        return {name: scale * coeff for name, coeff in multiples.items()}
 
     def state(self) -> dict[str, Any]:
         """State for checkpoints."""
@@ -62,11 +64,6 @@ class SetPoint:
         """Continue from a state."""
         self.coeffs, self.factors = dict(state["coeffs"]), dict(state["factors"])
         self._is_moved = bool(state["is_moved"])
-
-
-def _normalised(coeffs: Mapping[str, float]) -> dict[str, float]:
-    total = sum(coeffs.values())
-    return {name: coeff / total for name, coeff in coeffs.items()}
 
 
 def _same(left: Mapping[str, float], right: Mapping[str, float]) -> bool:

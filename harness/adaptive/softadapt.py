@@ -23,18 +23,19 @@ __all__ = ["SoftAdapt", "soft_factors"]
 class SoftAdapt(Callback):
     r"""Multiplies the user's coefficients by a softmax of how each component has changed.
 
-    With the values :math:`v_k(n)` of the components after the n-th batch or epoch, and the user's normalised
-    coefficients :math:`w_k`
+    With the values :math:`v_k(n)` of the components after the n-th batch or epoch, and the user's coefficients
+    :math:`w_k`
 
     .. math::
         f_k(n) = K \operatorname{softmax}_k\left(\beta\, \frac{\Delta_k(n)}{\max(\lVert \Delta(n) \rVert, \epsilon)}
         \right), \qquad \Delta_k(n) = v_k(n) - v_k(n - 1), \qquad c_k \propto w_k \overline{f_k}
 
     where the mean is over the changes of the last ``frequency`` intervals, and K the number of components that have
-    changed. A component that rises, or falls less than others, gains weight (:math:`\beta > 0`); where all change alike
-    the coefficients are the user's. NequIP's ``SoftAdapt`` multiplies the coefficients that it has set before, so that
-    they drift away from the user's; here these stay the point of departure: while all components have data, the ratio
-    of two coefficients stays within a factor :math:`e^{\sqrt 2 \beta}` of theirs.
+    changed. The sum of the coefficients stays that of the user's. A component that rises, or falls less than others,
+    gains weight (:math:`\beta > 0`); where all change alike the coefficients are the user's. NequIP's ``SoftAdapt``
+    multiplies the coefficients that it has set before, so that they drift away from the user's; here these stay the
+    point of departure: while all components have data, the ratio of two coefficients stays within a factor
+    :math:`e^{\sqrt 2 \beta}` of theirs.
 
     Components outside of the weighted sum, and those with the coefficient 0, take no part. One without data (NaN) keeps
     its factor; when it has data again, its change is that since it had some last.

@@ -21,20 +21,21 @@ _LIMIT = 50.0
 class UncertaintyWeighting(nn.Module):
     r"""Weights each component by the inverse of a variance that is learnt with the model.
 
-    With the user's normalised coefficients :math:`w_k` and the values :math:`v_k`, the log variances :math:`s_k`
-    minimise
+    With the user's coefficients, divided by their sum :math:`W`, as :math:`w_k`, and the values :math:`v_k`, the log
+    variances :math:`s_k` minimise
 
     .. math:: \frac12 \sum_k w_k \left( e^{-s_k} v_k + s_k \right)
 
     so that :math:`s_k = \ln v_k` once they have settled, and every component contributes its :math:`w_k`: the user's
     coefficients are the shares in the sum that is aimed at, whatever the units of the components. The model is trained
-    on the weighted sum with the normalised coefficients
+    on the weighted sum with the coefficients
 
-    .. math:: c_k = \frac{w_k e^{-s_k}}{\sum_j w_j e^{-s_j}}
+    .. math:: c_k = W \frac{w_k e^{-s_k}}{\sum_j w_j e^{-s_j}}
 
-    whose scale does not change with the variances, so that learning rates keep their meaning; through them no gradient
-    flows. What is logged as coefficients are these :math:`c_k`; ``loss.coeffs``, on the host, are the set-point
-    :math:`w_k`. A component without data in a step does not move its variance.
+    (:math:`W = 1` where they are normalised), whose scale does not change with the variances, so that learning rates
+    keep their meaning; through them no gradient flows. What is logged as coefficients are these :math:`c_k`;
+    ``loss.coeffs``, on the host, are the set-point :math:`W w_k`. A component without data in a step does not move its
+    variance.
 
     The log variances are one float32 parameter of the loss, in checkpoints and in the same optimizer as the model's
     parameters: its learning rate moves them, its weight decay pulls them to 0, that is, back to the user's
@@ -85,9 +86,9 @@ class UncertaintyWeighting(nn.Module):
         return (self.speed * parameter.to(torch.float64)).clamp(-_LIMIT, _LIMIT)
 
     def forward(self, coeffs: Tensor) -> Tensor:
-        """Normalised coefficients from those that were given: float64 ``[num_components]``; without a gradient."""
+        """Coefficients of the same sum as those that were given: float64 ``[num_components]``; without a gradient."""
         weights = coeffs * torch.exp(-self._exponents().detach())
-        return weights / weights.sum()
+        return weights * (coeffs.sum() / weights.sum())
 
     def objective(self, values: Values) -> Tensor:
         """Objective of the log variances, from the values of a step; its gradient does not reach the model."""

@@ -24,10 +24,10 @@ _MOST_POINTS = 2000
 class CoefficientCurve(Callback):
     """Draws ``coefficients.png`` as a training ends: coefficients, and shares of the weighted sum, by epoch.
 
-    Above are the normalised coefficients that each epoch ended with; those of a schedule by step at each logged step.
-    Below is what each component contributed to the weighted sum of the training epoch: coefficient × value /
-    weighted_sum. Both sum to 1. Weights of atom types, where they move, have a panel between the two. A training that
-    fails after its first epoch is drawn, too.
+    Above are the coefficients that each epoch ended with, normalised or as given; those of a schedule by step at each
+    logged step. Below is what each component contributed to the weighted sum of the training epoch: coefficient ×
+    value / weighted_sum, which sum to 1. Weights of atom types, where they move, have a panel between the two. A
+    training that fails after its first epoch is drawn, too.
 
     Args:
         output_dir: folder of the picture; an image goes to W&B as ``train_report/coefficients``, too.
@@ -41,6 +41,7 @@ class CoefficientCurve(Callback):
         self._types: dict[int, dict[str, float]] = {}  # weights of atom types by epoch
         self._points: list[tuple[float, dict[str, float]]] = []  # coefficients within epochs
         self._step = 0
+        self._normalisation = "normalised"
 
     @property
     def written_files(self) -> dict[str, list[Path]]:
@@ -50,6 +51,8 @@ class CoefficientCurve(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the training's epoch."""
         self._step = trainer.global_step
+        if isinstance(pl_module, ForceFieldModule):
+            self._normalisation = pl_module.loss.normalisation
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -137,7 +140,7 @@ class CoefficientCurve(Callback):
         if positive.size and positive.min() * 100 < positive.max():
             above.set_yscale("log")
         above.set_ylabel("coefficient")
-        above.set_title("Coefficients of the loss, normalised")
+        above.set_title(f"Coefficients of the loss, {self._normalisation.replace('_', ' ')}")
         if between:
             weights = np.array([[self._types[epoch].get(name, np.nan) for name in types] for epoch in epochs])
             _draw_steps(between[0], edges, weights, types)

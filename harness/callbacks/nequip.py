@@ -73,8 +73,8 @@ class LossCoefficientScheduler(_EpochScheduler):
     """Changes coefficients of the loss at given epochs: a step function of the epoch.
 
     A component that is not named keeps its coefficient; the manager of NequIP would drop it from the loss, and there
-    all of them have to be named. All are normalised to sum to 1. What holds depends on the epoch alone, so that a
-    restart at any epoch is right.
+    all of them have to be named. All are normalised to sum to 1, unless the loss takes them as given. What holds
+    depends on the epoch alone, so that a restart at any epoch is right.
 
     Args:
         schedule: ``{epoch: {component: coefficient}}``.
@@ -100,8 +100,8 @@ class LossCoefficientScheduler(_EpochScheduler):
 class LinearLossCoefficientScheduler(_EpochScheduler):
     r"""Moves coefficients linearly from their values at one epoch to others, over a number of epochs.
 
-    With the normalised coefficients :math:`c_k` that hold at ``start_epoch`` :math:`s`, the normalised final ones
-    :math:`f_k`, and the number :math:`n` of transition epochs
+    With the coefficients :math:`c_k` that hold at ``start_epoch`` :math:`s`, the final ones :math:`f_k` (both are
+    normalised, unless the loss takes them as given), and the number :math:`n` of transition epochs
 
     .. math:: c_k(e) = c_k + \min\Big(1, \frac{e - s}{n}\Big)\,(f_k - c_k), \qquad e \ge s
 
@@ -130,9 +130,11 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
         if not total > 0:
             raise ValueError(f"`final_coeffs` are all 0, found {checked}; at least one must be above 0.")
         self.final_coeffs = {name: coeff / total for name, coeff in checked.items()}
+        self._given = checked
         self.transition_epochs = transition_epochs
         self.start_epoch = start_epoch
         self._initial: dict[str, float] | None = None
+        self._as_given = False
         self._stages: list[LinearLossCoefficientScheduler] = []
 
     @property
@@ -151,6 +153,7 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
 
     def _check_loss(self, trainer: Trainer, loss: Any) -> None:
         """Refuse names that the loss does not have, and stages that overlap."""
+        self._as_given = isinstance(loss, MetricsManager) and loss.normalisation == "as_given"
         found = [each for each in _callbacks(trainer) if isinstance(each, LinearLossCoefficientScheduler)]
         self._stages = sorted(found, key=lambda stage: stage.start_epoch)
         for before, after in zip(self._stages, self._stages[1:], strict=False):
@@ -170,13 +173,13 @@ class LinearLossCoefficientScheduler(_EpochScheduler):
         current = dict(self._initial or {})
         for stage in self._stages:
             done = min(max(epoch - stage.start_epoch, 0) / stage.transition_epochs, 1.0)
-            for name, final in stage.final_coeffs.items():
+            for name, final in (stage._given if self._as_given else stage.final_coeffs).items():
                 current[name] += done * (final - current[name])
         return current
 
 
 class LossCoefficientMonitor(Callback):
-    """Logs the normalised coefficients of the loss as ``loss_coeff/{component}``, every so many epochs or batches.
+    """Logs the coefficients of the loss as ``loss_coeff/{component}``, every so many epochs or batches.
 
     :class:`~harness.module.ForceFieldModule` logs them by itself: at all epochs under this key, and on the steps that
     the trainer logs as ``loss_coeff_step/{component}``. There the callback adds further batches, under the latter.

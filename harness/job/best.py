@@ -25,7 +25,7 @@ __all__ = ["ComparableScores", "best_before", "best_checkpoint", "load_checkpoin
 
 _OF_VALIDATION = ("val_metrics", "val_metrics.*", "data.keys.*", "trainer.limit_val_batches")
 _OF_TRAINING = ("loss.*", "schedule.*", "adaptive.*", "train_metrics.*", "trainer.limit_train_batches")
-_OF_WEIGHTED_SUM = ("val_metrics.coeffs*", "val_metrics.schedule*")
+_OF_WEIGHTED_SUM = ("val_metrics.coeff*", "val_metrics.schedule*")
 _EXTRA = re.compile(r"(val_metrics\.extra_metrics\.\d+)\.")
 
 

@@ -30,7 +30,7 @@ from harness.job.monitors import check_monitors
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
-from harness.module.coefficient_control import controllers_of, refuse_several
+from harness.module.coefficient_control import NORMALISING, controllers_of, refuse_several
 from harness.module.horizon import TrainingLength
 from harness.runs import point_number, swept_settings
 from harness.strategies import refuse_folder
@@ -348,6 +348,14 @@ def check_controllers(module: ForceFieldModule, callbacks: list[Callback]) -> No
     """Refuse two things that both move the coefficients of the loss: the later one would undo the other, silently.
 
     Raises:
-        ValueError: with the names of both.
+        ValueError: with the names of both; or a callback that normalises coefficients that the loss takes as given.
     """
-    refuse_several(controllers_of(module.loss, callbacks))
+    controllers = controllers_of(module.loss, callbacks)
+    refuse_several(controllers)
+    normalising = [name for name in controllers if name in NORMALISING]
+    if normalising and module.loss.normalisation == "as_given":
+        raise ValueError(
+            f"The loss takes its coefficients as given (loss.coefficients=as_given), and {normalising[0]} makes them "
+            f"sum to another number. Use the one of harness.callbacks or harness.adaptive with the same arguments, or "
+            f"loss.coefficients=normalised."
+        )

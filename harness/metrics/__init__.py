@@ -2,7 +2,7 @@
 
 from harness.metrics.accumulation import Window
 from harness.metrics.adapters import GatheredAdapter, MergedAdapter
-from harness.metrics.coefficients import Coefficients, WeightedComponents, Weighting
+from harness.metrics.coefficients import Coefficients, Normalisation, WeightedComponents, Weighting
 from harness.metrics.components import WEIGHTED_SUM, MetricEntry, WeightedEntry, parse_entries
 from harness.metrics.errors import (
     ErrorMetric,
@@ -42,6 +42,7 @@ __all__ = [
     "MergedAdapter",
     "MetricEntry",
     "MetricsManager",
+    "Normalisation",
     "Reading",
     "Report",
     "RootMeanSquaredError",

@@ -120,7 +120,7 @@ class Window:
         surprising, start = [], 0
         for position, entry in enumerate(self._layout.components[: self._layout.num_sums]):
             stop = start + self._layout.groups(entry)
-            if self._coefficients.normalised[position] and announced[start:stop] != found[start:stop]:
+            if self._coefficients.coeffs[position] and announced[start:stop] != found[start:stop]:
                 surprising.append(f"{entry.name}: {announced[start:stop]} announced, {found[start:stop]} found")
             start = stop
         if surprising:

@@ -1,11 +1,12 @@
-"""Coefficients of components, and weights of atom types within them: given, scheduled or learnt, and normalised.
+"""Coefficients of components, and weights of atom types within them: given, scheduled or learnt.
 
 :class:`WeightedComponents` keeps the coefficients that were given, a schedule and a position in it, and makes a
 :class:`Coefficients` of them: a frozen snapshot, which is all that an evaluation needs. A change makes a new snapshot.
 
 One flat dictionary names all of them as values are named: ``forces_mse`` is the coefficient of that component, and
 ``forces_mse_H`` the weight of hydrogen in its average. At an epoch, the schedule's coefficients overlay those that were
-given: a component that a schedule does not name keeps its coefficient.
+given: a component that a schedule does not name keeps its coefficient. Then they are divided by their sum, or used
+as they are, see :data:`Normalisation`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from harness.support.checks import is_number
 from harness.support.device import to_device
 from harness.support.text import did_you_mean
 
-__all__ = ["Coefficients", "CoefficientsOnDevice", "WeightedComponents", "Weighting"]
+__all__ = ["Coefficients", "CoefficientsOnDevice", "Normalisation", "WeightedComponents", "Weighting"]
 
 Given = Mapping[str, float | Mapping[str, float] | None]
 """``{component: coefficient}``, or ``{component: {type: weight}}``."""
@@ -33,6 +34,9 @@ Flat = dict[str, float | None]
 """Coefficients and weights of types by their flat names."""
 Position = tuple[float, float | None]
 """Epoch, and relative learning rate where a schedule follows it."""
+Normalisation = Literal["normalised", "as_given"]
+"""``normalised``: coefficients are divided by their sum. ``as_given``: the loss is the plain sum of coefficients times
+components, as in published recipes, whose weight decay and clipping of gradients depend on its scale."""
 
 
 class Weighting(Protocol):
@@ -42,7 +46,7 @@ class Weighting(Protocol):
         """Make the parameters, for these components in this order."""
 
     def __call__(self, coeffs: Tensor) -> Tensor:
-        """Map normalised coefficients to normalised ones: float64 ``[num_components]``; 0 stays 0."""
+        """Map coefficients to others of the same sum: float64 ``[num_components]``; 0 stays 0."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class CoefficientsOnDevice:
     """A snapshot's numbers as tensors on one device.
 
     Attributes:
-        coeffs: float64 ``[num_components]``, normalised; 0 outside of the weighted sum.
+        coeffs: float64 ``[num_components]``; 0 outside of the weighted sum.
         contributes: bool ``[num_components]``, where the coefficient is above 0.
         slot_weights: float64 ``[num_slots]`` of all components.
         zero: float64 scalar.
@@ -64,19 +68,19 @@ class CoefficientsOnDevice:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Snapshot of normalised coefficients and weights of types, in the order of a row's components.
+    """Snapshot of coefficients and weights of types, in the order of a row's components.
 
     Two snapshots are equal if their numbers are.
 
     Attributes:
-        normalised: coefficient of each component, divided by the sum of all; None outside of the weighted sum.
+        coeffs: coefficient of each component, as the weighted sum has it; None outside of it.
         slot_weights: weight of each slot (an atom type, or the whole component) in the average of its component.
         weighted: positions of the components in the weighted sum.
         all_contribute: every component has a coefficient above 0.
         all_slots_weigh: every slot has a weight above 0.
     """
 
-    normalised: tuple[float | None, ...]
+    coeffs: tuple[float | None, ...]
     slot_weights: tuple[float, ...]
     weighted: tuple[int, ...] = field(init=False, compare=False)
     all_contribute: bool = field(init=False, compare=False)
@@ -86,24 +90,24 @@ class Coefficients:
     )
 
     def __post_init__(self) -> None:
-        weighted = tuple(position for position, coeff in enumerate(self.normalised) if coeff is not None)
+        weighted = tuple(position for position, coeff in enumerate(self.coeffs) if coeff is not None)
         object.__setattr__(self, "weighted", weighted)
-        object.__setattr__(self, "all_contribute", all(self.normalised))
+        object.__setattr__(self, "all_contribute", all(self.coeffs))
         object.__setattr__(self, "all_slots_weigh", all(self.slot_weights))
 
     def __str__(self) -> str:
-        return str((*self.normalised, *self.slot_weights))
+        return str((*self.coeffs, *self.slot_weights))
 
     def is_trained(self, position: int) -> bool:
         """True if gradients flow through a component: those outside of the sum would send 0 × inf = NaN."""
-        return not self.weighted or bool(self.normalised[position])
+        return not self.weighted or bool(self.coeffs[position])
 
     def on(self, device: torch.device) -> CoefficientsOnDevice:
         """Tensors on a device, copied once for a snapshot without the host waiting."""
         if device not in self._on_devices:
-            numbers = to_device([*(coeff or 0.0 for coeff in self.normalised), *self.slot_weights], device)
+            numbers = to_device([*(coeff or 0.0 for coeff in self.coeffs), *self.slot_weights], device)
             with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
-                coeffs, slot_weights = torch.split(numbers, [len(self.normalised), len(self.slot_weights)])
+                coeffs, slot_weights = torch.split(numbers, [len(self.coeffs), len(self.slot_weights)])
                 zero = torch.zeros((), dtype=torch.float64, device=device)
                 self._on_devices[device] = CoefficientsOnDevice(coeffs, coeffs > 0, slot_weights, zero)
         return self._on_devices[device]
@@ -128,16 +132,28 @@ class WeightedComponents(ComponentMapping, nn.Module):
         components: components by name, in the user's order.
         order: the same components in the order of the row, which is that of the snapshot.
         type_names: names of the atom types.
+        coefficients: ``normalised`` or ``as_given``, see :data:`Normalisation`.
 
     Attributes:
+        normalisation: that of ``coefficients``.
         coefficients: snapshot of the coefficients of the moment.
         weighting: changes the coefficients on the device by learnt parameters, see :meth:`weigh_by`.
     """
 
     def __init__(
-        self, components: dict[str, MetricEntry], order: Sequence[MetricEntry], type_names: tuple[str, ...]
+        self,
+        components: dict[str, MetricEntry],
+        order: Sequence[MetricEntry],
+        type_names: tuple[str, ...],
+        coefficients: Normalisation = "normalised",
     ) -> None:
         super().__init__()
+        if coefficients not in get_args(Normalisation):
+            raise ValueError(
+                f"`coefficients` is {' or '.join(get_args(Normalisation))}, found {coefficients!r}; the numbers "
+                f"themselves are `coeffs`."
+            )
+        self.normalisation: Normalisation = coefficients
         self.type_names = type_names
         self.weighting: Weighting | None = None
         self._components = components
@@ -182,12 +198,12 @@ class WeightedComponents(ComponentMapping, nn.Module):
 
     @property
     def coeffs(self) -> Flat:
-        """Normalised coefficients by component; None for those outside of the weighted sum."""
-        by_name = {entry.name: coeff for entry, coeff in zip(self._order, self.coefficients.normalised, strict=True)}
+        """Coefficients by component, as the weighted sum has them; None for those outside of it."""
+        by_name = {entry.name: coeff for entry, coeff in zip(self._order, self.coefficients.coeffs, strict=True)}
         return {name: by_name[name] for name in self._components}
 
     def effective_coeffs(self) -> dict[str, float]:
-        """Normalised coefficients of the components in the weighted sum, as a step uses them.
+        """Coefficients of the components in the weighted sum, as a step uses them.
 
         They differ from :attr:`coeffs` under a :attr:`weighting`; then the host waits for the device.
         """
@@ -201,7 +217,7 @@ class WeightedComponents(ComponentMapping, nn.Module):
         return {name: by_name[name] for name in given}
 
     def coeffs_on(self, device: torch.device) -> Tensor:
-        """Normalised coefficients as a step uses them, float64 ``[num_components]`` in the order of the row."""
+        """Coefficients as a step uses them, float64 ``[num_components]`` in the order of the row."""
         coeffs = self.coefficients.on(device).coeffs
         return coeffs if self.weighting is None else self.weighting(coeffs)
 
@@ -221,7 +237,7 @@ class WeightedComponents(ComponentMapping, nn.Module):
     # --- changes ---
 
     def set_coeffs(self, coeffs: Given) -> None:
-        """Change some coefficients; the others stay as they were given, and all are normalised anew.
+        """Change some coefficients; the others stay as they were given. Where they are normalised, all are anew.
 
         Args:
             coeffs: ``{component: coefficient}``; None takes a component out of the weighted sum. A dictionary
@@ -318,17 +334,27 @@ class WeightedComponents(ComponentMapping, nn.Module):
 
     def _coefficient_state(self) -> dict[str, Any]:
         """State of the coefficients for a checkpoint: numbers and strings only."""
-        return {
+        state: dict[str, Any] = {
             "given": dict(self._given),
             "configured": dict(self._configured),
             "schedule": self._described_schedule,
             "position": list(self._position),
         }
+        if self.normalisation != "normalised":  # whose state is that of version 0.1.0
+            state["normalisation"] = self.normalisation
+        return state
 
     def _restore_coefficients(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, unless the configuration has changed since: then that wins, with a warning."""
         schedule = self._described_schedule
-        if dict(state["configured"]) == self._configured:
+        before = state.get("normalisation", "normalised")
+        if before != self.normalisation:
+            warnings.warn(
+                f"The checkpoint was made with coefficients {before}, this run is configured with coefficients "
+                f"{self.normalisation}: the configuration is used.",
+                stacklevel=4,
+            )
+        elif dict(state["configured"]) == self._configured:
             self._given = dict(state["given"])
         elif dict(state["given"]) != self._given:
             warnings.warn(
@@ -356,7 +382,7 @@ class WeightedComponents(ComponentMapping, nn.Module):
 
     @property
     def _current(self) -> Flat:
-        """Coefficients of the moment by flat name, before normalisation."""
+        """Coefficients of the moment by flat name, as given or scheduled."""
         return _overlaid(self._given, self._schedule, self._position)
 
     def _check(self, given: Flat, schedule: Schedule | None, position: Position) -> None:
@@ -372,7 +398,9 @@ class WeightedComponents(ComponentMapping, nn.Module):
 
     def _snapshot(self) -> Coefficients:
         current = self._current
-        total = sum(coeff for name in self._components if (coeff := current[name]) is not None)
+        total = 1.0
+        if self.normalisation == "normalised":
+            total = sum(coeff for name in self._components if (coeff := current[name]) is not None)
         weights = self._names.weights_of_types(current)
         return Coefficients(
             tuple(None if (coeff := current[entry.name]) is None else coeff / total for entry in self._order),

@@ -43,7 +43,7 @@ class MetricEntry:
         per_type: one value for each atom type.
         per_type_coeffs: weights of the types in the order of ``type_names``; None for equal ones.
         ignore_nan: elements whose target is NaN are left out.
-        given_coeff: coefficient before normalisation; None if the component is not in the weighted sum.
+        given_coeff: coefficient as it was given; None if the component is not in the weighted sum.
     """
 
     name: str
@@ -88,7 +88,7 @@ class WeightedEntry(MetricEntry):
     ``given_coeff`` and ``per_type_coeffs`` are those of the moment too: given, scheduled, or set since.
 
     Attributes:
-        coeff: coefficient normalised over all components; None if the component is not in the weighted sum.
+        coeff: coefficient as the weighted sum has it, normalised or as given; None outside of it.
     """
 
     coeff: float | None = None

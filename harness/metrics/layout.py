@@ -216,7 +216,7 @@ class Layout:
             for _ in range(self.groups(self.components[position])):
                 additive_end, maxima_end = additive + adapter.num_additive, maxima + adapter.num_maxima
                 pieces = row.additive[additive:additive_end], row.maxima[maxima:maxima_end]
-                scalars.append(adapter.value(*pieces, needed=bool(coefficients.normalised[position])))
+                scalars.append(adapter.value(*pieces, needed=bool(coefficients.coeffs[position])))
                 additive, maxima = additive_end, maxima_end
         for position, adapters in self.gathered.items():
             scalars.extend(gathered.get(position, [None] * len(adapters)))

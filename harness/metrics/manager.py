@@ -19,7 +19,7 @@ from harness.distributed import ProcessGroup, data_parallel_size, gather_objects
 from harness.fields import Batch
 from harness.metrics.accumulation import Window, check_linear
 from harness.metrics.adapters import GatheredAdapter, Part, detached
-from harness.metrics.coefficients import WeightedComponents
+from harness.metrics.coefficients import Normalisation, WeightedComponents
 from harness.metrics.components import WEIGHTED_SUM, check_type_names, parse_entries
 from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
@@ -36,7 +36,7 @@ class MetricsManager(WeightedComponents):
     Each component reads a field of predictions and target and reduces an error over it, for all atoms or by atom type.
     The manager is a mapping from names to metrics, its coefficients are those of :class:`WeightedComponents
     <harness.metrics.coefficients.WeightedComponents>`, and it keeps the row of the epoch.
-    With the normalised coefficients :math:`c_k` (:math:`\sum_k c_k = 1`) and the values :math:`v_k`
+    With the coefficients :math:`c_k` (normalised to :math:`\sum_k c_k = 1`, or as given) and the values :math:`v_k`
 
     .. math:: \text{weighted\_sum} = \sum_k c_k v_k
 
@@ -59,6 +59,8 @@ class MetricsManager(WeightedComponents):
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
         schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at
             every ``step``, with fractions of epochs.
+        coefficients: ``normalised``: coefficients are divided by their sum. ``as_given``: the weighted sum is the plain
+            sum of coefficient × value.
         sync_on_step: merge over the ranks in every step, also where no gradients flow.
 
     Raises:
@@ -80,6 +82,7 @@ class MetricsManager(WeightedComponents):
         *,
         schedule: Schedule | None = None,
         schedule_interval: Interval = "epoch",
+        coefficients: Normalisation = "normalised",
         sync_on_step: bool = False,
     ) -> None:
         names = check_type_names(type_names)
@@ -87,7 +90,7 @@ class MetricsManager(WeightedComponents):
             raise TypeError(f"`sync_on_step` is true or false, found {sync_on_step!r}.")
         components = parse_entries(metrics, names)
         layout = Layout(list(components.values()), names)
-        super().__init__(components, layout.components, names)
+        super().__init__(components, layout.components, names, coefficients)
         self.sync_on_step = sync_on_step
         self.process_group: ProcessGroup | None = None
         """The ranks that share a batch, if a strategy splits the world; None for all."""
@@ -484,7 +487,7 @@ def _refuse_gathered_loss(loss: MetricsManager, row: Row) -> None:
         return
     for position, adapters in loss._layout.gathered.items():
         entry = loss._layout.components[position]
-        if loss.coefficients.normalised[position] is not None:
+        if loss.coefficients.coeffs[position] is not None:
             raise ValueError(
                 f"Component {entry.name!r} has the coefficient {loss.given_coeffs[entry.name]} in a loss on several "
                 f"ranks, but {type(entry.metric).__name__} cannot be merged over ranks within a step: "

@@ -135,7 +135,7 @@ class BatchReader:
         counts: dict[int, Tensor] = {}
         types: Tensor | None = None
         for reading in self._readings:
-            weighted = [at for at in reading.positions if at < self._num_sums and coefficients.normalised[at]]
+            weighted = [at for at in reading.positions if at < self._num_sums and coefficients.coeffs[at]]
             if not weighted:
                 continue
             if reading.per_type and types is None:

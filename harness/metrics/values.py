@@ -20,7 +20,7 @@ class Report:
 
     Attributes:
         values: components, per-type values, and ``weighted_sum`` if any component has a coefficient; NaN without data.
-        coeffs: normalised coefficients of the components in the weighted sum.
+        coeffs: coefficients of the components in the weighted sum, as it was made with them.
         contributions: coefficient × value of these components: they add up to ``weighted_sum``. 0 without data.
         counts: number of elements behind a value that is made of a sum of errors: three for each atom in ``forces``.
     """
@@ -41,7 +41,7 @@ class Values:
         reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
         weighted_sum: float64 scalar, or None if no component has a coefficient.
         has_data: bool ``[num_values]``.
-        coeffs: float64 ``[num_components]``: the normalised coefficients that made ``weighted_sum``; 0 outside of it.
+        coeffs: float64 ``[num_components]``: the coefficients that made ``weighted_sum``; 0 outside of it.
         weighted: positions of the components in the weighted sum.
         counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.metrics.layout`.
         counted: slots of sums that the elements of a value are in, by its name.

@@ -7,10 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["controllers_of", "loss_of", "refuse_other_controllers", "refuse_several"]
+__all__ = ["NORMALISING", "controllers_of", "loss_of", "refuse_other_controllers", "refuse_several"]
 
 # callbacks of NequIP have no attribute `controls_coefficients`
 _OF_NEQUIP = ("SoftAdapt", "LossCoefficientScheduler", "LinearLossCoefficientScheduler")
+NORMALISING = ("NequIP's SoftAdapt", "NequIP's LinearLossCoefficientScheduler")
+"""Controllers whose coefficients do not have the sum of those that the loss was given."""
 
 
 def controllers_of(loss: Any, callbacks: Sequence[Callback]) -> list[str]:

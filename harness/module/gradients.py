@@ -47,7 +47,7 @@ class Gradients:
 
     Attributes:
         names: components in the weighted sum, in the user's order.
-        coeffs: float64 ``[num_components]``: normalised coefficients that the step was made with.
+        coeffs: float64 ``[num_components]``: coefficients that the step was made with.
         norms: float64 ``[num_components]``: Euclidean norm of each gradient, without its coefficient.
         cosines: float64 ``[num_components, num_components]``: cosines of the angles between them.
     """

@@ -2,8 +2,8 @@
 
 Log keys (:mod:`harness.support.log_keys`): ``train_loss_step/…``, ``train_loss_epoch/…``, ``train_metric_step/…``,
 ``train_metric_epoch/…``, ``val{i}_epoch/…``, ``test{i}_epoch/…`` with every component, every per-type value and
-``weighted_sum``; ``loss_coeff_step/…`` and ``loss_coeff/…`` (of the epoch) with the normalised coefficients, and
-weights of atom types where there are any; ``loss_contribution_step/…``, ``loss_contribution_epoch/…``,
+``weighted_sum``; ``loss_coeff_step/…`` and ``loss_coeff/…`` (of the epoch) with its coefficients, and weights of
+atom types where there are any; ``loss_contribution_step/…``, ``loss_contribution_epoch/…``,
 ``val{i}_contribution/…`` and ``test{i}_contribution/…`` with coefficient × value, which add up to the ``weighted_sum``
 of the same step or epoch.
 """

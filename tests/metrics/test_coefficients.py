@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from support import oracle
 from support.oracle import Component
+from support.spawning import spawn
 
 import harness
 from harness.metrics import Coefficients
@@ -31,9 +34,7 @@ def build() -> harness.MetricsManager:
 
 def test_a_snapshot_has_the_order_of_the_row() -> None:
     manager = build()
-    by_name = dict(
-        zip((each.name for each in manager._layout.components), manager.coefficients.normalised, strict=True)
-    )
+    by_name = dict(zip((each.name for each in manager._layout.components), manager.coefficients.coeffs, strict=True))
     assert by_name == {FORCES: 0.25, STRESS: None, ENERGY: 0.75, ZERO: 0.0}
     assert list(manager.coeffs) == list(manager) == [FORCES, STRESS, ENERGY, ZERO]  # users see their own order
     assert manager.coeffs == by_name
@@ -45,7 +46,7 @@ def test_a_snapshot_has_the_order_of_the_row() -> None:
 def test_nothing_in_a_snapshot_or_an_entry_can_be_set() -> None:
     manager = build()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        manager.coefficients.normalised = ()  # type: ignore[misc]
+        manager.coefficients.coeffs = ()  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
         manager.entries[FORCES].coeff = 1.0  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -55,15 +56,15 @@ def test_nothing_in_a_snapshot_or_an_entry_can_be_set() -> None:
 def test_a_change_makes_a_new_snapshot_and_the_old_one_stays() -> None:
     manager = build()
     before = manager.coefficients
-    numbers = before.normalised, before.slot_weights
+    numbers = before.coeffs, before.slot_weights
     manager.set_coeffs({ENERGY: 1})
     assert manager.coefficients is not before
     assert manager.coefficients != before
     changed = manager.coefficients
     manager.set_coeffs({FORCES: {"H": 7}})
     assert manager.coefficients != changed
-    assert manager.coefficients.normalised == changed.normalised
-    assert (before.normalised, before.slot_weights) == numbers
+    assert manager.coefficients.coeffs == changed.coeffs
+    assert (before.coeffs, before.slot_weights) == numbers
     with pytest.raises(ValueError, match="negative"):
         manager.set_coeffs({ENERGY: 2, ZERO: -1})
     assert manager.coeffs[ENERGY] == 0.5
@@ -97,7 +98,7 @@ def test_a_layout_evaluates_what_it_is_given() -> None:
     manager = build()
     row = manager.measure(*batch())
     weights = torch.tensor(manager.coefficients.slot_weights)
-    equal = Coefficients(manager.coefficients.normalised, tuple(torch.ones_like(weights).tolist()))
+    equal = Coefficients(manager.coefficients.coeffs, tuple(torch.ones_like(weights).tolist()))
     found = [manager._layout.evaluate(row, coefficients) for coefficients in (manager.coefficients, equal)]
     position = [entry.name for entry in manager._layout.components].index(FORCES)
     given, plain = (each.components[position].item() for each in found)
@@ -138,3 +139,109 @@ def test_a_schedule_that_is_refused_changes_nothing() -> None:
     with pytest.raises(ValueError, match="at least one must be above 0"):
         manager.follow(PiecewiseConstant({0: {FORCES: 1}, 5: {FORCES: 0, ENERGY: 0, STRESS: 0}}))
     assert (manager.schedule, manager.position, manager.coefficients, manager.given_coeffs) == before
+
+
+# --- coefficients as given ---
+
+AS_GIVEN = [
+    Component("total_energy", "mse", 2.0, ignore_nan=True, per_atom=True),
+    Component("forces", "rmse", 40.0, per_type=True, weights=(1.0, 2.0, 5.0), ignore_nan=True),
+    Component("stress", "huber", 0.5, ignore_nan=True),
+    Component("forces", "mae", None, ignore_nan=True),
+]
+STAGES = {
+    0: {"per_atom_total_energy_mse": 2},
+    1: {"per_atom_total_energy_mse": 1},
+    2: {"stress_huber": 0, "forces_rmse_by_type": 1000},
+}
+SUMS = {0: 42.5, 1: 41.5, 2: 1001.0}
+
+
+def both(parts: list[Component] = AS_GIVEN, **options) -> list[harness.MetricsManager]:
+    """The same loss with coefficients that are normalised, and as they were given."""
+    entries = [part.entry(TYPES) for part in parts]
+    return [harness.MetricsManager(entries, TYPES, coefficients=kind, **options) for kind in ("normalised", "as_given")]
+
+
+def gradients(rank: int, world_size: int) -> list[list[list[float]]]:
+    """Weighted sum and gradient of the parameters of every stage, normalised and as given; ranks share the frames."""
+    found = []
+    for manager in both(schedule=PiecewiseConstant(STAGES)):
+        rows = []
+        for epoch in STAGES:
+            manager.move_to(epoch)
+            theta, frames = oracle.parameters(), [oracle.draw(seed, [2, 3, 1], unlabelled=0.2) for seed in range(4)]
+            features, target = (oracle.join([each[side] for each in frames[rank::world_size]]) for side in (0, 1))
+            weighted_sum = manager(oracle.predict(features, theta), target)["weighted_sum"]
+            (weighted_sum * harness.distributed.gradient_scale()).backward()
+            gradient = harness.distributed.sum_over_ranks(theta.grad / world_size, None)
+            rows.append([weighted_sum.item(), *gradient.tolist()])
+        found.append(rows)
+    return found
+
+
+def test_gradients_of_coefficients_as_given_are_their_sum_times_those_of_normalised_ones() -> None:
+    (one,), two = [gradients(0, 1)], spawn(2, gradients)
+    for normalised, as_given in (one, *two):
+        for number, total in enumerate(SUMS.values()):
+            np.testing.assert_allclose(as_given[number], total * np.array(normalised[number]), rtol=1e-12)
+    for found in two:
+        np.testing.assert_allclose(found, one, rtol=1e-12)
+
+
+def test_the_weighted_sum_of_coefficients_as_given_is_the_plain_sum() -> None:
+    normalised, plain = both()
+    assert plain.coeffs == plain.given_coeffs == {part.name: part.coeff for part in AS_GIVEN}
+    for seed in range(3):
+        features, target = oracle.draw(seed, [2, 3], unlabelled=0.2)
+        (values,) = harness.step_together(plain, preds=oracle.predict(features, oracle.parameters()), target=target)
+        report = values.to_report()
+        terms = {part.name: part.coeff * report.values[part.name] for part in AS_GIVEN if part.coeff is not None}
+        assert report.contributions == pytest.approx(terms, rel=1e-12)
+        assert report.values["weighted_sum"] == pytest.approx(sum(terms.values()), rel=1e-12)
+        assert report.coeffs == {name: plain.given_coeffs[name] for name in terms}
+    plain.set_coeffs({"stress_huber": 7})
+    normalised.set_coeffs({"stress_huber": 7})
+    assert plain.coeffs["stress_huber"] == 7
+    assert plain.coeffs["forces_rmse_by_type"] == 40
+    assert normalised.coeffs["stress_huber"] == 7 / 49
+    with pytest.raises(ValueError, match="at least one must be above 0"):
+        plain.set_coeffs(dict.fromkeys(plain.coeffs, 0))
+    with pytest.raises(ValueError, match=r"`coefficients` is normalised or as_given, found 'plain'.*`coeffs`"):
+        harness.EnergyForceLoss(coefficients="plain")
+
+
+def test_micro_batches_of_coefficients_as_given_make_up_the_batch() -> None:
+    parts = [part for part in AS_GIVEN if part.error != "rmse"]
+    frames = [oracle.draw(seed, [2, 1 + seed], unlabelled=0.2) for seed in range(3)]
+    found = []
+    for normalised, manager in zip((True, False), both(parts), strict=True):
+        theta = oracle.parameters()
+        window = manager.window([target for _, target in frames])
+        for features, target in frames:
+            preds = oracle.predict(features, theta)
+            (values,) = harness.step_together(manager, preds=preds, target=target, window=window)
+            values.weighted_sum.backward()
+        scale = 2.5 if normalised else 1.0
+        found.append([scale * values.weighted_sum.item(), *(scale * theta.grad).tolist()])
+    np.testing.assert_allclose(*found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_checkpoint_of_the_other_kind_is_followed_by_the_configuration(moved: bool) -> None:
+    normalised, plain = both()
+    assert "normalisation" not in normalised.get_extra_state()["coeffs"]  # as version 0.1.0 wrote it
+    for before, after in ((0, 1), (1, 0)):
+        managers = both()
+        if moved:
+            managers[before].set_coeffs({"stress_huber": 9})
+        with pytest.warns(UserWarning, match=r"coefficients (as_given|normalised), this run.*configuration is used"):
+            managers[after].load_state_dict(managers[before].state_dict())
+        assert managers[after].coeffs == both()[after].coeffs
+    plain.set_coeffs({"stress_huber": 9})
+    again = both()[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(plain.state_dict())
+    assert again.coeffs == plain.coeffs
+    assert again.coeffs["stress_huber"] == 9
