@@ -38,6 +38,7 @@ from harness.module import ForceFieldModule
 from harness.module.horizon import TrainingLength
 from harness.schedules import Schedule, unreached
 from harness.support.checks import is_whole_number
+from harness.support.configs import take_out
 from harness.support.figures import new_figure, save_figure
 
 __all__ = ["main"]
@@ -114,7 +115,7 @@ class _Preview:
         self.module = ForceFieldModule(
             model=torch.nn.Linear(1, 1, bias=False),  # for its one parameter: the optimizer needs any
             loss=config.loss,
-            optimizer=config.optimizer,
+            optimizer=take_out(config.optimizer, "groups")[0] if config.optimizer else None,
             lr_scheduler=instantiate(config.lr_scheduler) if config.lr_scheduler else None,
             type_names=self._type_names,
         )

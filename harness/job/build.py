@@ -54,6 +54,8 @@ class Job:
     """Checkpoint of an interrupted run in the same output directory."""
     notes: list[str] = field(default_factory=list)
     """Lines about the checkpoint that it goes on from or tests, printed once the job starts."""
+    parameters: list[str] = field(default_factory=list)
+    """Lines about the numbers of trained and frozen parameters and their groups, printed once the job starts."""
     lock: FileLock | None = None
     """Of the output directory, on rank 0, for the life of the process."""
 

@@ -18,7 +18,7 @@ from harness.trained.checkpoint import model_weights
 
 __all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
 
-_OF_THE_MODULE = ("optimizer", "optimizer.*", "lr_scheduler", "lr_scheduler.*", "data.batch_size")
+_OF_THE_MODULE = ("freeze", "freeze.*", "optimizer", "optimizer.*", "lr_scheduler", "lr_scheduler.*", "data.batch_size")
 """Settings that the module compares by the states that they have made."""
 
 

@@ -75,7 +75,7 @@ def execute(job: Job) -> dict[str, float]:
 def _print_start(job: Job) -> None:
     if hasattr(job.datamodule, "describe"):
         job.console.print(job.datamodule.describe(), highlight=False)
-    for line in job.notes:
+    for line in (*job.parameters, *job.notes):
         job.console.print(line, highlight=False, markup=False, soft_wrap=True)
     for record in job.device_notes:
         logging.getLogger(record.name).handle(record)

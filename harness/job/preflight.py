@@ -31,7 +31,9 @@ from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import NORMALISING, controllers_of, refuse_several
+from harness.module.continuation import parts_of
 from harness.module.horizon import TrainingLength
+from harness.module.parameters import parameter_table
 from harness.runs import point_number, swept_settings
 from harness.strategies import refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
@@ -248,7 +250,9 @@ def check(job: Job) -> None:
     _warn_of_swept(module)
     check_monitors(job)
     # the trainer makes them anew; here for the mistakes in their sections
-    module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
+    made = module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
+    if config.train:
+        job.parameters = parameter_table(module.model, parts_of(made)[0])
     if config.train:
         if config.ckpt_path:
             check_continuation(config.ckpt_path, module, job.trainer)

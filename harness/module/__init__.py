@@ -1,6 +1,7 @@
 """The Lightning module, a step as its observers see it, and the keys that its values are logged under."""
 
 from harness.module.lightning import ForceFieldModule, ManagerSource
+from harness.module.parameters import ParameterGroup, freeze
 from harness.module.reporting import AxesLogger, define_axes, log_to_all
 from harness.module.step import (
     LearntWeighting,
@@ -20,11 +21,13 @@ __all__ = [
     "LearntWeighting",
     "LogKeys",
     "ManagerSource",
+    "ParameterGroup",
     "Step",
     "StepObserver",
     "StepSums",
     "current_step",
     "define_axes",
+    "freeze",
     "is_nth_step",
     "is_nth_step_done",
     "log_to_all",

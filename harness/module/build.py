@@ -18,6 +18,7 @@ from torch import nn
 
 from harness.metrics import MetricsManager
 from harness.module.horizon import HORIZON, Pace
+from harness.module.parameters import ParameterGroups
 from harness.support.configs import take_out
 
 __all__ = [
@@ -102,23 +103,31 @@ def build_optimizer(
 
     Args:
         module: that is trained.
-        optimizer: callable from parameters, or a config of one; Adam with 1e-3 if None.
+        optimizer: callable from parameters, or a config of one, which may have ``groups`` of parameters beside the
+            arguments, see :class:`~harness.module.parameters.ParameterGroup`; Adam with 1e-3 if None.
         lr_scheduler: callable from an optimizer, a config of one, or Lightning's dictionary with it as ``scheduler``.
             An argument ``horizon`` of it stands for the length of the training.
         horizon: that length in the turns of a scheduler, at least 1; None where it is not known, and 1 is taken.
 
     Raises:
-        ValueError: nothing to train, or arguments that an optimizer or scheduler does not take.
+        ValueError: nothing to train, groups that are none, or arguments that an optimizer or scheduler does not take.
         TypeError: neither a callable nor a config.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters: list[Any] = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("The model has no parameters that require a gradient: there is nothing to train.")
+    optimizer, sections = take_out(optimizer, "groups") if isinstance(optimizer, Mapping) else (optimizer, None)
+    groups = ParameterGroups(module, sections) if sections else None
+    if groups is not None:
+        parameters = groups.for_optimizer()
     built: torch.optim.Optimizer = (
         torch.optim.Adam(parameters, lr=1e-3) if optimizer is None else _call(optimizer, "optimizer", parameters)
     )
+    own_rate = copy.copy(built.param_groups[0].get("lr"))
+    if groups is not None:
+        groups.scale_rates(built)
     rates = [copy.copy(group.get("lr")) for group in built.param_groups]
-    _asked[built] = {"settings": [_settings(group) for group in built.param_groups]}
+    _asked[built] = {"rate": recipe(own_rate), "settings": [_settings(group) for group in built.param_groups]}
     options = scheduler_options(lr_scheduler)
     if options is not None:
         _asked[built]["recipe"] = recipe(options["scheduler"])
@@ -127,6 +136,8 @@ def build_optimizer(
     for group, rate in zip(built.param_groups, rates, strict=True):
         if rate is not None:  # as most schedulers do: what was asked for, whatever becomes of it
             group.setdefault("initial_lr", rate)
+    if groups is not None and own_rate is not None:
+        groups.check_rates(built, own_rate)
     return built if options is None else {"optimizer": built, "lr_scheduler": options}
 
 
@@ -134,7 +145,8 @@ def asked_for(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """Settings that :func:`build_optimizer` made an optimizer from, in plain data; empty for another's optimizer.
 
     Returns:
-        ``settings``, those of each group before a scheduler moved any, and ``recipe`` of the scheduler if there is one.
+        ``settings``, those of each group before a scheduler moved any, ``rate``, the learning rate of the optimizer
+        without factors of groups, and ``recipe`` of the scheduler if there is one.
     """
     return _asked.get(optimizer, {})
 

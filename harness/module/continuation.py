@@ -265,7 +265,7 @@ class Continuation:
         carried = self._carried_states(saved, before, optimizer, now)
         old, new = saved["param_groups"], [_without_parameters(group) for group in optimizer.param_groups]
         is_same = before["optimizer"] == now["optimizer"] and carried is saved["state"]
-        has_same_groups = [len(group["params"]) for group in old] == self._sizes
+        has_same_groups = self._has_same_groups(old, before, now)
         settings: list[Any] = [each.get("settings") for each in (before, now)]
         hyperparameters: list[str] = []
         moved: list[str] = []
@@ -278,11 +278,18 @@ class Continuation:
             hyperparameters = _changes_of_groups("optimizer", own, old, new)
             others = [name for name in names if name not in optimizer.defaults]
             moved = _changes_of_groups("lr_scheduler.scheduler", others, old, new)
+        elif before["optimizer"] == now["optimizer"] and all(settings):
+            hyperparameters = _changes_of_parameters(before, now)
         compared: Sequence[Any] = settings if all(settings) else (old, new)
         bases = [[_base(group) for group in groups] for groups in compared]
         rates = ["other groups"]
         if has_same_groups:
-            rates = _changes("optimizer.lr", *bases) if all(settings) or not _moved_by(before, now) else []
+            labels = [group.get("name", number) for number, group in enumerate(new)]
+            rates = (
+                _changes("optimizer.lr", bases[0], bases[1], labels)
+                if all(settings) or not _moved_by(before, now)
+                else []
+            )
         arguments = self._changed_scheduler(before, now, state, moved)
         if not arguments and not rates:
             arguments = self._other_rates(before, now, scheduler, state)
@@ -294,7 +301,8 @@ class Continuation:
                 self._put(saved, new, carried, self._states)
             return
         if isinstance(scheduler, ReduceLROnPlateau):
-            position = self._take_plateau(before, now, scheduler, state or {}, new, [] if rates else old)
+            kept = old if not rates else self._reduced(before, now, old, new)
+            position = self._take_plateau(before, now, scheduler, state or {}, new, kept)
         elif scheduler is not None and not isinstance(scheduler, LRScheduler):
             raise ValueError(
                 f"{type(scheduler).__name__} is none of torch's schedulers, which are brought to the position of the "
@@ -305,6 +313,30 @@ class Continuation:
         shown = ", ".join(f"{float(group['lr']):.6g}" for group in new if "lr" in group)
         self.lines.append(f"the learning rate goes on with {shown}{position}")
         self._put(saved, new, carried, [] if state is None else [state])
+
+    def _has_same_groups(
+        self, old: Sequence[Mapping[str, Any]], before: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> bool:
+        """True if each group has the parameters that it had; by their numbers where their names are not known."""
+        if [len(group["params"]) for group in old] != self._sizes:
+            return False
+        names = before.get("parameters")
+        return names is None or [set(group) for group in names] == [set(group) for group in now["parameters"]]
+
+    def _reduced(
+        self,
+        before: Mapping[str, Any],
+        now: Mapping[str, Any],
+        old: Sequence[Mapping[str, Any]],
+        new: Sequence[Mapping[str, Any]],
+    ) -> list[dict[str, Any]]:
+        """Rates of other groups, or with other factors, reduced as before; none for another rate of the optimizer."""
+        if "rate" not in before or not _equal(before["rate"], now.get("rate")):
+            return []
+        parts = [float(group["lr"]) / float(_base(group)) for group in old if "lr" in group and _base(group)]
+        if len(parts) != len(old) or not all(math.isclose(part, parts[0], rel_tol=1e-9) for part in parts):
+            return []  # such as at the lower limits of groups
+        return [{"lr": parts[0] * float(_base(group))} for group in new]
 
     def _put(
         self,
@@ -397,10 +429,13 @@ class Continuation:
             for name, number in zip(names, group["params"], strict=True)
         }
         flat = [name for group in new for name in group]
-        anew = [name for name in flat if name not in numbers]
+        anew, gone = [name for name in flat if name not in numbers], [name for name in numbers if name not in flat]
+        if gone:
+            self.lines.append(f"not trained any more: {_listed(gone)}")
         if anew:
-            self.lines.append(f"state of the optimizer: made anew for {', '.join(anew[:5])}{' …' * (len(anew) > 5)}")
-        if sizes != self._sizes:
+            self.lines.append(f"state of the optimizer: made anew for {_listed(anew)}")
+        kept = [[name for name in group if name in numbers] for group in new]
+        if [set(group) - set(gone) for group in old] != [set(group) for group in kept]:
             self.lines.append(f"groups of parameters: {sizes} → {self._sizes} parameters")
         return {number: state[numbers[name]] for number, name in enumerate(flat) if numbers.get(name, -1) in state}
 
@@ -658,25 +693,45 @@ def _equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _changes(name: str, old: Sequence[Any], new: Sequence[Any]) -> list[str]:
+def _changes(name: str, old: Sequence[Any], new: Sequence[Any], labels: Sequence[Any] = ()) -> list[str]:
     """A line for each group of parameters with another value, or one if all groups have the same."""
     pairs = [(_shown(before), _shown(now)) for before, now in zip(old, new, strict=True)]
     differ = [number for number, values in enumerate(zip(old, new, strict=True)) if not _equal(*values)]
     if len(set(pairs)) == 1:
         return [f"{name}: {pairs[0][0]} → {pairs[0][1]}"] if differ else []
-    return [f"{name} of group {number}: {pairs[number][0]} → {pairs[number][1]}" for number in differ]
+    labels = labels or range(len(pairs))
+    return [f"{name} of group {labels[number]}: {pairs[number][0]} → {pairs[number][1]}" for number in differ]
 
 
 def _changes_of_groups(
     prefix: str, names: Sequence[str], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Lines for the settings of these names that groups of parameters have otherwise than before."""
+    labels = [group.get("name", number) for number, group in enumerate(new)]
     return [
         line
         for name in names
         if all(name in group for group in (*old, *new))
-        for line in _changes(f"{prefix}.{name}", [group[name] for group in old], [group[name] for group in new])
+        for line in _changes(f"{prefix}.{name}", [group[name] for group in old], [group[name] for group in new], labels)
     ]
+
+
+def _changes_of_parameters(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines for settings of an optimizer that parameters in other groups have otherwise than before."""
+    old, new = (
+        {name: settings for names, settings in zip(each["parameters"], each["settings"], strict=True) for name in names}
+        for each in (before, now)
+    )
+    found: Counter[str] = Counter()
+    for parameter in new.keys() & old.keys():
+        for name, value in new[parameter].items():
+            if name not in (*_RATES, "name") and name in old[parameter] and not _equal(old[parameter][name], value):
+                found[f"optimizer.{name}: {_shown(old[parameter][name])} → {_shown(value)}"] += 1
+    return [f"{line}, of {number} parameters" for line, number in sorted(found.items())]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + " …" * (len(names) > 5)
 
 
 def _shown(value: Any) -> str:

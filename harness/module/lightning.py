@@ -64,7 +64,8 @@ class ForceFieldModule(LightningModule):
         val_metrics: metrics of each validation set.
         test_metrics: metrics of each test set; those of validation if not given.
         train_metrics: metrics watched on the training batches.
-        optimizer: callable from parameters to an optimizer, or a config of one; Adam with 1e-3 if not given.
+        optimizer: callable from parameters to an optimizer, or a config of one, which may have ``groups`` of parameters
+            (:class:`harness.module.parameters.ParameterGroup`); Adam with 1e-3 if not given.
         lr_scheduler: dictionary as Lightning takes it, whose ``scheduler`` is a callable from an optimizer to a
             scheduler or a config of one, beside ``monitor``, ``interval``, ``frequency``; or that callable alone. An
             argument ``horizon`` of it, such as ``T_max: horizon``, is the length of the training in its intervals.

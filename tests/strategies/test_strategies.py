@@ -103,12 +103,13 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PRECISE = ("single,adam,64-true", "single,adam,bf16-mixed", "single,sgd,32-true,clip", "single,sgd,32-true,accumulate")
+GROUPS = "adam,32-true,groups"
 
 
 @pytest.fixture(scope="module")
 def alone(frames: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Seen]]:
     """One process, without a strategy and with each of them on one rank."""
-    cases = ["single,sgd", "single,adam", *PRECISE, *(f"{name},adam" for name in ALL)]
+    cases = ["single,sgd", "single,adam", *PRECISE, f"single,{GROUPS}", *(f"{name},adam" for name in ALL)]
     return launch(tmp_path_factory.mktemp("alone"), 1, frames, *cases)
 
 
@@ -122,6 +123,7 @@ def two(frames: Path, folder_of_two: Path) -> dict[str, list[Seen]]:
     """Two ranks."""
     cases = [f"{name},{optimizer}" for name in ALL for optimizer in ("sgd", "adam")]
     cases += [f"{name},sgd,32-true,{what}" for name in ("fsdp", "zero2", "zero3") for what in ("clip", "accumulate")]
+    cases += [f"{name},{GROUPS}" for name in ("ddp", *SPLIT)]
     return launch(folder_of_two, 2, frames, *cases, "ddp,adam,64-true", "ddp,adam,bf16-mixed", "fsdp,adam,bf16-mixed")
 
 
@@ -160,6 +162,36 @@ def test_gradients_are_accumulated_as_in_one_process(
     plain = alone["single,sgd"][0]["parameters"]
     assert any(float((plain[name] - value).abs().max()) > 1e-3 for name, value in accumulated["parameters"].items())
     same_training(accumulated, two[f"{strategy},sgd,32-true,accumulate"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *SPLIT])
+def test_groups_of_parameters_and_frozen_ones(
+    alone: dict[str, list[Seen]], two: dict[str, list[Seen]], folder_of_two: Path, strategy: str
+) -> None:
+    expected = alone[f"single,{GROUPS}"][0]
+    assert deviation(alone["single,adam"][0], expected)[1] > 1e-3
+    same_training(expected, two[f"{strategy},{GROUPS}"])
+    frozen = [name for name, moved in expected["moved"].items() if not moved.any()]
+    assert [name.rpartition("schnet.")[2] for name in frozen] == [
+        "embedding.weight",
+        "interactions.0.lin.weight",
+        "interactions.0.lin.bias",
+    ]
+    for seen in two[f"{strategy},{GROUPS}"]:
+        assert not any(seen["moved"][name].any() for name in frozen)
+    checkpoint, reference = (
+        torch.load(folder_of_two / f"{name}-{GROUPS.replace(',', '-')}-1.ckpt", weights_only=True)
+        for name in (strategy, "ddp")
+    )
+    (state,), (other,) = checkpoint["optimizer_states"], reference["optimizer_states"]
+    found = [{key: group[key] for key in ("name", "params", "lr", "weight_decay")} for group in state["param_groups"]]
+    assert found == [
+        {key: group[key] for key in each} for each, group in zip(found, other["param_groups"], strict=True)
+    ]
+    assert [group["name"] for group in found] == ["rest", "biases", "group2"]
+    for number, values in other["state"].items():
+        for key, value in values.items():
+            torch.testing.assert_close(state["state"][number][key], value, rtol=1e-4, atol=1e-7)
 
 
 def test_double_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen]]) -> None:
@@ -223,6 +255,14 @@ def test_a_checkpoint_is_continued_by_every_strategy_on_any_number_of_ranks(
             strategy = name.partition("-")[0]
             assert deviation(two[f"{strategy},adam"][0], ranks[0]) == (0, 0)
 
+    path = functools.partial("{}/{}-{}-0.ckpt".format, folder_of_two)
+    kind = GROUPS.replace(",", "-")
+    cases = [f"{name},{GROUPS},from={path(name, kind)},name={name}-groups" for name in SPLIT]
+    cases += [f"zero2,{GROUPS},from={path('fsdp', kind)},name=zero2-groups-from-fsdp"]
+    for ranks in launch(tmp_path, 2, frames, *cases).values():
+        same_training(alone[f"single,{GROUPS}"][0], ranks)
+
+    path = functools.partial("{}/{}-adam-0.ckpt".format, folder_of_two)
     cases = [f"single,adam,32-true,from={path(name)},name=single-from-{name}" for name in ("fsdp", "zero2", "zero3")]
     cases += [f"{name},adam,32-true,from={path('zero1')},name={name}-from-zero1" for name in ("zero2", "zero3")]
     for ranks in launch(tmp_path, 1, frames, *cases).values():

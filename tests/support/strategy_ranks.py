@@ -4,8 +4,8 @@
 
 Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
 default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``, of two micro-batches a step;
-``model=...``, of another package; ``ema``, of the weights; ``eval=...``, frames of all ranks together in an
-evaluation step.
+``groups``, of Adam's parameters, with some frozen; ``model=...``, of another package; ``ema``, of the weights;
+``eval=...``, frames of all ranks together in an evaluation step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from harness.callbacks import parity
 from harness.data import AtomsDataModule
 from harness.distributed import gradient_scale
 from harness.models import schnet_force_field
-from harness.module import ForceFieldModule
+from harness.module import ForceFieldModule, freeze
 
 WAIT = {"timeout": timedelta(minutes=5)}
 STRATEGIES = {
@@ -50,6 +50,16 @@ OPTIMIZERS = {
     "adam": functools.partial(torch.optim.Adam, lr=2e-3, eps=1e-4),
     "adamw": functools.partial(torch.optim.AdamW, lr=2e-2, eps=1e-4, weight_decay=0.3),
 }
+GROUPED = {
+    "_target_": "torch.optim.Adam",
+    "lr": 2e-3,
+    "eps": 1e-4,
+    "groups": [
+        {"match": ["*.bias"], "lr_factor": 0.5, "name": "biases"},
+        {"match": ["*.mlp.*.weight"], "weight_decay": 0.3},
+    ],
+}
+FROZEN = ["*.embedding.*", "*.interactions.0.lin.*"]
 
 
 class Record(Callback):
@@ -104,9 +114,11 @@ def run(
         train_metrics=harness.EnergyForceStressMetrics,
         val_metrics=functools.partial(harness.EnergyForceMetrics, extra_metrics=by_type),
         type_names=data.type_names,
-        optimizer=OPTIMIZERS[optimizer],
+        optimizer=GROUPED if "groups" in options else OPTIMIZERS[optimizer],
         lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
     )
+    if "groups" in options:
+        freeze(module.model, FROZEN)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     record = Record()
     drawn: dict[str, int] = {}
