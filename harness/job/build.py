@@ -25,7 +25,7 @@ from harness.job.match import Start, types_of_checkpoint
 from harness.job.monitors import MonitorGuard, monitored
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
-from harness.module import ForceFieldModule
+from harness.module import ForceFieldModule, freeze
 from harness.schedules import Interval, Schedule, as_schedule
 from harness.support.configs import take_out
 
@@ -153,6 +153,7 @@ def build_module(config: DictConfig, datamodule: LightningDataModule, statistics
         num_val_sets=len(getattr(datamodule, "val_sets", [None])),
         num_test_sets=len(getattr(datamodule, "test_sets", [None])),
     )
+    freeze(module.model, config.get("freeze") or [])
     if config.schedule:
         follow_schedule(module.loss, *read_schedule(config.schedule))
     return module
