@@ -51,6 +51,7 @@ class SkinNeighbors:
         self._cell = np.zeros((3, 3))
         self._pbc = np.zeros(3, dtype=bool)
         self._pairs: tuple[Tensor, Tensor] = (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3))
+        self._offsets: tuple[NDArray[np.float64], Tensor] | None = None  # of the images, and the cell that they are for
 
     def edges(self, atoms: Atoms, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Edges of a structure as :func:`~harness.data.neighbors.neighbor_list` has them, in another order.
@@ -67,14 +68,23 @@ class SkinNeighbors:
             made = neighbor_list(positions, cell, atoms.pbc, self.cutoff + self.skin)
             self._pairs = torch.from_numpy(made[0]).to(device), torch.from_numpy(made[1]).to(device)
             self._positions, self._cell, self._pbc = positions.copy(), cell.copy(), atoms.pbc.copy()
+            self._offsets = None
             self.num_lists += 1
         index, shifts = self._pairs
         if not self.skin:
             return index, shifts
-        points, vectors = torch.from_numpy(positions).to(device), torch.from_numpy(cell).to(device)
-        lengths = (points[index[1]] - points[index[0]] + shifts @ vectors).square().sum(dim=1)
-        near = (lengths < self.cutoff**2) & (lengths > 0)
-        return index[:, near], shifts[near]
+        near = self._lengths(positions, cell) < self.cutoff
+        chosen = near.nonzero().squeeze(1)
+        return index.index_select(1, chosen), shifts.index_select(0, chosen)
+
+    def _lengths(self, positions: NDArray[np.float64], cell: NDArray[np.float64]) -> Tensor:
+        """Lengths of all pairs in Å, on their device."""
+        index, shifts = self._pairs
+        if self._offsets is None or not np.array_equal(cell, self._offsets[0]):
+            self._offsets = cell.copy(), shifts @ torch.from_numpy(cell).to(shifts.device)
+        points = torch.from_numpy(positions).to(shifts.device)
+        vectors = points.index_select(0, index[1]) - points.index_select(0, index[0]) + self._offsets[1]
+        return torch.linalg.vector_norm(vectors, dim=1)
 
     def _serves(self, positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> bool:
         """True if no pair within the cutoff can be missing in the list."""

@@ -222,8 +222,14 @@ def test_edges_of_a_walk_are_those_of_lists_made_for_each_step(seed: int) -> Non
     assert neighbors.num_lists < steps / 3
 
 
-def test_bounds_of_a_list_are_reached_where_the_cell_alone_moves() -> None:
-    """A pair beyond cutoff and skin comes within the cutoff by strain alone."""
+def test_a_pair_that_comes_within_the_cutoff_as_fast_as_it_can_is_found() -> None:
+    """Two atoms beyond cutoff and skin move towards each other, or come closer by strain alone."""
+    atoms = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 3.31]])
+    neighbors = SkinNeighbors(3.0, 0.3)
+    for step, expected in ((0.0, 1), (0.05, 1), (0.14, 1), (0.16, 2)):
+        atoms.positions[:, 2] = step, 3.31 - step
+        assert neighbors.edges(atoms)[0].shape[1] == 2 * (3.31 - 2 * step < 3.0)
+        assert neighbors.num_lists == expected
     atoms = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 3.4]], cell=[10, 10, 20], pbc=True)
     neighbors = SkinNeighbors(3.0, 0.3)
     assert neighbors.edges(atoms)[0].shape[1] == 0
