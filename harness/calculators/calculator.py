@@ -31,7 +31,7 @@ class HarnessCalculator(Calculator):
     * ``stress`` ``[6]`` in ASE's order xx, yy, zz, yz, xz, xy and sign, :math:`\sigma = \frac{1}{V} \partial E /
       \partial \varepsilon`, for structures that are periodic in all three directions;
     * ``energies`` ``[num_atoms]``, reference energies included, which add up to ``energy``, of models that predict
-      ``atomic_energy``: SchNet, MACE and SevenNet.
+      ``atomic_energy``, as those of this package do.
 
     One call of the model gives all of them. The neighbour list has a skin, see
     :class:`~harness.calculators.skin.SkinNeighbors`. Positions go into the model in the dtype of its training: dynamics

@@ -66,12 +66,8 @@ def holds_validation(path: Path, kept: KeepValidation, skin: float) -> None:
         assert atoms.get_potential_energy(force_consistent=True) == atoms.get_potential_energy()
         np.testing.assert_allclose(atoms.get_forces(), expected["forces"], **close)
         np.testing.assert_allclose(atoms.get_stress(voigt=False), expected["stress"], **close)
-        if "atomic_energy" in expected:
-            np.testing.assert_allclose(atoms.get_potential_energies(), expected["atomic_energy"].flatten(), **close)
-            np.testing.assert_allclose(atoms.get_potential_energies().sum(), atoms.get_potential_energy(), **close)
-        else:
-            with pytest.raises(PropertyNotImplementedError, match="predicts no energies of atoms"):
-                atoms.get_potential_energies()
+        np.testing.assert_allclose(atoms.get_potential_energies(), expected["atomic_energy"].flatten(), **close)
+        np.testing.assert_allclose(atoms.get_potential_energies().sum(), atoms.get_potential_energy(), **close)
 
 
 @pytest.mark.parametrize("skin", [0.0, 0.7])
@@ -79,6 +75,7 @@ def test_predictions_are_those_of_the_validation(run: Run, skin: float) -> None:
     holds_validation(*run, skin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSTALLED)
 def test_predictions_of_other_models_are_those_of_the_validation(name: str, tmp_path: Path) -> None:
     holds_validation(*trained(tmp_path, *DOUBLE, model=name), 0.3)
@@ -267,13 +264,29 @@ def test_elements_that_the_model_does_not_know_are_named(run: Run) -> None:
     assert np.isfinite(atoms.get_potential_energy())
 
 
-def test_a_model_without_stress_or_cutoff_says_so(tmp_path: Path) -> None:
+class OfStructures(torch.nn.Module):
+    """Leaves the energies of the atoms out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.inner(batch).items() if name != "atomic_energy"}
+
+
+def test_a_model_says_what_it_does_not_predict(tmp_path: Path) -> None:
     path, _ = trained(tmp_path, "model.stress=false")
     atoms = crystal(1)
     atoms.calc = HarnessCalculator(path)
     with pytest.raises(PropertyNotImplementedError, match=r"predicts no stress.*model\.stress=false"):
         atoms.get_stress()
     model = harness.load_model(path)
+    model.model = OfStructures(model.model)
+    atoms.calc = HarnessCalculator(model)
+    assert np.isfinite(atoms.get_potential_energy())
+    with pytest.raises(PropertyNotImplementedError, match="predicts no energies of atoms, OfStructures gives those of"):
+        atoms.get_potential_energies()
     model.cutoff = None
     with pytest.raises(ValueError, match="has no cutoff"):
         HarnessCalculator(model)
