@@ -117,8 +117,9 @@ class HarnessCalculator(Calculator):
                 "batch": torch.zeros(len(atoms), dtype=torch.int64),
                 "num_atoms": torch.tensor([len(atoms)], dtype=torch.int64),
             }
-            self._of_elements = {name: value.to(self.model.device) for name, value in made.items()}
+            self._of_elements = made
             self._numbers = atoms.numbers.copy()
+        self._of_elements = {name: value.to(self.model.device) for name, value in self._of_elements.items()}
         return self._of_elements
 
     def _reason(self, name: str, atoms: Atoms) -> str:

@@ -70,7 +70,7 @@ class SkinNeighbors:
             self._positions, self._cell, self._pbc = positions.copy(), cell.copy(), atoms.pbc.copy()
             self._offsets = None
             self.num_lists += 1
-        index, shifts = self._pairs
+        index, shifts = self._pairs = self._pairs[0].to(device), self._pairs[1].to(device)
         if not self.skin:
             return index, shifts
         near = self._lengths(positions, cell) < self.cutoff
@@ -82,8 +82,9 @@ class SkinNeighbors:
         index, shifts = self._pairs
         if self._offsets is None or not np.array_equal(cell, self._offsets[0]):
             self._offsets = cell.copy(), shifts @ torch.from_numpy(cell).to(shifts.device)
+        offsets = self._offsets[1].to(shifts.device)
         points = torch.from_numpy(positions).to(shifts.device)
-        vectors = points.index_select(0, index[1]) - points.index_select(0, index[0]) + self._offsets[1]
+        vectors = points.index_select(0, index[1]) - points.index_select(0, index[0]) + offsets
         return torch.linalg.vector_norm(vectors, dim=1)
 
     def _serves(self, positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> bool:
