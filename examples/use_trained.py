@@ -1,41 +1,49 @@
-"""Predict with a trained model: `python examples/use_trained.py outputs/alloy/<date>`.
+"""Predict, relax and run dynamics with a trained model: `python examples/use_trained.py outputs/alloy/<date>`.
 
-The config of a run makes the model, its checkpoint has the weights and the statistics of the training set that the
-model was made with. The data are needed too, for the type names.
+The checkpoint is enough: neither the config nor the data of the training are read.
 """
 
 from __future__ import annotations
 
 import sys
 
-import torch
+from ase import units
 from ase.build import bulk
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from ase.filters import FrechetCellFilter
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import BFGS
 
-from harness.data import Frame, collate, frame_to_sample
-from harness.job import build_module
-from harness.job.made_with import RecordedStatistics
+import harness
+from harness.calculators import HarnessCalculator
 
 
 def main(run: str) -> None:
-    """Energy and forces of a rattled copper crystal."""
-    config = OmegaConf.load(f"{run}/.hydra/config.yaml")
-    data = instantiate(config.data)
-    data.setup()
-    checkpoint = torch.load(f"{run}/checkpoints/best.ckpt", weights_only=True)
-    statistics = RecordedStatistics(checkpoint["made_with"]["statistics"])  # also where the run went on from another
-    model = build_module(config, data, statistics).model.eval()
-    state, prefix = checkpoint["state_dict"], "model."
-    model.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+    """Energies of rattled copper crystals, the lattice constant, and the energy in some steps of dynamics."""
+    model = harness.load_model(f"{run}/checkpoints/best.ckpt")
+    print(f"knows {', '.join(model.type_names)}; cutoff {model.cutoff} Å; forces in {model.units['forces']}")
 
-    atoms = bulk("Cu", cubic=True)
-    atoms.rattle(0.05, seed=0)
-    batch = collate([frame_to_sample(Frame(atoms), data.type_names, config.cutoff)])
-    predictions = model(batch)
-    print(f"energy {predictions['total_energy'].item():.4f} eV")
-    for symbol, force in zip(atoms.symbols, predictions["forces"].tolist(), strict=True):
+    # many structures in one batch
+    crystals = [bulk("Cu", cubic=True) for _ in range(3)]
+    for seed, atoms in enumerate(crystals):
+        atoms.rattle(0.05, seed=seed)
+    predictions = model(model.batch_of(crystals))
+    for energy in predictions["total_energy"].flatten().tolist():
+        print(f"energy {energy:.4f} eV")
+    for symbol, force in zip(crystals[0].symbols, predictions["forces"].tolist(), strict=False):
         print(symbol, "force", " ".join(f"{component:8.4f}" for component in force), "eV/Å")
+
+    # one structure after the other, by ASE
+    atoms = crystals[0] * (2, 2, 2)
+    atoms.calc = HarnessCalculator(model)
+    BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax=0.02, steps=50)
+    print(f"lattice constant {atoms.cell.lengths().mean() / 2:.3f} Å, energy {atoms.get_potential_energy():.4f} eV")
+
+    MaxwellBoltzmannDistribution(atoms, temperature_K=300)
+    dynamics = VelocityVerlet(atoms, timestep=2 * units.fs)
+    dynamics.attach(lambda: print(f"total energy {atoms.get_total_energy():.4f} eV"), interval=20)
+    dynamics.run(60)
+    print(f"neighbour lists {atoms.calc.neighbors.num_lists}")
 
 
 if __name__ == "__main__":

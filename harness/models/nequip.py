@@ -47,8 +47,8 @@ class NequIPForceField(nn.Module):
         """Predictions of the batch.
 
         Returns:
-            ``total_energy`` ``[num_graphs, 1]`` in eV, float64; ``forces`` ``[num_atoms, 3]`` in eV/Å; and, if it is
-            asked for, ``stress`` ``[num_graphs, 3, 3]`` in eV/Å³.
+            ``total_energy`` ``[num_graphs, 1]`` and ``atomic_energy`` ``[num_atoms, 1]`` in eV, float64; ``forces``
+            ``[num_atoms, 3]`` in eV/Å; and, if it is asked for, ``stress`` ``[num_graphs, 3, 3]`` in eV/Å³.
         """
         # Validation loops run in inference mode, whose tensors autograd refuses; copies of them are ordinary tensors.
         with torch.inference_mode(False), torch.enable_grad():
@@ -67,6 +67,7 @@ class NequIPForceField(nn.Module):
         zero = 0.0 * energy.sum()
         outputs = {
             "total_energy": energy + self.references(inputs),
+            "atomic_energy": found["atomic_energy"].double() + self.references.of_atoms(inputs),
             "forces": found["forces"] + zero.to(found["forces"].dtype),
         }
         if self.derive_stress:
@@ -79,7 +80,8 @@ class NequIPForceField(nn.Module):
         """Predictions of no graphs, which depend on every parameter; NequIP cannot be called without atoms."""
         position = inputs["pos"]
         zero = connected_zero(self.model, position)
-        outputs = {"total_energy": position.new_zeros(0, 1).double() + zero.double(), "forces": position + zero}
+        energy = position.new_zeros(0, 1).double() + zero.double()
+        outputs = {"total_energy": energy, "atomic_energy": energy, "forces": position + zero}
         if self.derive_stress:
             outputs["stress"] = inputs["cell"] + zero.to(inputs["cell"].dtype)
         return outputs

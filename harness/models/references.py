@@ -35,9 +35,13 @@ class ReferenceEnergies(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Reference energies ``[num_graphs, 1]``."""
-        per_atom = self.shifts.index_select(0, batch["atom_types"])
-        sums = per_atom.new_zeros(batch["num_atoms"].shape[0])
-        return sums.index_add(0, batch["batch"], per_atom).unsqueeze(-1)
+        per_atom = self.of_atoms(batch)
+        sums = per_atom.new_zeros(batch["num_atoms"].shape[0], 1)
+        return sums.index_add(0, batch["batch"], per_atom)
+
+    def of_atoms(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Reference energy of each atom, float64 ``[num_atoms, 1]``."""
+        return self.shifts.index_select(0, batch["atom_types"]).unsqueeze(-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReferenceEnergies:
         # .float() and its like convert every floating-point buffer; the references only follow the device

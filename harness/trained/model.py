@@ -111,7 +111,8 @@ def load_model(
 
     Weights are those that were validated, averaged ones under ``callbacks=[default,ema]``, in the dtypes of the
     training. In float64 predictions are those of the validation bit for bit, for the same batch. Under
-    ``bf16-mixed`` they are those of the float32 weights, without autocast.
+    ``bf16-mixed`` they are those of the float32 weights, without autocast. NequIP's and Allegro's models are not
+    compiled, also if they were in the training.
 
     The file is read with ``weights_only=True``. It names the builder of its model: those of ``harness.models`` are
     called, others, such as one of your own package, only if ``trust`` has them.
@@ -120,7 +121,7 @@ def load_model(
         path: of a checkpoint of this package, whatever strategy has written it.
         map_location: device of the model; the CPU if None.
         trust: names of packages, modules or builders that may be imported and called, such as ``"my_models"``.
-        changes: arguments of the builder that replace those of the training, such as ``{"compile_mode": "eager"}``.
+        changes: arguments of the builder that replace those of the training, such as ``{"stress": False}``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -129,7 +130,9 @@ def load_model(
             trusted; or its weights do not fit.
     """
     checkpoint = TrainedCheckpoint.read(path)
-    model = TrainedModel(checkpoint.build(trust, changes), checkpoint).eval()
+    # NequIP's compilation is one of training steps, of several structures
+    eager = {"compile_mode": "eager"} if checkpoint.architecture.get("compile_mode") == "compile" else {}
+    model = TrainedModel(checkpoint.build(trust, {**eager, **(changes or {})}), checkpoint).eval()
     return model if map_location is None else model.to(map_location)
 
 

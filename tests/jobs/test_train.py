@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,11 +125,18 @@ def test_what_stands_on_the_screen_in_the_end(two_ranks: Path) -> None:
     assert re.search(r"Epoch 1: 100%.*weighted_sum=0\.\d+", screen)  # the progress bar
 
 
-def test_a_trained_model_predicts(two_ranks: Path) -> None:
-    done = run([sys.executable, str(ROOT / "examples" / "use_trained.py"), str(two_ranks)], two_ranks.parent)
+def test_a_checkpoint_alone_predicts_relaxes_and_runs_dynamics(two_ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(two_ranks / "checkpoints" / "best.ckpt", tmp_path / "checkpoints")
+    done = run([sys.executable, str(ROOT / "examples" / "use_trained.py"), str(tmp_path)], tmp_path)
     assert done.code == 0, done.err[-3000:]
-    assert re.search(r"energy -?\d+\.\d+ eV", done.out)
+    assert "knows Cu, Pd, Ag, Au; cutoff 4.5 Å; forces in eV/Å" in done.out
+    assert len(re.findall(r"^energy -?\d+\.\d+ eV", done.out, re.MULTILINE)) == 3
     assert done.out.count("Cu force") == 4
+    totals = [float(text) for text in re.findall(r"total energy (-?\d+\.\d+) eV", done.out)]
+    assert len(totals) == 4
+    assert max(totals) - min(totals) < 0.05
+    assert 0 < int(done.out.rpartition("neighbour lists ")[2]) < 40
 
 
 def test_the_loss_falls(one_rank: Path) -> None:

@@ -16,20 +16,25 @@ from ase.build import bulk, molecule
 from support.bad_input import frames
 from support.commands import ROOT
 from support.other_models import INSTALLED
-from support.trained import DOUBLE, same_bits, trained
+from support.trained import DOUBLE, KeepValidation, same_bits, trained
 
 import harness
 from harness.trained import TrainedCheckpoint, TrainedModel
 
-ALL = ["schnet", *INSTALLED]
+ALL = ["schnet", *(pytest.param(name, marks=pytest.mark.slow) if name == "allegro" else name for name in INSTALLED)]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a SchNet in float32, whose training data are gone."""
-    path, _ = trained(tmp_path_factory.mktemp("run"))
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, KeepValidation]:
+    """Checkpoint and last validation of a SchNet in float32, whose training data are gone."""
+    path, kept = trained(tmp_path_factory.mktemp("run"))
     (path.parents[1] / "frames.xyz").unlink()
-    return path
+    return path, kept
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: tuple[Path, KeepValidation]) -> Path:
+    return run[0]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -41,21 +46,33 @@ def test_predictions_are_those_of_the_validation(name: str, tmp_path: Path) -> N
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     same_bits(model, kept)
+    if name == "nequip":
+
+        def compiled(content: dict[str, Any]) -> None:
+            content["made_with"]["architecture"]["compile_mode"] = "compile"
+
+        same_bits(harness.load_model(changed(path, tmp_path / "compiled.ckpt", compiled)), kept)
 
 
-def test_averaged_weights_are_those_that_were_validated(tmp_path: Path) -> None:
-    path, kept = trained(tmp_path, *DOUBLE, "callbacks=[default,ema]", "callbacks.parity=null")
-    checkpoint = torch.load(path, weights_only=True)
-    last = {name: value for name, value in checkpoint["current_model_state"].items() if name.startswith("model.")}
-    assert any(not torch.equal(value, checkpoint["state_dict"][name]) for name, value in last.items())
-    same_bits(harness.load_model(path), kept)
+def test_averaged_weights_and_references_from_a_file_are_in_it(tmp_path: Path) -> None:
+    isolated = tmp_path / "isolated.xyz"
+    atom = "1\nProperties=species:S:1:pos:R:3 energy={}\n{} 0 0 0\n"
+    isolated.write_text(atom.format(-1.5, "Cu") + atom.format(-2.5, "Ag"))
+    options = ("callbacks=[default,ema]", "callbacks.parity=null", f"model.energy_shifts={isolated}")
+    path, kept = trained(tmp_path, *DOUBLE, *options)
+    isolated.unlink()
+    content = torch.load(path, weights_only=True)
+    last = {name: value for name, value in content["current_model_state"].items() if name.startswith("model.")}
+    assert any(not torch.equal(value, content["state_dict"][name]) for name, value in last.items())
+    model = harness.load_model(path)
+    same_bits(model, kept)
+    assert model.energy_shifts == {"Cu": -1.5, "Ag": -2.5}
     assert TrainedCheckpoint.read(path).are_averaged
 
 
 @pytest.mark.parametrize(
     ("settings", "weights", "positions"),
     [
-        (("trainer.precision=32-true",), torch.float32, torch.float32),
         (("trainer.precision=bf16-mixed",), torch.float32, torch.float32),
         (("trainer.precision=32-true", "data.dtype=float64"), torch.float32, torch.float64),
     ],
@@ -74,8 +91,9 @@ def test_dtypes_are_those_of_the_training(
         same_bits(model, kept)
 
 
-def test_it_has_what_its_users_need_to_know(checkpoint: Path) -> None:
-    model = harness.load_model(checkpoint)
+def test_it_has_what_its_users_need_to_know(run: tuple[Path, KeepValidation]) -> None:
+    model = harness.load_model(run[0])
+    same_bits(model, run[1])
     assert (model.type_names, model.cutoff, model.dtype) == (["Cu", "Ag"], 3.5, torch.float32)
     assert (model.units["forces"], model.units["stress"], model.units["cutoff"]) == ("eV/Å", "eV/Å³", "Å")
     assert model.energy_shifts is not None
@@ -91,16 +109,14 @@ def test_it_has_what_its_users_need_to_know(checkpoint: Path) -> None:
     assert torch.equal(copied(model.batch_of(frames()[0]))["forces"], model(model.batch_of(frames()[0]))["forces"])
 
 
-def test_references_from_a_file_are_in_the_checkpoint_as_numbers(tmp_path: Path) -> None:
-    isolated = tmp_path / "isolated.xyz"
-    isolated.write_text(
-        "".join(f"1\nProperties=species:S:1:pos:R:3 energy={e}\n{s} 0 0 0\n" for s, e in [("Cu", -1.5), ("Ag", -2.5)])
-    )
-    path, kept = trained(tmp_path, *DOUBLE, f"model.energy_shifts={isolated}")
-    isolated.unlink()
-    model = harness.load_model(path)
-    assert model.energy_shifts == {"Cu": -1.5, "Ag": -2.5}
-    same_bits(model, kept)
+def test_arguments_of_the_builder_can_be_changed(run: tuple[Path, KeepValidation]) -> None:
+    path, kept = run
+    model = harness.load_model(path, changes={"stress": False})
+    batch, expected = kept.seen[0]
+    predictions = model(batch)
+    assert "stress" in expected
+    assert "stress" not in predictions
+    assert torch.equal(predictions["forces"], expected["forces"])
 
 
 def test_unknown_elements_are_named_with_the_known_ones(checkpoint: Path) -> None:
@@ -211,6 +227,7 @@ MALICIOUS = {
         "_target_": "harness.models.isolated_atom_energies",
         "path": "MARKER",
     },
+    "a function of this package that unpickles": {"_target_": "harness.models.mace_files.read_mace", "path": "MARKER"},
     "deep inside": {
         "_target_": "harness.models.schnet_force_field",
         "cutoff": 3.5,
