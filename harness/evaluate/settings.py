@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from harness.config.explain import explain
 from harness.config.resolvers import config_folder
 from harness.data.reading import LabelKeys
 from harness.data.repeats import refuse_repeated_files
@@ -108,7 +109,7 @@ def _explained(error: HydraException, overrides: Sequence[str]) -> str:
     text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
     wrong = re.search(r"Could not override '([^'\n]+)'", text)
     if wrong is None:
-        return text
+        return explain(text, overrides)
     key = wrong.group(1)
     if key.startswith("metrics."):
         return f"{key} belongs to metrics that are chosen: give a file of conf/metrics, such as metrics=energy_force"

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,19 +172,14 @@ def test_ranks_find_what_one_does(
     trained: tuple[Path, dict[str, float]], one_rank: Path, tmp_path: Path, ranks: int
 ) -> None:
     files = [str(trained[0] / name) for name in ("best.ckpt", "test.xyz", "other.xyz")]
-    done = evaluate(*files, "output_dir=out", "--write", "out/predictions.xyz", folder=tmp_path, ranks=ranks)
+    settings = ("output_dir=out", "parity=false", "--write", "out/predictions.xyz")
+    done = evaluate(*files, *settings, folder=tmp_path, ranks=ranks)
     assert done.code == 0, done.err[-4000:]
     assert done.out.count("all files: 12 frames") == 1
     check_same_results(one_rank, tmp_path / "out")
     assert results(tmp_path / "out")["ranks"] == ranks
-    written = [path.name for path in (tmp_path / "out").iterdir()]
-    assert sorted(written) == [
-        "evaluation.csv",
-        "evaluation.json",
-        "parity_other.png",
-        "parity_test.png",
-        "predictions.xyz",
-    ]
+    pictures = {"parity_other.png", "parity_test.png"}
+    assert {path.name for path in one_rank.iterdir()} - {path.name for path in (tmp_path / "out").iterdir()} == pictures
 
 
 @pytest.mark.slow
@@ -193,9 +187,10 @@ def test_more_ranks_than_frames_and_budgets_of_atoms_and_edges(
     trained: tuple[Path, dict[str, float]], one_rank: Path, tmp_path: Path
 ) -> None:
     files = [str(trained[0] / name) for name in ("best.ckpt", "test.xyz", "other.xyz")]
-    for limit in ("data.max_atoms=60", "data.max_edges=3000"):
-        output = tmp_path / limit
-        main([*files, f"output_dir={output}", limit, "--write", str(output / "predictions.xyz")])
+    for name, limit in (("max_atoms", 60), ("max_edges", 3000)):
+        output = tmp_path / name
+        settings = (f"output_dir={output}", f"data.{name}={limit}", "parity=false")
+        main([*files, *settings, "--write", str(output / "predictions.xyz")])
         check_same_results(one_rank, output)
     ase.io.write(tmp_path / "two.xyz", ase.io.read(trained[0] / "test.xyz", ":2"))
     done = evaluate(files[0], "two.xyz", "output_dir=out", "--write", "p.xyz", folder=tmp_path, ranks=3)
@@ -247,7 +242,17 @@ def test_frames_of_all_kinds_are_predicted_and_labelled_ones_counted(
 ) -> None:
     path, frames = mixed
     written = tmp_path / "new" / "p.xyz"
-    main([str(trained[0] / "best.ckpt"), str(path), *KEYS, f"output_dir={tmp_path}", "--write", str(written)])
+    main(
+        [
+            str(trained[0] / "best.ckpt"),
+            str(path),
+            *KEYS,
+            f"output_dir={tmp_path}",
+            "parity=false",
+            "--write",
+            str(written),
+        ]
+    )
     shown = capsys.readouterr().out
     assert "5 frames; labelled with energy 3, forces 2, stress 1; 1 isolated atoms are no part of the errors" in shown
     found = ase.io.read(written, ":")
@@ -277,7 +282,16 @@ def test_frames_of_all_kinds_are_predicted_and_labelled_ones_counted(
 def test_isolated_atoms_are_frames_like_others_if_asked_for(
     trained: tuple[Path, dict[str, float]], mixed: tuple[Path, list[Atoms]], tmp_path: Path
 ) -> None:
-    main([str(trained[0] / "best.ckpt"), str(mixed[0]), *KEYS, f"output_dir={tmp_path}", "data.isolated_atoms=frames"])
+    main(
+        [
+            str(trained[0] / "best.ckpt"),
+            str(mixed[0]),
+            *KEYS,
+            f"output_dir={tmp_path}",
+            "data.isolated_atoms=frames",
+            "parity=false",
+        ]
+    )
     assert results(tmp_path)["all"]["elements"]["per_atom_energy_rmse"] == 4
     assert "IsolatedAtom" in results(tmp_path)["all"]["groups"]
 
@@ -307,14 +321,16 @@ def test_training_files_are_recognised(
 ) -> None:
     copied = tmp_path / "copied.xyz"
     copied.write_bytes((trained[0] / "train.xyz").read_bytes())
-    main([str(trained[0] / "best.ckpt"), str(copied), f"output_dir={tmp_path / 'out'}", "group=null"])
+    main([str(trained[0] / "best.ckpt"), str(copied), f"output_dir={tmp_path / 'out'}", "group=null", "parity=false"])
     assert "has the content of train file 1 of the model's training" in capsys.readouterr().out
     assert "groups" not in results(tmp_path / "out")["all"]
 
 
 def test_given_metrics_replace_those_of_the_training(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     files = [str(trained[0] / "best.ckpt"), str(trained[0] / "test.xyz")]
-    main([*files, f"output_dir={tmp_path}", "metrics=energy", "metrics.coeffs={per_atom_energy_rmse: 2}"])
+    main(
+        [*files, f"output_dir={tmp_path}", "parity=false", "metrics=energy", "metrics.coeffs={per_atom_energy_rmse: 2}"]
+    )
     assert not any("forces" in name for name in results(tmp_path)["all"]["values"])
 
 
@@ -326,7 +342,7 @@ def files(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> Iterator[li
     """Checkpoint, test file and output directory, from a folder of its own."""
     before = Path.cwd()
     os.chdir(tmp_path)
-    yield [str(trained[0] / "best.ckpt"), str(trained[0] / "test.xyz"), "output_dir=out"]
+    yield [str(trained[0] / "best.ckpt"), str(trained[0] / "test.xyz"), "output_dir=out", "parity=false"]
     os.chdir(before)
 
 
@@ -343,6 +359,7 @@ def files(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> Iterator[li
         (["--write", "p.cif"], ["extended XYZ", "p.xyz"]),
         (["prefix=''", "--write", "p.xyz"], ["frame 0 has energy already", "prefix="]),
         (["metrics.coeffs.forces_rmse=1"], ["metrics=energy_force"]),
+        (["output_dir=a=b"], ["output_dir=a=b", "Quote its value"]),
         (["empty.xyz"], ["empty.xyz is empty"]),
         (["missing.xyz"], ["no file of structures at missing.xyz"]),
         (["zinc.xyz"], ["zinc.xyz, frame 1: Zn is no element of the model of", "Cu, Pd, Ag, Au", "1 of 9 frames"]),
@@ -375,7 +392,9 @@ def test_a_file_that_is_no_checkpoint_and_missing_arguments_are_told(
 def test_files_are_not_replaced_unasked(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([*files, "--write", "p.xyz"])
     assert "evaluation.json is there already" in refused(files, capsys)
-    assert "p.xyz is there already" in refused([*files[:2], "output_dir=new", "--write", "p.xyz"], capsys)
+    assert "p.xyz is there already" in refused(
+        [*files[:2], "output_dir=new", "parity=false", "--write", "p.xyz"], capsys
+    )
     assert not Path("new").exists()
     Path("p.xyz").write_text("of before")
     main([*files, "--write", "p.xyz", "--overwrite"])
@@ -410,7 +429,7 @@ def test_a_prediction_beside_another_one_has_another_name(
 ) -> None:
     """Predictions of two models go into one file, one after the other."""
     arguments = [str(trained[0] / "best.ckpt"), str(one_rank / "predictions.xyz"), f"output_dir={tmp_path / 'out'}"]
-    arguments += ["--write", str(tmp_path / "both.xyz")]
+    arguments += ["parity=false", "--write", str(tmp_path / "both.xyz")]
     assert "frame 0 has predicted_energy already" in refused(arguments, capsys)
     main([*arguments, "prefix=second_"])
     for atoms in ase.io.read(tmp_path / "both.xyz", ":"):
@@ -425,7 +444,7 @@ def test_a_mistake_on_ranks_is_told_once_and_ctrl_c_exits_with_130(
     done = evaluate(*files, "--group", "config_typ", folder=tmp_path, ranks=2)
     assert done.code == 1
     assert done.err.count("error: group=config_typ: no frame has it") == 1
-    many = ase.io.read(trained[0] / "test.xyz", ":") * 3000
+    many = ase.io.read(trained[0] / "test.xyz", ":") * 200
     ase.io.write(tmp_path / "many.xyz", many, format="extxyz")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -436,7 +455,6 @@ def test_a_mistake_on_ranks_is_told_once_and_ctrl_c_exits_with_130(
     for line in process.stdout:
         if "1 rank on cpu" in line:
             break
-    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err[-2000:]
