@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -87,12 +87,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
         "seconds": round(time.monotonic() - begin, 3),
     }
     try:
-        written: Mapping[str, Path] = evaluation.write_results(folder, facts)
+        written = evaluation.write_results(folder, facts)
     except OSError as error:
         _fail(f"{folder}: the values cannot be written ({error})")
     for line in evaluation.ending():
         console.print(line, **plain)
-    for name, path in written.items():
+    for name, path in written:
         console.print(f"{name:<11} {path}", **plain)
 
 

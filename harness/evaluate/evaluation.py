@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,35 +149,39 @@ class Evaluation:
         return [name for name in self.manager.type_names if name in present]
 
     def ending(self) -> list[str]:
-        """Lines to print at last: where predictions are, and that some are not finite."""
-        if self.predictions is None:
-            return []
+        """Lines to print at last: predictions that are not finite, and where the file of predictions is."""
         lines, every = [], [frame for file in self.files for frame in file.frames]
-        wrong = self.predictions.not_finite
-        if wrong:
-            lines.append(
-                f"{len(wrong)} of {len(every)} frames have predictions that are NaN or infinite, the first is "
-                f"{every[wrong[0]].location}"
-            )
+        _, everything = self.results
+        if everything is not None:
+            values, counts = everything.report.values, everything.report.counts
+            wrong = [name for name, count in counts.items() if count and math.isnan(values[name])]
+            if wrong:
+                lines.append(f"NaN, since predictions are not finite: {', '.join(wrong)}")
+        if self.predictions is None:
+            return lines
+        numbers = self.predictions.not_finite
+        if numbers:
+            first = every[numbers[0]].location
+            lines.append(f"{len(numbers)} of {len(every)} frames have predictions that are not finite; first: {first}")
         return [*lines, f"predictions {self.predictions.path} ({len(every)} frames)"]
 
-    def write_results(self, folder: Path, facts: Mapping[str, Any]) -> dict[str, Path]:
+    def write_results(self, folder: Path, facts: Mapping[str, Any]) -> list[tuple[str, Path]]:
         """Write values and name the pictures after the files.
 
         Returns:
-            Written files by what they are.
+            Written files, each with a label.
         """
         files, everything = self.results
         if everything is None:
-            return {}
+            return []
         write_json(folder / JSON, {**self.facts, **facts}, files, everything, self.manager)
         write_csv(folder / CSV, files, everything, self.manager)
-        written = {"values": folder / JSON, "table": folder / CSV}
+        written = [("values", folder / JSON), ("table", folder / CSV)]
         names = picture_names(self.files)
         for picture in self.parity.files:
             number = self.sets[int(picture.stem.removeprefix("parity_test"))]
             if number is not None:
-                written[f"parity plot of {self.files[number].path.name}"] = picture.replace(folder / names[number])
+                written.append(("parity plot", picture.replace(folder / names[number])))
         return written
 
 

@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +25,9 @@ from support.configs import composed
 
 from harness.data import EmbeddedAlloyDataModule, read_frames
 from harness.evaluate import main
-from harness.evaluate.predictions import PredictionFile
+from harness.evaluate.metrics import metrics_of_training
+from harness.evaluate.predictions import PredictionFile, with_predictions
+from harness.evaluate.settings import parse
 from harness.job import train as train_job
 
 SMALL = (
@@ -492,9 +496,32 @@ def test_silicon_by_config_type_on_two_ranks_is_what_its_training_found(tmp_path
 # --- parts ---
 
 
-def test_calculator_results_and_information_of_one_name_are_written_once(tmp_path: Path) -> None:
-    from harness.evaluate.predictions import with_predictions
+def test_commands_and_settings_of_the_page_are_those_of_the_command() -> None:
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    commands = [line for line in page.splitlines() if line.startswith("harness-eval ")]
+    assert len(commands) > 1
+    for command in commands:
+        parse(shlex.split(command)[1:])
+    settings = re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE)
+    given = [each for line in settings for each in re.findall(r"`([\w.]+=[^`]+)`", line) if "DIR" not in each]
+    assert len(given) > 10
+    for each in given:
+        assert parse(["best.ckpt", "test.xyz", each]).given == {each.partition("=")[0]}
 
+
+def test_metrics_that_a_checkpoint_names_are_called_only_if_they_are_known() -> None:
+    own = {"test_metrics._target_": "harness.EnergyOnlyMetrics", "test_metrics.coeffs.per_atom_energy_rmse": 1}
+    assert metrics_of_training(own) == (
+        {"_target_": "harness.EnergyOnlyMetrics", "coeffs": {"per_atom_energy_rmse": 1}},
+        "",
+    )
+    for target in ("os.system", "harness.evaluate.main", "my_package.Metrics", "torchmetrics.functional.os.system"):
+        found, note = metrics_of_training(own | {"test_metrics.extra_metrics.0.metric._target_": target})
+        assert found is None
+        assert target in note
+
+
+def test_calculator_results_and_information_of_one_name_are_written_once(tmp_path: Path) -> None:
     atoms = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], info={"energy": -1.0})
     atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
     written = with_predictions(atoms, {"energy": np.array(-2.0), "stress": np.eye(3)}, "predicted_")
