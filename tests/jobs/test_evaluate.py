@@ -23,6 +23,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from support.commands import BIN, ROOT, SHARED, Finished, run, same, train
 from support.configs import composed
 
+import harness
+from harness.callbacks.tables import values_table
 from harness.data import EmbeddedAlloyDataModule, read_frames
 from harness.evaluate import main
 from harness.evaluate.metrics import metrics_of_training
@@ -220,7 +222,7 @@ def test_csv_has_every_value(one_rank: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mixed(trained: tuple[Path, dict[str, float]]) -> tuple[Path, list[Atoms]]:
-    """File with an isolated atom, a cluster, a frame without labels, one without forces, and one as the training's."""
+    """File with a cluster, frames without labels or forces, with all labels, and isolated atoms before and after."""
     first, second, third = (atoms.copy() for atoms in ase.io.read(trained[0] / "test.xyz", ":3"))
     labels = [atoms.calc.results for atoms in ase.io.read(trained[0] / "test.xyz", ":3")]
     isolated = Atoms("Cu", info={"config_type": "IsolatedAtom", "dft_energy": -0.5})
@@ -229,7 +231,7 @@ def mixed(trained: tuple[Path, dict[str, float]]) -> tuple[Path, list[Atoms]]:
     second.info["dft_energy"] = labels[1]["energy"]
     third.info |= {"dft_energy": labels[2]["energy"], "dft_stress": labels[2]["stress"]}
     third.arrays["dft_forces"] = labels[2]["forces"]
-    frames = [isolated, cluster, first, second, third]
+    frames = [isolated, cluster, first, second, third, Atoms("Ag", info={"config_type": "IsolatedAtom"})]
     path = trained[0] / "mixed.xyz"
     ase.io.write(path, frames, format="extxyz")
     return path, ase.io.read(path, ":")
@@ -252,15 +254,14 @@ def test_frames_of_all_kinds_are_predicted_and_labelled_ones_counted(
             str(path),
             *KEYS,
             f"output_dir={tmp_path}",
-            "parity=false",
             "--write",
             str(written),
         ]
     )
     shown = capsys.readouterr().out
-    assert "5 frames; labelled with energy 3, forces 2, stress 1; 1 isolated atoms are no part of the errors" in shown
+    assert "6 frames; labelled with energy 3, forces 2, stress 1; 2 isolated atoms are no part of the errors" in shown
     found = ase.io.read(written, ":")
-    assert len(found) == 5
+    assert len(found) == 6
     for before, after in zip(frames, found, strict=True):  # what was there is where it was
         assert before == after
         for name, value in before.info.items():
@@ -270,10 +271,12 @@ def test_frames_of_all_kinds_are_predicted_and_labelled_ones_counted(
         assert after.arrays["predicted_forces"].shape == (len(after), 3)
         assert ("predicted_stress" in after.info) == after.pbc.all()
     assert found[2].info["predicted_stress"].shape == (9,)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["parity_mixed.png"]
     values = results(tmp_path)["all"]
     assert values["frames"] == 4
     assert values["elements"]["per_atom_energy_rmse"] == 3
     assert values["elements"]["forces_rmse"] == 3 * (len(found[1]) + len(found[4]))
+    assert values["values"]["forces_mae_per_type"] is not None
     errors = [(found[at].info["predicted_energy"] - found[at].info["dft_energy"]) / len(found[at]) for at in (1, 3, 4)]
     assert same(values["values"]["per_atom_energy_mae"], float(np.abs(errors).mean()), 1e-12)
     assert set(values["groups"]) == {"cluster", *(found[at].info["config_type"] for at in (2, 3, 4))}
@@ -494,6 +497,15 @@ def test_silicon_by_config_type_on_two_ranks_is_what_its_training_found(tmp_path
 
 
 # --- parts ---
+
+
+def test_tables_show_the_types_that_the_files_have() -> None:
+    entry = {"name": "mae", "field": "forces", "metric": harness.MeanAbsoluteError(), "per_type": True}
+    manager = harness.MetricsManager([entry], type_names=[f"T{number}" for number in range(89)])
+    values = {"mae": 1.0, "mae_T3": 2.0, "mae_T7": 0.5}
+    table = values_table("", manager, values, type_names=["T3", "T7"])
+    assert [str(column.header) for column in table.columns] == ["component", "value", "T3", "T7", "unit"]
+    assert table.caption is None
 
 
 def test_commands_and_settings_of_the_page_are_those_of_the_command() -> None:
