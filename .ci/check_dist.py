@@ -119,7 +119,9 @@ def check_installed(commands: Path, version: str, folder: Path) -> str:
     versions, place = run(str(commands / "python"), "-c", code, folder=folder, **environment).splitlines()
     if versions != f"{version} {version}" or Path(place).is_relative_to(ROOT):
         refuse(f"the installed package has the versions {versions} (package, metadata) at {place}; expected {version}")
-    for command, expected in (("harness-train", "Configuration groups"), ("harness-sweep", "usage: harness-sweep")):
+    helps = {"harness-train": "Configuration groups"}
+    helps |= {name: f"usage: {name}" for name in ("harness-sweep", "harness-eval")}
+    for command, expected in helps.items():
         if expected not in run(str(commands / command), "--help", folder=folder, **environment):
             refuse(f"{command} --help does not show {expected!r}")
     run(str(commands / "harness-train"), *TINY, folder=folder, **environment)

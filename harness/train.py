@@ -18,8 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -31,19 +30,17 @@ from harness.config.explain import BAD_INPUT, HINT, message
 from harness.config.resolvers import now
 from harness.distributed import (
     START_LIMIT,
-    LaunchError,
     RankAbsentError,
     agree,
     launched_rank,
     launched_ranks,
     share,
-    take_ranks,
 )
 from harness.job import Job, execute
 from harness.job.consistency import refusal
 from harness.job.failures import reported
 from harness.job.protocols import FinishesRun
-from harness.job.start import start, time_limit
+from harness.job.start import absent_ranks_reported, settle_ranks, start, time_limit
 from harness.runs import (
     POINT,
     RUN_STAMP,
@@ -75,23 +72,12 @@ from harness.runs import (
     write_result,
 )
 from harness.support.process import end_with_parent
-from harness.support.warn import quieten, settle_rank
+from harness.support.warn import quieten
 
-__all__ = ["absent_ranks_reported", "main", "run_job", "train"]
+__all__ = ["main", "run_job", "train"]
 
 Objective = float | tuple[float | None, ...] | None
 """Monitored value, or a tuple of those of ``objectives``, for the sampler of a sweep; None instead of NaN."""
-
-
-@contextmanager
-def absent_ranks_reported() -> Iterator[None]:
-    """Raise :class:`~harness.runs.JobFailed` where ranks did not come; the rank that has waited reports it."""
-    try:
-        yield
-    except RankAbsentError as error:
-        if str(error).startswith(f"Rank {launched_rank()} "):  # not if another rank has reported it
-            print(f"\nerror: {error}", file=sys.stderr)
-        raise JobFailed(str(error)) from error
 
 
 def main() -> None:
@@ -100,7 +86,7 @@ def main() -> None:
         os.environ.pop(POINT, None)  # this command was started by a rank of a sweep point, and is none
     quieten()
     with new_session() as session, absent_ranks_reported():
-        _settle_ranks()
+        settle_ranks()
         _settle_arguments()
         try:
             run_with_hydra(run_job)
@@ -115,19 +101,6 @@ def main() -> None:
             if session.failed and error.code == JobFailed.exit_code:
                 print(f"\nerror: failed points of the sweep: {', '.join(session.failed)}", file=sys.stderr)
             raise
-
-
-def _settle_ranks() -> None:
-    """Ranks of the launcher, whichever it is, by torch's variables."""
-    try:
-        notes = take_ranks()
-    except LaunchError as error:
-        if not error.rank:  # otherwise rank 0 finds the same
-            print(f"\nerror: {error}", file=sys.stderr)
-        raise JobFailed(str(error)) from None
-    settle_rank(launched_rank())
-    for note in notes:
-        print(f"launch: {note}", flush=True)
 
 
 def _settle_arguments() -> None:
@@ -187,7 +160,7 @@ def run_job(config: DictConfig) -> Objective:
             sys.exit(_SWEEP_ON_RANKS.format(launched_ranks()))
         if "SUBMITIT_EXECUTOR" in os.environ:  # in a process that has not come through `main`
             quieten()
-            _settle_ranks()
+            settle_ranks()
     try:
         return train(config, asked_for)
     except SystemExit as error:

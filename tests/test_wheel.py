@@ -85,6 +85,7 @@ def test_wheel_holds_the_package_and_its_configs(wheel: Path) -> None:
     }
     assert "harness-train = harness.train:main" in points
     assert "harness-sweep = harness.sweep:main" in points
+    assert "harness-eval = harness.evaluate:main" in points
 
 
 def test_version_has_one_source(installed: Callable[..., Finished], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def values_table(
     best: Mapping[str, tuple[float, int]] | None = None,
     columns: Sequence[str] = COLUMNS,
     max_types: int = 8,
+    type_names: Sequence[str] | None = None,
 ) -> Table:
     """Table of every component, with its per-type values beside it.
 
@@ -44,8 +45,10 @@ def values_table(
         best: the best value so far of each component, and its epoch; those that are of now stand out.
         columns: which of :data:`COLUMNS` there are; those of ``best`` only where that is given.
         max_types: the most types that have columns.
+        type_names: types that are looked at; all of the manager's if None.
     """
-    type_names = manager.type_names if any(entry.per_type for entry in manager.entries.values()) else ()
+    has_types = any(entry.per_type for entry in manager.entries.values())
+    type_names = (manager.type_names if type_names is None else type_names) if has_types else ()
     shown = type_names if "types" in columns and len(type_names) <= max_types else ()
     table = Table(title=title or None, title_justify="left", caption_justify="left")
     table.add_column("component", no_wrap=True)

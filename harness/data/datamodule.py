@@ -15,14 +15,14 @@ import torch
 from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from harness.data.budget import BudgetBatchSampler, EvaluationBudgetSampler
+from harness.data.budget import BudgetBatchSampler
 from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
+from harness.data.evaluation import evaluation_loader, sizes_of
 from harness.data.isolated import isolated_energies, without_isolated_atoms
 from harness.data.loader import ResumableDataLoader
 from harness.data.reading import (
@@ -36,7 +36,7 @@ from harness.data.reading import (
 )
 from harness.data.references import outside_text, undetermined_text
 from harness.data.repeats import refuse_repeated_files, repeated_frames_text
-from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
+from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.models import reference_energies
@@ -450,11 +450,11 @@ class AtomsDataModule(LightningDataModule):
         """
         dataset = self.train_set
         if self._limited == "batch_size":
-            sizes = None if self.balance is None else _sizes_of(dataset, self.balance)
+            sizes = None if self.balance is None else sizes_of(dataset, self.balance)
             return TrainingBatchSampler(len(dataset), self._limit, rank, num_ranks, seed=self.seed, sizes=sizes)
         unit = self._limited.removeprefix("max_")
         return BudgetBatchSampler(
-            _sizes_of(dataset, unit),
+            sizes_of(dataset, unit),
             self._limit,
             rank,
             num_ranks,
@@ -464,17 +464,8 @@ class AtomsDataModule(LightningDataModule):
         )
 
     def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        rank, num_ranks = data_parallel_ranks(self.trainer)
-        sampler: EvaluationBatchSampler | EvaluationBudgetSampler
-        if self.eval_batch_size is not None:
-            sampler = EvaluationBatchSampler(len(dataset), self.eval_batch_size, rank, num_ranks)
-        else:
-            sizes = _sizes_of(dataset, self._limited.removeprefix("max_"))
-            sampler = EvaluationBudgetSampler(sizes, self._limit, rank, num_ranks)
-        # A rank without frames gets one batch of no graphs: Lightning skips a loop that has no batches, and with it the
-        # end of the epoch, where the other ranks wait for this one.
-        batches: Any = sampler if len(sampler) else [[]]
-        return DataLoader(dataset, batch_sampler=batches, **self._loader_options())
+        limited, limit = ("batch_size", self.eval_batch_size) if self.eval_batch_size else (self._limited, self._limit)
+        return evaluation_loader(dataset, limited, limit, *data_parallel_ranks(self.trainer), **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -547,10 +538,6 @@ def _checked_type_names(type_names: Sequence[str] | None) -> list[str] | None:
     if repeated:
         raise ValueError(f"type_names must be different, {repeated} is repeated in {names}")
     return names
-
-
-def _sizes_of(dataset: AtomsDataset, unit: str) -> NDArray[np.int64]:
-    return dataset.num_atoms() if unit == "atoms" else dataset.num_edges()
 
 
 def _sizes(datasets: Sequence[AtomsDataset]) -> str:

@@ -12,10 +12,14 @@ _CONFIG_TYPE = "config_type"
 _SAME_ENERGY = 1e-6  # eV
 
 
-def without_isolated_atoms(frames: Sequence[Frame]) -> tuple[list[Frame], list[Frame]]:
+def without_isolated_atoms(frames: Sequence[Frame], require_energies: bool = True) -> tuple[list[Frame], list[Frame]]:
     """Frames of structures, and frames whose ``config_type`` is ``IsolatedAtom`` (in any spelling, ``isolated_atom``).
 
     A frame of one atom without this ``config_type`` is a structure like any other.
+
+    Args:
+        frames: of a file.
+        require_energies: whether an isolated atom without an energy is an error.
 
     Raises:
         ValueError: if a frame of that type has more than one atom or no energy.
@@ -31,7 +35,7 @@ def without_isolated_atoms(frames: Sequence[Frame]) -> tuple[list[Frame], list[F
                 f"{frame.atoms.get_chemical_formula()}; correct the config_type of the frame, or set "
                 f"data.isolated_atoms=frames to train on all frames alike"
             )
-        if frame.energy is None:
+        if frame.energy is None and require_energies:
             raise ValueError(
                 f"{frame.location}: an isolated atom ({frame.atoms.get_chemical_formula()}) without an energy; "
                 f"expected its energy in eV under the key of the other frames (data.keys.energy). Add it, or "

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 __all__ = [
     "Frame",
     "LabelKeys",
+    "available_keys",
     "chemical_symbols",
     "file_fingerprint",
+    "has_key",
     "information",
     "label_hint",
     "mixed_family_hint",
@@ -122,7 +124,10 @@ class Frame:
 
 
 def read_frames(
-    path: str | os.PathLike[str], keys: LabelKeys | Mapping[str, str] | None = None, require_labels: bool = True
+    path: str | os.PathLike[str],
+    keys: LabelKeys | Mapping[str, str] | None = None,
+    require_labels: bool = True,
+    require_keys: bool = True,
 ) -> list[Frame]:
     r"""All frames of a file with their labels: extended XYZ, an ASE database, a trajectory, or what else ASE reads.
 
@@ -135,6 +140,7 @@ def read_frames(
         path: the file.
         keys: names of the labels in the file.
         require_labels: whether a frame without any label is an error.
+        require_keys: whether a key other than the default that no frame has is an error.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -161,8 +167,8 @@ def read_frames(
         raise ValueError(f"{file} has no frames")
 
     for label, key in names.changed().items():
-        if not any(_find(atoms, key) is not None for atoms in structures):
-            available = sorted(set().union(*(_available(atoms) for atoms in structures)))
+        if require_keys and not has_key(structures, key):
+            available = available_keys(structures)
             raise KeyError(f"no frame of {file} has the {label} key {key!r}; the frames have {available}")
 
     frames = [_frame(atoms, names, str(file), index) for index, atoms in enumerate(structures)]
@@ -262,6 +268,16 @@ def _may_be(value: Any, label: str, num_atoms: int) -> bool:
     if label == "energy":
         return shape in ((), (1,))
     return shape == (num_atoms, 3) if label == "forces" else shape in ((6,), (9,), (3, 3), (1, 9), (1, 3, 3))
+
+
+def has_key(structures: Sequence[Atoms], key: str) -> bool:
+    """True if a file has a value under a name for any of its structures."""
+    return any(_find(atoms, key) is not None for atoms in structures)
+
+
+def available_keys(structures: Sequence[Atoms]) -> list[str]:
+    """Names of all results, arrays and information that structures of a file have, sorted."""
+    return sorted(set().union(*(_available(atoms) for atoms in structures)))
 
 
 def information(atoms: Atoms, key: str) -> Any:

@@ -31,6 +31,7 @@ __all__ = [
     "changed_facts",
     "compare",
     "data_differences",
+    "energy_level_text",
     "rule_of",
     "types_of_checkpoint",
 ]
@@ -162,7 +163,7 @@ def compare(
     if found:
         lines.append(found)
     if record is not None:
-        level = _level(start, record, datamodule)
+        level = energy_level_text(start, record, datamodule)
         if level:
             warned.append(level)
     return lines, warned
@@ -317,7 +318,7 @@ def _shifts_in(checkpoint: Mapping[str, Any], module: nn.Module, names: Sequence
     return None
 
 
-def _level(start: Start, record: Mapping[str, Any], datamodule: LightningDataModule) -> str | None:
+def energy_level_text(start: Start, record: Mapping[str, Any], datamodule: LightningDataModule) -> str | None:
     """A warning of energies whose reference level is not that of the checkpoint's training; refused where it must be.
 
     What is compared is :math:`(E_g - \\sum_t n_{gt} \\mu_t) / N_g` with the model's references: the mean and spread of

@@ -1,8 +1,11 @@
-"""Start of a job: built and checked on all ranks, in an output directory of its own, from the checkpoint to resume."""
+"""Start of a job: ranks of the launcher; built and checked on all of them; its output directory and checkpoint."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,13 +13,50 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 from harness.config.explain import BAD_INPUT, message
-from harness.distributed import START_LIMIT, launched_rank, launched_ranks, share
+from harness.distributed import (
+    START_LIMIT,
+    LaunchError,
+    RankAbsentError,
+    launched_rank,
+    launched_ranks,
+    share,
+    take_ranks,
+)
 from harness.job.consistency import facts, refusal
 from harness.job.job import Job, prepare
 from harness.job.protocols import KeepsCheckpoints
-from harness.runs import Command, claim, goes_on, is_interrupted
+from harness.runs import Command, JobFailed, claim, goes_on, is_interrupted
+from harness.support.warn import settle_rank
 
-__all__ = ["start", "time_limit"]
+__all__ = ["absent_ranks_reported", "settle_ranks", "start", "time_limit"]
+
+
+@contextmanager
+def absent_ranks_reported() -> Iterator[None]:
+    """Raise :class:`~harness.runs.JobFailed` where ranks did not come; the rank that has waited reports it."""
+    try:
+        yield
+    except RankAbsentError as error:
+        if str(error).startswith(f"Rank {launched_rank()} "):  # not if another rank has reported it
+            print(f"\nerror: {error}", file=sys.stderr)
+        raise JobFailed(str(error)) from error
+
+
+def settle_ranks() -> None:
+    """Take the ranks of the launcher, whichever it is, into torch's variables.
+
+    Raises:
+        JobFailed: the launcher's variables make no sense; rank 0 has reported it.
+    """
+    try:
+        notes = take_ranks()
+    except LaunchError as error:
+        if not error.rank:  # otherwise rank 0 finds the same
+            print(f"\nerror: {error}", file=sys.stderr)
+        raise JobFailed(str(error)) from None
+    settle_rank(launched_rank())
+    for note in notes:
+        print(f"launch: {note}", flush=True)
 
 
 def start(config: DictConfig, limit: timedelta, command: Command) -> Job:

@@ -1,0 +1,236 @@
+"""Data of an evaluation: files with their frames, and loaders that bring each frame to one rank, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from harness.data.budget import EvaluationBudgetSampler
+from harness.data.checks import check_distances, check_units
+from harness.data.collate import collate
+from harness.data.dataset import AtomsDataset
+from harness.data.isolated import without_isolated_atoms
+from harness.data.reading import Frame, LabelKeys, available_keys, has_key, label_hint, mixed_family_hint, read_frames
+from harness.data.samplers import EvaluationBatchSampler
+from harness.strategies import data_parallel_ranks
+from harness.support.checks import whole_number
+from harness.support.text import did_you_mean
+
+__all__ = [
+    "EvaluatedFile",
+    "EvaluationDataModule",
+    "evaluation_loader",
+    "label_notes",
+    "read_evaluated",
+    "refuse_unknown_elements",
+]
+
+
+@dataclass(frozen=True)
+class EvaluatedFile:
+    """A file of an evaluation.
+
+    Attributes:
+        path: as it was given.
+        frames: all of them, in the order of the file.
+        counted: positions in ``frames`` of those that errors are of: all but isolated atoms.
+    """
+
+    path: Path
+    frames: list[Frame]
+    counted: list[int]
+
+    @property
+    def structures(self) -> list[Frame]:
+        """Frames that errors are of."""
+        return [self.frames[position] for position in self.counted]
+
+    def labels(self) -> dict[str, int]:
+        """Number of frames that errors are of with an energy, with forces and with a stress."""
+        names = ("energy", "forces", "stress")
+        return {name: sum(getattr(frame, name) is not None for frame in self.structures) for name in names}
+
+
+def read_evaluated(
+    paths: Sequence[Path],
+    keys: LabelKeys,
+    named: Mapping[str, str] | None = None,
+    min_distance: float | None = 0.1,
+    units: bool = True,
+    isolated_atoms: str = "references",
+) -> list[EvaluatedFile]:
+    """Files of an evaluation, checked as those of a training; frames may lack any label.
+
+    Args:
+        paths: of the files.
+        keys: names of the labels.
+        named: those of them that the user has named: a file must have each of them.
+        min_distance: frames with closer atoms are refused, in Å; None does not look.
+        units: whether files in other units are refused, where that shows.
+        isolated_atoms: ``references`` leaves frames with ``config_type=IsolatedAtom`` out of the errors, ``frames``
+            does not.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        KeyError: if none of the files has a label that was named.
+        ValueError: if a file or frame is unusable.
+    """
+    if isolated_atoms not in ("references", "frames"):
+        raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
+    files = []
+    for path in paths:
+        frames = read_frames(path, keys, require_labels=False, require_keys=False)
+        if units:
+            check_units(frames)
+        if min_distance is not None:
+            check_distances(frames, min_distance)
+        structures = frames
+        if isolated_atoms == "references":
+            structures, _ = without_isolated_atoms(frames, require_energies=False)
+        files.append(EvaluatedFile(path, frames, [frame.index for frame in structures]))
+    everything = [frame.atoms for file in files for frame in file.frames]
+    for label, key in (named or {}).items():
+        if not has_key(everything, key):
+            available = available_keys(everything)
+            meant = did_you_mean(key, available)
+            raise KeyError(
+                f"data.keys.{label}={key}: no frame of {', '.join(map(str, paths))} has it. {meant}The frames have "
+                f"{available}"
+            )
+    return files
+
+
+def label_notes(file: EvaluatedFile, keys: LabelKeys) -> list[str]:
+    """Sentences on labels that all frames of a file lack, and on labels that may be of two calculations."""
+    frames, labels = file.structures, file.labels()
+    if not frames:
+        return [f"{file.path}: isolated atoms alone, which no errors are of (data.isolated_atoms=frames counts them)"]
+    if not any(labels.values()):
+        return [f"{file.path}: no labels, predictions only. {label_hint(frames, 'energy', keys)}"]
+    notes = [text for text in [mixed_family_hint(frames, keys)] if text]
+    for name in ("energy", "forces"):
+        if not labels[name]:
+            notes.append(f"{file.path}: no {name}, and no errors of them. {label_hint(frames, name, keys)}")
+    return notes
+
+
+def refuse_unknown_elements(files: Sequence[EvaluatedFile], type_names: Sequence[str], model: str) -> None:
+    """Refuse frames with elements that a model does not have.
+
+    Args:
+        files: of the evaluation.
+        type_names: chemical symbols that the model knows.
+        model: name of the model in the message.
+
+    Raises:
+        ValueError: with the first of the frames, the elements and the number of such frames.
+    """
+    known = set(type_names)
+    found: list[tuple[Frame, set[str]]] = []
+    for file in files:
+        for frame in file.frames:
+            unknown = set(frame.atoms.get_chemical_symbols()) - known
+            if unknown:
+                found.append((frame, unknown))
+    if found:
+        first, unknown = found[0]
+        number, total = len(found), sum(len(file.frames) for file in files)
+        everywhere = sorted(set().union(*(each for _, each in found)))
+        raise ValueError(
+            f"{first.location}: {', '.join(sorted(unknown))} is no element of {model}, which knows "
+            f"{', '.join(type_names)}. {number} of {total} frames have such elements ({', '.join(everywhere)}): remove "
+            f"them, or evaluate a model that was trained on them"
+        )
+
+
+class EvaluationDataModule(LightningDataModule):
+    """Batches of the sets of an evaluation: every frame on one rank, once, in order.
+
+    Samples are made when they are needed and not kept.
+
+    Args:
+        sets: frames of each set.
+        type_names: chemical symbols in the order of the model's type indices.
+        cutoff: of the neighbour lists, in Å.
+        dtype: of all floating-point fields but ``total_energy``.
+        batch_size: frames in a batch of all ranks together.
+        max_atoms: instead: atoms in it, at most.
+        max_edges: instead: edges in it, at most; makes all neighbour lists beforehand.
+        num_workers: processes of each loader.
+        pin_memory: whether batches are made in page-locked memory.
+
+    Raises:
+        TypeError, ValueError: a number is out of range, or not exactly one limit is given.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[Sequence[Frame]],
+        type_names: Sequence[str],
+        cutoff: float,
+        dtype: torch.dtype = torch.float32,
+        *,
+        batch_size: int | None = None,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
+        given = {name: whole_number(name, value) for name, value in limits.items() if value is not None}
+        if len(given) != 1:
+            found = ", ".join(f"{name}={value}" for name, value in given.items()) or "none of them"
+            raise ValueError(f"exactly one of {', '.join(limits)} must limit a batch of all ranks, found {found}")
+        whole_number("num_workers", num_workers, least=0)
+        ((self._limited, self._limit),) = given.items()
+        self.type_names, self.cutoff, self.dtype = list(type_names), cutoff, dtype
+        self.test_sets = [AtomsDataset(frames, type_names, cutoff, dtype, cache_neighbors=False) for frames in sets]
+        self._options: dict[str, Any] = {
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "collate_fn": partial(collate, dtype=dtype),
+        }
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """This rank's part of each set."""
+        ranks = data_parallel_ranks(self.trainer)
+        return [evaluation_loader(each, self._limited, self._limit, *ranks, **self._options) for each in self.test_sets]
+
+
+def evaluation_loader(
+    dataset: AtomsDataset, limited: str, limit: int, rank: int, num_ranks: int, **options: Any
+) -> DataLoader[Any]:
+    """Loader of one rank's part of a set: in order, nothing padded or dropped, each frame on one rank.
+
+    Args:
+        dataset: the set.
+        limited: ``batch_size``, ``max_atoms`` or ``max_edges``.
+        limit: frames, atoms or edges in a batch of all ranks together, at most.
+        rank: this rank.
+        num_ranks: number of ranks that share the set.
+        options: of the ``DataLoader``.
+    """
+    sampler: EvaluationBatchSampler | EvaluationBudgetSampler
+    if limited == "batch_size":
+        sampler = EvaluationBatchSampler(len(dataset), limit, rank, num_ranks)
+    else:
+        sampler = EvaluationBudgetSampler(sizes_of(dataset, limited.removeprefix("max_")), limit, rank, num_ranks)
+    # A rank without frames gets one batch of no graphs: Lightning skips a loop that has no batches, and with it the end
+    # of the epoch, where the other ranks wait for this one.
+    batches: Any = sampler if len(sampler) else [[]]
+    return DataLoader(dataset, batch_sampler=batches, **options)
+
+
+def sizes_of(dataset: AtomsDataset, unit: str) -> NDArray[np.int64]:
+    """Number of ``atoms`` or ``edges`` of each frame of a set."""
+    return dataset.num_atoms() if unit == "atoms" else dataset.num_edges()

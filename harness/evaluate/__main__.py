@@ -1,0 +1,5 @@
+"""``python -m harness.evaluate``."""
+
+from harness.evaluate.command import main
+
+main()

@@ -1,0 +1,145 @@
+"""Metrics of an evaluation: those of the training's test, and of what else is labelled and predicted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import harness
+import harness.metrics
+from harness.metrics import MetricsManager
+from harness.module.build import build_manager
+
+__all__ = ["default_metrics", "ignoring_missing_labels", "metrics_of_training", "nested"]
+
+_PRESETS = {
+    "EnergyOnlyMetrics": ("total_energy",),
+    "EnergyForceMetrics": ("total_energy", "forces"),
+    "EnergyForceStressMetrics": ("total_energy", "forces", "stress"),
+}
+"""Ready-made metrics and the fields that their ``ignore_nan`` takes."""
+_ERRORS = {"rmse": "RootMeanSquaredError", "mae": "MeanAbsoluteError", "maxabserr": "MaximumAbsoluteError"}
+_OWN = re.compile(r"harness\.(?:\w+\.)*(\w+)")
+_TORCHMETRICS = re.compile(r"torchmetrics\.(?:\w+\.)*[A-Z]\w+")
+
+
+def nested(settings: Mapping[str, Any], section: str) -> Any:
+    """Section of settings that are kept by dotted name, as nested dictionaries and lists; None without one."""
+    prefix = f"{section}."
+    if section in settings:
+        return settings[section]
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if not name.startswith(prefix):
+            continue
+        place, *parts = found, *name.removeprefix(prefix).split(".")
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+        place[parts[-1]] = value
+    return _with_lists(found) if found else None
+
+
+def _with_lists(value: Any) -> Any:
+    """Dictionaries whose keys are 0, 1, … as lists, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    inside = {key: _with_lists(each) for key, each in value.items()}
+    if inside and list(inside) == [str(number) for number in range(len(inside))]:
+        return list(inside.values())
+    return inside
+
+
+def metrics_of_training(settings: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """Config of the metrics of a training's test.
+
+    What a checkpoint names is only called if it is a metric, a field or a ready-made manager of this package, or a
+    metric of torchmetrics: a checkpoint of others must not decide which code runs.
+
+    Args:
+        settings: of the training by dotted name, as its checkpoint has recorded them.
+
+    Returns:
+        The config, or None; and the reason for None where there is one.
+    """
+    found = nested(settings, "test_metrics") or nested(settings, "val_metrics")
+    if not isinstance(found, dict) or "_target_" not in found:
+        return None, ""
+    strangers = [target for target in _targets(found) if not _is_known(target)]
+    if strangers:
+        return None, (
+            f"the test metrics of the training are of {strangers[0]}, which a checkpoint alone does not make run: the "
+            f"usual ones are taken"
+        )
+    return {name: value for name, value in found.items() if not name.startswith("schedule")}, ""
+
+
+def default_metrics(
+    config: Mapping[str, Any] | None, labelled: Collection[str], predicted: Collection[str]
+) -> dict[str, Any]:
+    """Config of metrics, with errors by atom type and of the stress added where it has none of them.
+
+    What is added has no coefficient: the weighted sum stays that of the training.
+
+    Args:
+        config: of the training's test; None takes the usual errors of what is labelled and predicted.
+        labelled: fields with labels in any of the files.
+        predicted: fields that the model predicts.
+    """
+    known = set(labelled) & set(predicted)
+    if config is None:
+        names = ["EnergyOnlyMetrics", "EnergyForceMetrics", "EnergyForceStressMetrics"]
+        name = names[2 if "stress" in known else 1 if "forces" in predicted else 0]
+        first = {"total_energy": "per_atom_energy_rmse", "forces": "forces_rmse", "stress": "stress_rmse"}
+        coeffs = {first[field]: 1.0 for field in _PRESETS[name]}
+        config = {"_target_": f"harness.{name}", "coeffs": coeffs}
+    target = str(config["_target_"]).rpartition(".")[2]
+    if target not in _PRESETS:
+        return dict(config)
+    added = []
+    extra = config.get("extra_metrics") or []
+    if "stress" in known and "stress" not in (*_PRESETS[target], *(entry.get("field") for entry in extra)):
+        added += [_entry(f"stress_{short}", "stress", name) for short, name in _ERRORS.items()]
+    if "forces" in known and not any(entry.get("per_type") for entry in extra if entry.get("field") == "forces"):
+        added += [
+            {**_entry(f"forces_{short}_per_type", "forces", _ERRORS[short]), "per_type": True}
+            for short in ("rmse", "mae")
+        ]
+    return {**config, "extra_metrics": [*extra, *added]}
+
+
+def ignoring_missing_labels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Config of metrics that leave out elements without a label, wherever they can; other values do not change."""
+    changed = dict(config)
+    fields = _PRESETS.get(str(config.get("_target_")).rpartition(".")[2])
+    if fields is not None:
+        changed["ignore_nan"] = dict.fromkeys(fields, True)
+    for name in ("extra_metrics", "metrics"):
+        entries = config.get(name)
+        if isinstance(entries, list):
+            changed[name] = [{**entry, "ignore_nan": True} if entry.get("field") else entry for entry in entries]
+    return changed
+
+
+def make_metrics(config: Mapping[str, Any], type_names: list[str]) -> MetricsManager:
+    """The manager of a config."""
+    return build_manager(config, "metrics", type_names)
+
+
+def _entry(name: str, field: str, metric: str) -> dict[str, Any]:
+    return {"name": name, "field": field, "metric": {"_target_": f"harness.{metric}"}}
+
+
+def _targets(config: Any) -> list[str]:
+    """Values of ``_target_`` at any depth."""
+    if isinstance(config, dict):
+        own = [str(config["_target_"])] if "_target_" in config else []
+        return own + [target for value in config.values() for target in _targets(value)]
+    return [target for value in config for target in _targets(value)] if isinstance(config, list) else []
+
+
+def _is_known(target: str) -> bool:
+    own = _OWN.fullmatch(target)
+    if own is not None:
+        return own.group(1) in {*harness.__all__, *harness.metrics.__all__}
+    return _TORCHMETRICS.fullmatch(target) is not None
