@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from harness.data import Frame, collate, frame_to_sample
 from harness.export.format import Format
@@ -94,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         lines = _export(checkpoint, fmt, output, getattr(torch, arguments.dtype or "", None), arguments.trust)
     weights = "averaged weights" if checkpoint.are_averaged else "weights"
-    _print("checkpoint", f"{checkpoint.path}: {weights} of epoch {checkpoint.epoch}, step {checkpoint.step}")
+    _print("checkpoint", f"{checkpoint.path}: {weights} of step {checkpoint.step}")
     _print("written", f"{output} ({output.stat().st_size / 2**20:.1f} MiB)")
     for name, line in lines:
         _print(name, line)
@@ -115,21 +114,25 @@ def _export(
     model = checkpoint.build(trust, changes).eval()
     if not fmt.takes(model):
         raise _WrongModel(checkpoint, fmt, builder)
+    weights = next(model.parameters()).dtype
+    kept = dtype or weights
     example = example_structure(names, cutoff)
     batch = collate([frame_to_sample(Frame(example), names, cutoff, dtype=torch.float64)])
     expected = model(batch)
     with replacing(output) as part:
         torch.save(fmt.content(model, example, dtype), part)
         found = fmt.predictions(part, example, batch)
-        differences = {field: float((found[field] - expected[field]).abs().max()) for field in found if field in expected}
+        differences = {
+            field: float((found[field] - expected[field]).abs().max()) for field in found if field in expected
+        }
         sizes = {field: float(expected[field].abs().max()) for field in differences}
-        _check_predictions(fmt, differences, sizes, _lowest(model, dtype))
+        _check_predictions(fmt, differences, sizes, max((weights, kept), key=lambda each: torch.finfo(each).eps))
     units = {"total_energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
     off = ", ".join(f"{value:.1e} {units[field]}" for field, value in differences.items())
-    first, *others = fmt.uses(output, model)
+    first, *others = fmt.uses(output, kept)
     return [
         ("tried", f"on a made-up crystal of {len(example)} atoms: energy, forces, stress differ by {off}"),
-        *(("note", remark) for remark in fmt.remarks(model, dtype)),
+        *(("note", remark) for remark in fmt.remarks(model, kept)),
         ("used by", first),
         *(("", line) for line in others),
     ]
@@ -142,8 +145,8 @@ class _WrongModel(ValueError):
         other = next((name for name, each in FORMATS.items() if found.removeprefix("model=") in each.models), None)
         or_other = f"--to {other}, or " if other else ""
         super().__init__(
-            f"--to {fmt.name} is for {_configs(fmt)}, and {checkpoint.path} is of {found}: {or_other}--to {_STATE_DICT}, "
-            f"which takes any model."
+            f"--to {fmt.name} is for {_configs(fmt)}, and {checkpoint.path} is of {found}: {or_other}--to "
+            f"{_STATE_DICT}, which takes any model."
         )
 
 
@@ -158,15 +161,15 @@ def _check_output(output: Path, checkpoint: Path, force: bool) -> None:
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder, expected the name of a file: -o {output / 'NAME'}")
     if output.exists() and output.samefile(checkpoint):
-        raise ValueError(f"{output} is the checkpoint itself, which an export leaves as it is: give another name with -o")
+        raise ValueError(
+            f"{output} is the checkpoint itself, which an export leaves as it is: give another name with -o"
+        )
     if output.exists() and not force:
-        raise FileExistsError(f"{output} is there already: --force replaces it, or give another name with -o")
+        raise FileExistsError(f"{output} is there already: --force replaces it, or -o gives another name")
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_predictions(
-    fmt: Format, differences: dict[str, float], sizes: dict[str, float], dtype: torch.dtype
-) -> None:
+def _check_predictions(fmt: Format, differences: dict[str, float], sizes: dict[str, float], dtype: torch.dtype) -> None:
     """Refuse a file from which the package predicts something else than the checkpoint's model.
 
     Raises:
@@ -177,15 +180,9 @@ def _check_predictions(
     if wrong:
         found = ", ".join(f"{name} by {differences[name]:.1e} of {sizes[name]:.1e}" for name in wrong)
         raise ValueError(
-            f"the file was not kept: from it, {fmt.name} predicts other values of a made-up structure than the model of "
-            f"the checkpoint ({found}). Please report it with the versions of both packages."
+            f"the file was not kept: for a made-up structure, {fmt.name} predicts other values from it than the "
+            f"checkpoint's model ({found}). Please report it with the versions of both packages."
         )
-
-
-def _lowest(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    """The least precise dtype among those of the model's weights and of the file."""
-    found = {each.dtype for each in model.parameters()} | ({dtype} if dtype is not None else set())
-    return max(found, key=lambda each: torch.finfo(each).eps)
 
 
 def _configs(fmt: Format) -> str:

@@ -5,13 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-__all__ = ["Format"]
+from harness.models.force_field import ForceField
+from harness.models.scale_shift import ScaleShift
+
+__all__ = ["Format", "parts_of"]
+
+_Energy = TypeVar("_Energy", bound=nn.Module)
+
+
+def parts_of(model: nn.Module, kind: type[_Energy]) -> tuple[ScaleShift, _Energy] | None:
+    """References and scales of a force field, and the model of its energies; None if that is of another kind.
+
+    Args:
+        model: any force field.
+        kind: class of the model of energies.
+    """
+    outer = model.energy_model if isinstance(model, ForceField) else None
+    inner = outer.energy_model if isinstance(outer, ScaleShift) else None
+    return (outer, inner) if isinstance(outer, ScaleShift) and isinstance(inner, kind) else None
 
 
 class Format(ABC):
@@ -54,9 +71,9 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def uses(self, file: Path, model: nn.Module) -> list[str]:
-        """Commands and lines of Python that take the file."""
+    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
+        """Commands and lines of Python that take the file, which has weights of the dtype."""
 
-    def remarks(self, model: nn.Module, dtype: torch.dtype | None) -> list[str]:
-        """Sentences about what the format cannot keep."""
+    def remarks(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
+        """Sentences about what a file with weights of the dtype does not keep of the model."""
         return []

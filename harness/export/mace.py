@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor, nn
 
-from harness.export.format import Format
-from harness.models.force_field import ForceField
+from harness.export.format import Format, parts_of
 from harness.models.mace import MACEEnergy
 from harness.models.packages import missing_package
-from harness.models.scale_shift import ScaleShift
 from harness.support.guest import guest
 
 __all__ = ["MACEFormat", "mace_module", "mace_predictions"]
@@ -31,8 +31,7 @@ class MACEFormat(Format):
 
     def takes(self, model: nn.Module) -> bool:
         """True for a force field whose atomic energies are those of MACE."""
-        inner = model.energy_model if isinstance(model, ForceField) else None
-        return isinstance(inner, ScaleShift) and isinstance(inner.energy_model, MACEEnergy)
+        return parts_of(model, MACEEnergy) is not None
 
     def content(self, model: nn.Module, example: Atoms, dtype: torch.dtype | None) -> nn.Module:
         """The module."""
@@ -42,32 +41,31 @@ class MACEFormat(Format):
         """By ``MACECalculator``."""
         return mace_predictions(path, example)
 
-    def uses(self, file: Path, model: nn.Module) -> list[str]:
+    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
         """ASE, MACE's own evaluation, LAMMPS."""
-        dtype = "float64" if next(model.parameters()).dtype == torch.float64 else "float32"
+        name = str(dtype).removeprefix("torch.")
         return [
             f'MACECalculator(model_paths="{file}", device="cpu", default_dtype="float64")',
-            f"mace_eval_configs --model {file} --configs structures.xyz --output predicted.xyz --default_dtype {dtype}",
+            f"mace_eval_configs --model {file} --configs structures.xyz --output predicted.xyz --default_dtype {name}",
             f"mace_create_lammps_model {file}",
         ]
 
-    def remarks(self, model: nn.Module, dtype: torch.dtype | None) -> list[str]:
+    def remarks(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """Rounding of the references, if it is more than 1e-6 eV."""
-        outer, energy = _parts(model)
-        exact = outer.shifts.detach().double()
-        kept = dtype or next(energy.mace.parameters()).dtype
-        rounding = float((exact - exact.to(kept).double()).abs().max())
+        parts = parts_of(model, MACEEnergy)
+        exact = parts[0].shifts.detach().double() if parts else torch.zeros(1)
+        rounding = float((exact - exact.to(dtype).double()).abs().max())
         if rounding < 1e-6:
             return []
-        name = str(kept).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         return [f"reference energies are rounded to {name}, by up to {rounding:.1g} eV; --dtype float64 keeps them"]
 
 
 def mace_module(force_field: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     r"""The ``ScaleShiftMACE`` of a force field on the CPU, with the references of the training as its atomic energies.
 
-    Atomic energies are ``[1, num_elements]``, scale and shift ``[1]``, for the one head of the model, as
-    ``mace_run_train`` writes them. Weights for fused kernels (cuEquivariance, OpenEquivariance) become those of e3nn by
+    Atomic energies are ``[num_heads, num_elements]``, scale and shift ``[num_heads]``, as ``mace_run_train`` writes
+    them, also for one head. Weights for fused kernels (cuEquivariance, OpenEquivariance) become those of e3nn by
     MACE's own converters.
 
     Args:
@@ -79,23 +77,27 @@ def mace_module(force_field: nn.Module, dtype: torch.dtype | None = None) -> nn.
         A copy, in evaluation mode.
 
     Raises:
+        TypeError: a force field of another kind.
         ValueError: an energy scale for each type, which MACE does not have.
     """
-    outer, energy = _parts(force_field)
+    parts = parts_of(force_field, MACEEnergy)
+    if parts is None:
+        raise TypeError(f"a force field of MACE was expected, found {type(force_field).__name__} of another model")
+    outer, energy = parts
     scales = outer.scales.detach().cpu().double()
     if not torch.equal(scales, scales[:1].expand_as(scales)):
         raise ValueError(f"MACE has one energy scale for all elements; this model has {scales.tolist()}.")
-    model = _for_e3nn(copy.deepcopy(energy.mace).cpu())
+    model: Any = _for_e3nn(copy.deepcopy(energy.mace).cpu())
     model = model.to(dtype) if dtype is not None else model
     elements = energy.elements.cpu()
     with torch.no_grad():
         own = model.atomic_energies_fn.atomic_energies
         references = torch.empty(len(elements), dtype=torch.float64)
         references[elements] = outer.shifts.detach().cpu()
-        model.atomic_energies_fn.atomic_energies = (own.double() + references).to(own.dtype).reshape(1, -1)
+        model.atomic_energies_fn.atomic_energies = (torch.atleast_2d(own.double()) + references).to(own.dtype)
         scale_shift = model.scale_shift
-        scale_shift.scale = (scale_shift.scale.double() * scales[0]).to(own.dtype).reshape(1)
-        scale_shift.shift = (scale_shift.shift.double() * scales[0]).to(own.dtype).reshape(1)
+        scale_shift.scale = torch.atleast_1d(scale_shift.scale.double() * scales[0]).to(own.dtype)
+        scale_shift.shift = torch.atleast_1d(scale_shift.shift.double() * scales[0]).to(own.dtype)
     return model.eval()
 
 
@@ -111,11 +113,12 @@ def mace_predictions(path: Path, atoms: Atoms) -> dict[str, Tensor]:
     """
     with guest():
         try:
-            from mace.calculators import MACECalculator
+            with redirect_stdout(None):  # where fused kernels are not installed, it prints so
+                from mace.calculators import MACECalculator
         except ModuleNotFoundError as error:
             raise missing_package(error, "MACE", "mace") from error
         # loaded here: the calculator relies on a variable that is only set where mace is imported for the first time
-        model = torch.load(path, map_location="cpu", weights_only=False)
+        model = torch.load(path, map_location="cpu", weights_only=False).double()
         calculator = MACECalculator(models=model, device="cpu", default_dtype="float64")
         calculator.calculate(atoms)
     found = calculator.results
@@ -124,14 +127,6 @@ def mace_predictions(path: Path, atoms: Atoms) -> dict[str, Tensor]:
         "forces": torch.as_tensor(found["forces"], dtype=torch.float64),
         "stress": torch.as_tensor(voigt_6_to_full_3x3_stress(found["stress"]), dtype=torch.float64)[None],
     }
-
-
-def _parts(force_field: nn.Module) -> tuple[ScaleShift, MACEEnergy]:
-    """The layer of references and scales of a MACE force field, and the one that calls MACE."""
-    outer = force_field.energy_model
-    if not isinstance(outer, ScaleShift) or not isinstance(outer.energy_model, MACEEnergy):
-        raise TypeError("a force field of MACE, as harness.models.mace builds it, was expected")
-    return outer, outer.energy_model
 
 
 def _for_e3nn(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ase.io
 import lightning
@@ -35,24 +35,24 @@ class NequIPFormat(Format):
 
     def content(self, model: nn.Module, example: Atoms, dtype: torch.dtype | None) -> dict[str, Any]:
         """The checkpoint."""
-        return nequip_checkpoint(model, example)
+        return nequip_checkpoint(cast(NequIPForceField, model), example)
 
     def predictions(self, path: Path, example: Atoms, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By the model of ``ModelFromCheckpoint``."""
         return nequip_predictions(path, batch)
 
-    def uses(self, file: Path, model: nn.Module) -> list[str]:
+    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
         """NequIP's archive, its compiled models for ASE and for LAMMPS."""
-        stem = file.name.removesuffix(file.suffix)
+        stem = file.with_name(file.name.removesuffix(self.suffix).removesuffix(file.suffix))
         return [
             f"nequip-package build {file} {stem}.nequip.zip",
             f"nequip-compile {file} {stem}.nequip.pt2 --mode aotinductor --device cpu --target ase",
-            f"nequip-compile {file} {stem}-lammps.nequip.pt2 --mode aotinductor --device cuda --target pair_nequip",
             f'NequIPCalculator.from_compiled_model("{stem}.nequip.pt2", device="cpu")',
+            f"nequip-compile {file} {stem}-lammps.nequip.pt2 --mode aotinductor --device cuda --target pair_nequip",
         ]
 
 
-def nequip_checkpoint(force_field: nn.Module, example: Atoms) -> dict[str, Any]:
+def nequip_checkpoint(force_field: NequIPForceField, example: Atoms) -> dict[str, Any]:
     """Checkpoint that ``nequip.model.ModelFromCheckpoint``, ``nequip-package`` and ``nequip-compile`` take.
 
     It has the weights, the references of the training as NequIP's own energy shifts, and in ``hyper_parameters`` the
@@ -69,8 +69,8 @@ def nequip_checkpoint(force_field: nn.Module, example: Atoms) -> dict[str, Any]:
     """
     if force_field.config is None:
         raise ValueError(
-            "The NequIP model was not built by nequip_force_field or allegro_force_field, so that there is no config to "
-            "build it from in NequIP."
+            "The model was not built by nequip_force_field or allegro_force_field: there is no config that NequIP "
+            "could build it from."
         )
     with guest():
         try:

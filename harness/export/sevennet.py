@@ -13,10 +13,8 @@ from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor, nn
 
-from harness.export.format import Format
-from harness.models.force_field import ForceField
+from harness.export.format import Format, parts_of
 from harness.models.packages import missing_package
-from harness.models.scale_shift import ScaleShift
 from harness.models.sevennet import SevenNetEnergy
 from harness.support.guest import guest
 
@@ -34,8 +32,7 @@ class SevenNetFormat(Format):
 
     def takes(self, model: nn.Module) -> bool:
         """True for a force field whose atomic energies are those of SevenNet."""
-        inner = model.energy_model if isinstance(model, ForceField) else None
-        return isinstance(inner, ScaleShift) and isinstance(inner.energy_model, SevenNetEnergy)
+        return parts_of(model, SevenNetEnergy) is not None
 
     def content(self, model: nn.Module, example: Atoms, dtype: torch.dtype | None) -> dict[str, Any]:
         """The checkpoint."""
@@ -45,7 +42,7 @@ class SevenNetFormat(Format):
         """By ``SevenNetCalculator``."""
         return sevennet_predictions(path, example)
 
-    def uses(self, file: Path, model: nn.Module) -> list[str]:
+    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
         """ASE, SevenNet's own evaluation, LAMMPS."""
         return [
             f'SevenNetCalculator("{file}", device="cpu")',
@@ -53,7 +50,7 @@ class SevenNetFormat(Format):
             f"sevenn get_model {file}",
         ]
 
-    def remarks(self, model: nn.Module, dtype: torch.dtype | None) -> list[str]:
+    def remarks(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """SevenNet's single precision."""
         return ["SevenNet computes in float32: total energies have steps of 6e-8 of their size"]
 
@@ -69,10 +66,13 @@ def sevennet_checkpoint(force_field: nn.Module) -> dict[str, Any]:
 
     Raises:
         ModuleNotFoundError: sevenn is not installed.
+        TypeError: a force field of another kind.
         ValueError: the model was not built from a config, or has an energy scale for each type outside of SevenNet.
     """
-    outer = force_field.energy_model
-    energy = outer.energy_model
+    parts = parts_of(force_field, SevenNetEnergy)
+    if parts is None:
+        raise TypeError(f"a force field of SevenNet was expected, found {type(force_field).__name__} of another model")
+    outer, energy = parts
     if energy.config is None:
         raise ValueError("The SevenNet model was not built by sevennet_force_field: its config is not known.")
     if not bool((outer.scales == 1).all()):
@@ -84,7 +84,7 @@ def sevennet_checkpoint(force_field: nn.Module) -> dict[str, Any]:
             raise missing_package(error, "SevenNet", "sevennet") from error
     weights = {name: value.detach().cpu() for name, value in energy.layers.state_dict().items()}
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    own, references = energy.layers[_RESCALE].shift.detach().cpu().double(), outer.shifts.detach().cpu()
+    own, references = weights[f"{_RESCALE}.shift"].double(), outer.shifts.detach().cpu()
     shifts = (own + references.reshape(own.shape)).flatten()
     weights[f"{_RESCALE}.shift"] = shifts.float().reshape(own.shape)
     return {
