@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 WORKERS ?= 2
 MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
-  tests/jobs/test_other_models_jobs.py tests/trained/test_load_model.py
+  tests/jobs/test_other_models_jobs.py tests/trained/test_load_model.py tests/export/test_export.py
 STRICT := fields.py schedules.py distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1

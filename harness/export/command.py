@@ -115,7 +115,7 @@ def _export(
     if not fmt.takes(model):
         raise _WrongModel(checkpoint, fmt, builder)
     weights = next(model.parameters()).dtype
-    kept = dtype or weights
+    kept = dtype or fmt.only_dtype or weights
     example = example_structure(names, cutoff)
     batch = collate([frame_to_sample(Frame(example), names, cutoff, dtype=torch.float64)])
     expected = model(batch)

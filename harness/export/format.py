@@ -39,12 +39,14 @@ class Format(ABC):
         models: configs of ``conf/model`` whose models it takes.
         suffix: end of the file's name, in place of that of the checkpoint.
         has_dtype: True if the dtype of the file can be chosen.
+        only_dtype: that of all files; None if weights keep theirs.
     """
 
     name: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
     suffix: ClassVar[str]
     has_dtype: ClassVar[bool] = False
+    only_dtype: ClassVar[torch.dtype | None] = None
 
     @abstractmethod
     def takes(self, model: nn.Module) -> bool:

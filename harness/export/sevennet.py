@@ -29,6 +29,7 @@ class SevenNetFormat(Format):
     name = "sevennet"
     models = ("sevennet",)
     suffix = "-sevennet.pth"
+    only_dtype = torch.float32
 
     def takes(self, model: nn.Module) -> bool:
         """True for a force field whose atomic energies are those of SevenNet."""
