@@ -129,7 +129,7 @@ def _export(
         _check_predictions(fmt, differences, sizes, max((weights, kept), key=lambda each: torch.finfo(each).eps))
     units = {"total_energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
     off = ", ".join(f"{value:.1e} {units[field]}" for field, value in differences.items())
-    first, *others = fmt.uses(output, kept)
+    first, *others = fmt.uses(output, model, kept)
     return [
         ("tried", f"on a made-up crystal of {len(example)} atoms: energy, forces, stress differ by {off}"),
         *(("note", remark) for remark in fmt.remarks(model, kept)),

@@ -73,8 +73,8 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
-        """Commands and lines of Python that take the file, which has weights of the dtype."""
+    def uses(self, file: Path, model: nn.Module, dtype: torch.dtype) -> list[str]:
+        """Commands and lines of Python that take the file of a model, which has weights of the dtype."""
 
     def remarks(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """Sentences about what a file with weights of the dtype does not keep of the model."""

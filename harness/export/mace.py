@@ -41,7 +41,7 @@ class MACEFormat(Format):
         """By ``MACECalculator``."""
         return mace_predictions(path, example)
 
-    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
+    def uses(self, file: Path, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """ASE, MACE's own evaluation, LAMMPS."""
         name = str(dtype).removeprefix("torch.")
         return [

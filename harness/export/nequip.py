@@ -41,14 +41,16 @@ class NequIPFormat(Format):
         """By the model of ``ModelFromCheckpoint``."""
         return nequip_predictions(path, batch)
 
-    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
+    def uses(self, file: Path, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """NequIP's archive, its compiled models for ASE and for LAMMPS."""
         stem = file.with_name(file.name.removesuffix(self.suffix).removesuffix(file.suffix))
+        config = cast(NequIPForceField, model).config or {}
+        pair = "pair_allegro" if config.get("_target_") == "allegro.model.AllegroModel" else "pair_nequip"
         return [
             f"nequip-package build {file} {stem}.nequip.zip",
             f"nequip-compile {file} {stem}.nequip.pt2 --mode aotinductor --device cpu --target ase",
             f'NequIPCalculator.from_compiled_model("{stem}.nequip.pt2", device="cpu")',
-            f"nequip-compile {file} {stem}-lammps.nequip.pt2 --mode aotinductor --device cuda --target pair_nequip",
+            f"nequip-compile {file} {stem}-lammps.nequip.pt2 --mode aotinductor --device cuda --target {pair}",
         ]
 
 

@@ -43,7 +43,7 @@ class SevenNetFormat(Format):
         """By ``SevenNetCalculator``."""
         return sevennet_predictions(path, example)
 
-    def uses(self, file: Path, dtype: torch.dtype) -> list[str]:
+    def uses(self, file: Path, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """ASE, SevenNet's own evaluation, LAMMPS."""
         return [
             f'SevenNetCalculator("{file}", device="cpu")',

@@ -6,6 +6,7 @@ Runs for the packages that are installed: `make test` has NequIP and Allegro, `m
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Mapping
@@ -160,10 +161,10 @@ def test_nequip_packages_it_without_any_data(runs: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ("nequip", "allegro") if name in INSTALLED])
-def test_nequip_compiles_it_for_ase(name: str, runs: Any, tmp_path: Path) -> None:
-    run_of_model = runs(name, *DOUBLE)
-    file, compiled = exported(run_of_model, name, tmp_path), tmp_path / "alloy.nequip.pt2"
+@needs("nequip")
+def test_nequip_compiles_it_for_ase(runs: Any, tmp_path: Path) -> None:
+    run_of_model = runs("nequip", *DOUBLE)
+    file, compiled = exported(run_of_model, "nequip", tmp_path), tmp_path / "alloy.nequip.pt2"
     options = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase"]
     done = run([str(BIN / "nequip-compile"), str(file), str(compiled), *options], tmp_path, timeout=290)
     assert done.code == 0, done.err[-2000:]
@@ -231,6 +232,24 @@ def _as_lammps_calls(atoms: Atoms, model: Any) -> tuple[dict[str, Tensor], Tenso
         torch.ones(len(atoms), dtype=torch.float64),
         False,
     )
+
+
+@needs("sevennet")
+def test_sevennet_infers_from_it_and_makes_a_model_for_lammps(runs: Any, tmp_path: Path) -> None:
+    run_of_model = runs("sevennet", *DOUBLE)
+    file = exported(run_of_model, "sevennet", tmp_path)
+    ase.io.write(tmp_path / "structures.xyz", run_of_model.structures)
+    command = [str(BIN / "sevenn"), "inference", str(file), "structures.xyz", "--output", "found", "--allow_unlabeled"]
+    done = run(command, tmp_path)
+    assert done.code == 0, done.err[-2000:]
+    with (tmp_path / "found" / "per_graph.csv").open() as graphs, (tmp_path / "found" / "per_atom.csv").open() as atoms:
+        energies = [float(row["inferred_total_energy"]) for row in csv.DictReader(graphs)]
+        forces = [[float(row[f"inferred_force_{axis}"]) for axis in "xyz"] for row in csv.DictReader(atoms)]
+    found = {"energy": energies, "forces": np.array(forces).reshape(run_of_model.predictions["forces"].shape)}
+    assert_same(found, run_of_model.predictions, 5e-6)
+    done = run([str(BIN / "sevenn"), "get_model", str(file)], tmp_path)
+    assert done.code == 0, done.err[-2000:]
+    assert torch.jit.load(tmp_path / "deployed_serial.pt") is not None
 
 
 def statistics() -> DataStatistics:
