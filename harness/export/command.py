@@ -14,9 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from harness import field_spec
 from harness.data import Frame, collate, frame_to_sample
 from harness.export.format import Format
 from harness.export.mace import MACEFormat
@@ -88,13 +90,13 @@ def _run(arguments: argparse.Namespace) -> None:
     _check_output(output, checkpoint.path, arguments.force)
     if fmt is None:
         with replacing(output) as part:
-            torch.save(state_dict_file(checkpoint), part)
+            _save(state_dict_file(checkpoint), part)
         lines = [("read back", f'torch.load("{output}", weights_only=True)')]
     else:
         lines = _export(checkpoint, fmt, output, getattr(torch, arguments.dtype or "", None), arguments.trust)
     weights = "averaged weights" if checkpoint.are_averaged else "weights"
     _print("checkpoint", f"{checkpoint.path}: {weights} of step {checkpoint.step}")
-    _print("written", f"{output} ({output.stat().st_size / 2**20:.1f} MiB)")
+    _print("written", f"{output} ({output.stat().st_size / 2**20:.2f} MiB)")
     for name, line in lines:
         _print(name, line)
 
@@ -105,11 +107,14 @@ def _export(
     """Write the file of another package; lines about it, each with its title."""
     builder = str(checkpoint.architecture.get("_target_"))
     own = builder.rpartition(".")[2].removesuffix("_force_field") if builder.startswith(_BUILDERS) else None
-    if own is not None and own not in fmt.models:  # before its package is imported, which may not be here
+    if own in _known_models() - {*fmt.models}:  # before its package is imported, which may not be here
         raise _WrongModel(checkpoint, fmt, f"model={own}")
     names, cutoff = checkpoint.type_names, checkpoint.cutoff
     if names is None or cutoff is None:
-        raise ValueError(f"{checkpoint.path} has no {'type names' if names is None else 'cutoff'}: --to {_STATE_DICT}")
+        raise ValueError(
+            f"{checkpoint.path} has no {'type names' if names is None else 'cutoff'}, which {fmt.name} needs: "
+            f"--to {_STATE_DICT} takes any model."
+        )
     changes = {"compile_mode": "eager"} if "compile_mode" in checkpoint.architecture else {}
     model = checkpoint.build(trust, changes).eval()
     if not fmt.takes(model):
@@ -120,22 +125,36 @@ def _export(
     batch = collate([frame_to_sample(Frame(example), names, cutoff, dtype=torch.float64)])
     expected = model(batch)
     with replacing(output) as part:
-        torch.save(fmt.content(model, example, dtype), part)
+        _save(fmt.content(model, example, dtype), part)
         found = fmt.predictions(part, example, batch)
         differences = {
             field: float((found[field] - expected[field]).abs().max()) for field in found if field in expected
         }
         sizes = {field: float(expected[field].abs().max()) for field in differences}
         _check_predictions(fmt, differences, sizes, max((weights, kept), key=lambda each: torch.finfo(each).eps))
-    units = {"total_energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}
-    off = ", ".join(f"{value:.1e} {units[field]}" for field, value in differences.items())
+    off = ", ".join(f"{field} by {value:.1e} {field_spec(field).unit}" for field, value in differences.items())
     first, *others = fmt.uses(output, model, kept)
     return [
-        ("tried", f"on a made-up crystal of {len(example)} atoms: energy, forces, stress differ by {off}"),
+        ("tried", f"on a made-up crystal of {len(example)} atoms: {fmt.name} is off in {off}"),
         *(("note", remark) for remark in fmt.remarks(model, kept)),
         ("used by", first),
         *(("", line) for line in others),
     ]
+
+
+def _save(content: Any, part: Path) -> None:
+    """Write a file with torch.
+
+    Raises:
+        OSError: it cannot be written, such as where the disk is full.
+    """
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"{part.parent} takes no file: {str(error).splitlines()[0]}") from error
 
 
 class _WrongModel(ValueError):
@@ -183,6 +202,10 @@ def _check_predictions(fmt: Format, differences: dict[str, float], sizes: dict[s
             f"the file was not kept: for a made-up structure, {fmt.name} predicts other values from it than the "
             f"checkpoint's model ({found}). Please report it with the versions of both packages."
         )
+
+
+def _known_models() -> set[str]:
+    return {"schnet", *(name for each in FORMATS.values() for name in each.models)}
 
 
 def _configs(fmt: Format) -> str:
