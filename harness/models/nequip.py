@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class NequIPForceField(nn.Module):
         model: a ``nequip.nn.GraphModel`` with derivatives, whose energy shifts are zero.
         shifts: reference energies in eV, one per type.
         stress: predict ``stress``.
+        config: ``_target_`` of the package's own function that has built the model, and its arguments, in plain data.
+            None where the model was not built so: it cannot be exported as a checkpoint of NequIP then.
 
     Reference:
         S. Batzner et al., "E(3)-equivariant graph neural networks for data-efficient and accurate interatomic
@@ -37,11 +40,18 @@ class NequIPForceField(nn.Module):
         large-scale atomistic dynamics", Nat. Commun. 14, 579 (2023).
     """
 
-    def __init__(self, model: nn.Module, shifts: Sequence[float], stress: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        shifts: Sequence[float],
+        stress: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.references = ReferenceEnergies(shifts)  # before the model, whose own shifts are zero
         self.model = model
         self.derive_stress = bool(stress)
+        self.config = None if config is None else dict(config)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predictions of the batch.
@@ -133,7 +143,7 @@ def nequip_force_field(
     """
     return _build(
         "NequIP",
-        _nequip_builder,
+        "nequip.model.NequIPGNNModel",
         statistics,
         stress=stress,
         energy_shifts=energy_shifts,
@@ -200,7 +210,7 @@ def allegro_force_field(
     embed = radial_chemical_embed or {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", "num_bessels": 8}
     return _build(
         "Allegro",
-        _allegro_builder,
+        "allegro.model.AllegroModel",
         statistics,
         stress=stress,
         energy_shifts=energy_shifts,
@@ -220,21 +230,9 @@ def allegro_force_field(
     )
 
 
-def _nequip_builder() -> Callable[..., nn.Module]:
-    from nequip.model import NequIPGNNModel
-
-    return NequIPGNNModel  # type: ignore[no-any-return]
-
-
-def _allegro_builder() -> Callable[..., nn.Module]:
-    from allegro.model import AllegroModel
-
-    return AllegroModel  # type: ignore[no-any-return]
-
-
 def _build(
     name: str,
-    builder: Callable[[], Callable[..., nn.Module]],
+    target: str,
     statistics: TypeStatistics,
     *,
     stress: bool,
@@ -242,7 +240,7 @@ def _build(
     energy_scales: Any,
     **arguments: Any,
 ) -> NequIPForceField:
-    """The force field of a builder of the ``nequip`` package."""
+    """The force field of a function that builds models of the ``nequip`` package, by its dotted path."""
     names = list(statistics.type_names)
     unfit = [type_name for type_name in names if not type_name.isalnum()]
     if unfit:
@@ -254,21 +252,24 @@ def _build(
         try:
             from nequip.utils.global_state import set_global_state
 
-            build = builder()
+            module, _, function = target.rpartition(".")
+            build = getattr(import_module(module), function)
         except ModuleNotFoundError as error:
             raise missing_package(error, name, name.lower()) from error
         set_global_state()
+        arguments = dict(  # rather than a display: an argument that is given twice is an error
+            type_names=names,
+            per_type_energy_scales=scales,
+            per_type_energy_shifts=dict.fromkeys(names, 0.0),
+            do_derivatives=True,
+            **arguments,
+        )
         try:
-            model = build(
-                type_names=names,
-                per_type_energy_scales=scales,
-                per_type_energy_shifts=dict.fromkeys(names, 0.0),
-                do_derivatives=True,
-                **arguments,
-            )
+            model = build(**arguments)
         except AssertionError as error:
             raise ValueError(f"{name} refuses its arguments: {_assertion(error)}") from error
-    return NequIPForceField(model, resolve_shifts(energy_shifts, statistics), stress)
+    shifts = resolve_shifts(energy_shifts, statistics)
+    return NequIPForceField(model, shifts, stress, config={"_target_": target, **arguments})
 
 
 def _assertion(error: AssertionError) -> str:

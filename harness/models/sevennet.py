@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,14 +33,17 @@ class SevenNetEnergy(nn.Module):
     Args:
         layers: an ``AtomGraphSequential`` of ``build_E3_equivariant_model``, whose index of an element is that of the
             atom type, and whose shifts are zero.
+        config: sevenn's model config that they were built of, in plain data; None where it is not known: the model
+            cannot be exported as a checkpoint of SevenNet then.
 
     Reference:
         Y. Park et al., "Scalable parallel algorithm for graph neural network interatomic potentials in molecular
         dynamics simulations", J. Chem. Theory Comput. 20, 4857 (2024).
     """
 
-    def __init__(self, layers: nn.Module) -> None:
+    def __init__(self, layers: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        self.config = None if config is None else dict(config)
         self.layers = nn.ModuleDict(
             {name: layer for name, layer in layers.named_children() if name not in _NOT_OF_ATOMS}
         )
@@ -135,25 +139,24 @@ def sevennet_force_field(
                 f"{', '.join(sorted(DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG))}."
             )
         torch.manual_seed(own_seed)
-        layers = build_E3_equivariant_model(
-            {
-                **DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG,
-                "cutoff": float(cutoff),
-                "channel": channels,
-                "lmax": lmax,
-                "is_parity": is_parity,
-                "num_convolution_layer": num_convolution_layer,
-                "radial_basis": {"radial_basis_name": "bessel", "bessel_basis_num": num_bessel},
-                "cutoff_function": {"cutoff_function_name": "poly_cut", "poly_cut_p_value": cutoff_p},
-                "weight_nn_hidden_neurons": list(weight_nn_hidden_neurons),
-                "self_connection_type": self_connection_type,
-                "conv_denominator": float(neighbors),
-                "shift": [0.0] * len(numbers),
-                "scale": scales,
-                "_type_map": {number: index for index, number in enumerate(numbers)},
-                "_number_of_species": len(numbers),
-                **options,
-            }
-        )
-    energy = SevenNetEnergy(layers).to(torch.float32 if dtype == "float32" else torch.float64)
+        config = {
+            **DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG,
+            "cutoff": float(cutoff),
+            "channel": channels,
+            "lmax": lmax,
+            "is_parity": is_parity,
+            "num_convolution_layer": num_convolution_layer,
+            "radial_basis": {"radial_basis_name": "bessel", "bessel_basis_num": num_bessel},
+            "cutoff_function": {"cutoff_function_name": "poly_cut", "poly_cut_p_value": cutoff_p},
+            "weight_nn_hidden_neurons": list(weight_nn_hidden_neurons),
+            "self_connection_type": self_connection_type,
+            "conv_denominator": float(neighbors),
+            "shift": [0.0] * len(numbers),
+            "scale": scales,
+            "_type_map": {number: index for index, number in enumerate(numbers)},
+            "_number_of_species": len(numbers),
+            **options,
+        }
+        layers = build_E3_equivariant_model(copy.deepcopy(config))
+    energy = SevenNetEnergy(layers, config).to(torch.float32 if dtype == "float32" else torch.float64)
     return ForceField(ScaleShift(energy, [1.0] * len(numbers), shifts), derive_stress=stress)

@@ -1,0 +1,5 @@
+"""Run as ``python -m harness.export``."""
+
+from harness.export.command import main
+
+main()
