@@ -13,6 +13,7 @@ from harness.models.packages import missing_package
 from harness.models.references import ReferenceEnergies, connected_zero
 from harness.models.scale_shift import TypeStatistics, resolve_scales, resolve_shifts
 from harness.support.guest import guest
+from harness.support.text import reason
 
 __all__ = ["NequIPForceField", "allegro_force_field", "nequip_force_field"]
 
@@ -36,6 +37,8 @@ class NequIPForceField(nn.Module):
         potentials", Nat. Commun. 13, 2453 (2022); A. Musaelian et al., "Learning local equivariant representations for
         large-scale atomistic dynamics", Nat. Commun. 14, 579 (2023).
     """
+
+    takes_empty_batches = True
 
     def __init__(self, model: nn.Module, shifts: Sequence[float], stress: bool = True) -> None:
         super().__init__()
@@ -265,17 +268,5 @@ def _build(
                 **arguments,
             )
         except AssertionError as error:
-            raise ValueError(f"{name} refuses its arguments: {_assertion(error)}") from error
+            raise ValueError(f"{name} refuses its arguments: {reason(error)}") from error
     return NequIPForceField(model, resolve_shifts(energy_shifts, statistics), stress)
-
-
-def _assertion(error: AssertionError) -> str:
-    """Text of an assertion; its file and line if it has none."""
-    if str(error):
-        return str(error)
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "an assertion without words" + (
-        f" in {trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace is not None else ""
-    )

@@ -38,6 +38,8 @@ class SevenNetEnergy(nn.Module):
         dynamics simulations", J. Chem. Theory Comput. 20, 4857 (2024).
     """
 
+    takes_empty_batches = True
+
     def __init__(self, layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleDict(
