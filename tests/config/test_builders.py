@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,13 @@ def test_the_process_stays_as_it_was() -> None:
     assert given("changes_the_process") == {}
     assert torch.get_default_dtype() == torch.float32
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_warnings_of_torchscript_do_not_hide_others() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given("warns")
+    assert [str(each.message) for each in caught] == ["mine: look at the units"]
 
 
 TINY = ("data.num_frames=12", "data.split={val: 2, test: 2}", "data.batch_size=2", "logger=none", "callbacks=none")

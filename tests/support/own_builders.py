@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,12 @@ def asserts_with_words(size: list[int]) -> Built:
 def changes_the_process(**given: Any) -> Built:
     torch.set_default_dtype(torch.float64)
     return Built(**given)
+
+
+def warns() -> Built:
+    warnings.warn("The TorchScript type system doesn't support instance-level annotations", UserWarning, stacklevel=2)
+    warnings.warn("mine: look at the units", UserWarning, stacklevel=2)
+    return Built()
 
 
 def schnet_by_keywords(**given: Any) -> nn.Module:
