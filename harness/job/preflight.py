@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harness.checkpoints import read
+from harness.config.precision import DEFAULT, disagreement, places
 from harness.config.resolvers import config_folder
 from harness.distributed import launched_on_node, launched_ranks
 from harness.job.build import Job
@@ -51,6 +52,7 @@ def check_settings(config: DictConfig) -> None:
         ValueError: what was found, what was expected, and the likely fix.
         FileNotFoundError: there is no such checkpoint.
     """
+    places(config.get("precision", DEFAULT))
     _check_sections(config)
     _check_interval(config)
     _check_unread(config)
@@ -237,7 +239,13 @@ def check(job: Job) -> None:
         ValueError, TypeError, KeyError: what was found, what was expected, and the likely fix.
     """
     config, module = job.config, job.module
-    warned = roundings(getattr(job.datamodule, "dtype", None), job.trainer.precision, parameter_dtypes(module.model))
+    warned = roundings(
+        getattr(job.datamodule, "dtype", None),
+        job.trainer.precision,
+        parameter_dtypes(module.model),
+        str(config.get("precision")),
+    )
+    warned += filter(None, [disagreement(config)])
     start = Start.of(config)
     if start is not None:
         job.notes, of_checkpoint = compare(start, config, job.datamodule, module)

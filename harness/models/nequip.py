@@ -123,7 +123,7 @@ def nequip_force_field(
         energy_scales: see :func:`~harness.models.scale_shift.resolve_scales`.
         stress: predict stresses.
         dtype: of the weights, ``float32`` or ``float64``. NequIP's own practice is float32 weights on float64
-            positions: ``data.dtype=float64`` with ``trainer.precision=32-true``.
+            positions: ``precision=float32-on-float64``.
         compile_mode: ``eager`` or ``compile``, as NequIP takes it.
         seed: of the initial weights.
         options: further arguments of ``nequip.model.NequIPGNNModel``.
