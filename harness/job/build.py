@@ -87,7 +87,7 @@ def build(config: DictConfig) -> Job:
     with withheld() as device_notes:
         own = [position, MadeWith(config, datamodule, statistics), ComparableScores(config, datamodule)]
         guard = MonitorGuard(monitored(config, callbacks))  # first: before a callback acts on a value
-        trainer = make_trainer(config, make_strategy(config), [guard, *callbacks, *own], loggers)
+        trainer = make_trainer(config, make_strategy(config, module.model), [guard, *callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
 

@@ -26,6 +26,7 @@ from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
 from harness.metrics import MetricsManager, Values, step_together
 from harness.module import ForceFieldModule
 from harness.module.empty_batches import empty_like, fields_read, takes_empty_batches
+from harness.strategies import FlatStrategy
 from harness.support.lightning_private import ddp_options
 from harness.support.text import reason
 
@@ -323,7 +324,7 @@ def _guarded(function: Any, what: str) -> Any:
 
 def _waits_for_all_gradients(trainer: Trainer) -> bool:
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
+    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, FlatStrategy):
         return False
     return not any(ddp_options(strategy).get(option) for option in ("find_unused_parameters", "static_graph"))
 
