@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from harness.config.resolvers import config_folder, register_resolvers
 from harness.runs import config_options
-from harness.support.text import did_you_mean
+from harness.support.text import did_you_mean, reason
 
 __all__ = ["BAD_INPUT", "HINT", "explain", "message"]
 
@@ -57,7 +57,7 @@ def message(error: Exception) -> str:
         return f"{reported or message(cause)} ({place})"
     if isinstance(error, MissingMandatoryValue):
         return f"{str(error).splitlines()[0]}. Give it on the command line, such as {error.full_key}=..."
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return reason(error)
 
 
 _PUBLIC = (

@@ -8,8 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from harness.config.precision import DEFAULT, places, weights_dtype
 from harness.distributed import launched_on_node, launched_ranks
 from harness.loggers import wandb_variables
 from harness.runs import RUN_STAMP, group, point_name, point_number
@@ -49,13 +50,17 @@ def _wandb_id() -> str | None:
     return run_id if run_id is None or point is None else f"{run_id}-{point}"
 
 
+def _precision(place: str, _root_: DictConfig) -> str:
+    """``data`` or ``trainer``: the setting of that place that ``precision`` stands for."""
+    return str(getattr(places(_root_.get("precision", DEFAULT)), place))
+
+
 def register_resolvers() -> None:
     """Register the functions that ``conf/`` calls as ``${harness.devices:}`` and the like."""
     cached: dict[str, Callable[..., Any]] = {
         "harness.run_stamp": lambda: os.environ.get(RUN_STAMP) or now(),
         "harness.part": _part,
-        # of a model's weights, for a precision of the trainer
-        "harness.weights_dtype": lambda precision: "float64" if str(precision) in ("64", "64-true") else "float32",
+        "harness.weights_dtype": weights_dtype,
         "harness.wandb_offline": lambda: wandb_variables.mode(None, None) == "offline",  # of runs of version 0.1.0
     }
     # not cached: each rank and each sweep point has its own
@@ -63,6 +68,7 @@ def register_resolvers() -> None:
         # ranks that a launcher has started on this node; one without a launcher
         "harness.devices": launched_on_node,
         "harness.nodes": lambda: launched_ranks() // launched_on_node(),
+        "harness.precision": _precision,
         "harness.point_name": point_name,
         "harness.group": group,
         "harness.wandb": wandb_variables.variable,

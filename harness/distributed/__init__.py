@@ -2,6 +2,7 @@
 
 from harness.distributed.collectives import (
     ProcessGroup,
+    broadcast_from_first,
     data_parallel_size,
     gather_objects,
     gradient_scale,
@@ -36,6 +37,7 @@ __all__ = [
     "ProcessGroup",
     "RankAbsentError",
     "agree",
+    "broadcast_from_first",
     "data_parallel_size",
     "decide",
     "gather_objects",

@@ -5,6 +5,7 @@ Every function works without a process group too, as on one rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 __all__ = [
     "ProcessGroup",
+    "broadcast_from_first",
     "data_parallel_size",
     "gather_objects",
     "gradient_scale",
@@ -141,6 +143,20 @@ def max_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
     largest = value.detach().to(_collective_device(value.device, group), copy=True)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest.to(value.device)
+
+
+def broadcast_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give all ranks the values of rank 0, in place; one broadcast for each tensor, and no gradient.
+
+    Args:
+        tensors: the same number of them on every rank, of the same shapes and dtypes.
+    """
+    if data_parallel_size() == 1:
+        return
+    for tensor in tensors:
+        values = tensor.detach().to(_collective_device(tensor.device, None)).contiguous()
+        dist.broadcast(values, src=0)
+        tensor.detach().copy_(values)
 
 
 def _collective_device(device: torch.device, group: ProcessGroup | None) -> torch.device:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import hydra
 import torch
 from filelock import FileLock
 from hydra.utils import instantiate
@@ -16,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
 
-from harness.config.explain import message
+from harness.config.builders import build as build_section
 from harness.distributed import launched_rank
 from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
@@ -89,7 +87,7 @@ def build(config: DictConfig) -> Job:
     with withheld() as device_notes:
         own = [position, MadeWith(config, datamodule, statistics), ComparableScores(config, datamodule)]
         guard = MonitorGuard(monitored(config, callbacks))  # first: before a callback acts on a value
-        trainer = make_trainer(config, make_strategy(config), [guard, *callbacks, *own], loggers)
+        trainer = make_trainer(config, make_strategy(config, module.model), [guard, *callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
 
@@ -131,16 +129,8 @@ def build_module(config: DictConfig, datamodule: LightningDataModule, statistics
     """
     type_names = getattr(datamodule, "type_names", None)
     statistics = getattr(datamodule, "statistics", None) if statistics is None else statistics
-    offered = {"statistics": statistics, "type_names": type_names}
-    try:
-        # by instantiate(), which refuses targets that a config may not call; get_object() would look up anything
-        target = instantiate({"_target_": config.model._target_, "_partial_": True}).func
-    except hydra.errors.InstantiationException as error:
-        if not isinstance(error.__cause__, Exception):
-            raise
-        raise ValueError(f"model._target_={config.model._target_}: {message(error)}") from error
-    wanted = inspect.signature(target).parameters
-    model = instantiate(config.model, **{name: value for name, value in offered.items() if name in wanted})
+    names = None if type_names is None else list(type_names)
+    model = build_section(config.model, {"statistics": statistics, "type_names": names})
     module = ForceFieldModule(
         model=model,
         loss=config.loss,

@@ -25,7 +25,10 @@ from harness.distributed import launched_ranks
 from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
 from harness.metrics import MetricsManager, Values, step_together
 from harness.module import ForceFieldModule
+from harness.module.empty_batches import empty_like, fields_read, takes_empty_batches
+from harness.strategies import FlatStrategy
 from harness.support.lightning_private import ddp_options
+from harness.support.text import reason
 
 __all__ = ["check_batch", "check_first_batch"]
 
@@ -37,10 +40,11 @@ def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule,
     """Refuse a model, loss or metrics that cannot work on the batches of the data.
 
     Of the training set, and of the first validation set, the two smallest frames with all labels are taken (the first
-    two of a data set that is not :class:`~harness.data.AtomsDataset`; data without a length are not looked at).
+    two of a data set that is not :class:`~harness.data.AtomsDataset`; data without a length are not looked at). On
+    several ranks, a batch without graphs is tried as well, as a rank without frames has.
 
     Args:
-        module: of the training; it stays as it is.
+        module: of the training; it stays as it is, but learns the shapes of the model's predictions.
         datamodule: its data, set up.
         trainer: for its precision, and its strategy: DDP needs a gradient of every parameter.
         train: try a training step, too, and not an evaluation alone.
@@ -59,9 +63,12 @@ def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule,
             batch = _small_batch(datamodule, "train")
             if batch is not None:
                 _try_training(tried, _converted(batch, trainer), trainer)
+                _try_without_graphs(tried, _converted(batch, trainer), "train", trainer)
         batch = _small_batch(datamodule, "val")
         if batch is not None and len(tried.val_metrics):
             _try_evaluation(tried, _converted(batch, trainer), trainer)
+            _try_without_graphs(tried, _converted(batch, trainer), "val", trainer)
+        module.predicted_rows = tried.predicted_rows
 
 
 def check_batch(batch: object, type_names: Sequence[str] | None) -> Batch:
@@ -156,7 +163,7 @@ def _small_batch(datamodule: LightningDataModule, name: str) -> Batch | None:
         number = min(_NUM_FRAMES, len(loader.dataset))  # type: ignore[arg-type]
         return loader.collate_fn([loader.dataset[index] for index in range(number)]) if number else None
     except _MISTAKES as error:
-        raise ValueError(f"The first samples of the {_SETS[name]} data cannot be made: {_text(error)}") from error
+        raise ValueError(f"The first samples of the {_SETS[name]} data cannot be made: {reason(error)}") from error
 
 
 def _loader_of(datamodule: LightningDataModule, name: str) -> DataLoader[Any] | None:
@@ -195,7 +202,7 @@ def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> N
         return
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     grown = sorted(name for name, value in predictions.items() if isinstance(value, Tensor) and value.requires_grad)
-    read = sorted(_fields_read(module.loss, weighted=True) & predictions.keys())
+    read = sorted(fields_read(module.loss, weighted=True) & predictions.keys())
     nothing = (
         f"No gradient reaches a parameter of the model from the loss, which reads {', '.join(read) or 'no field'}; "
         f"predictions with a gradient: {', '.join(grown) or 'none'}. In training mode the model must not detach its "
@@ -231,6 +238,32 @@ def _try_evaluation(module: ForceFieldModule, batch: Batch, trainer: Trainer) ->
         _forward(module, batch, "val", [module.val_metrics[0]], trainer)  # type: ignore[list-item]
 
 
+def _try_without_graphs(module: ForceFieldModule, batch: Batch, name: str, trainer: Trainer) -> None:
+    """Try a batch without graphs where a rank may have one; refuse one that does not take part in the backward pass."""
+    if launched_ranks() == 1:
+        return
+    empty, what = empty_like(batch), f"a {_SETS[name]} batch without graphs, which a rank without frames has,"
+    managers = [module.loss] if name == "train" else [module.val_metrics[0]]
+    hint = " although its takes_empty_batches is true" if takes_empty_batches(module.model) else ""
+    context = trainer.precision_plugin.forward_context() if _on_cpu(trainer) else nullcontext()
+    with context, torch.set_grad_enabled(name == "train"):
+        predictions = _guarded(lambda: module(empty), f"The model fails on {what}{hint}: it")
+        (values,) = _guarded(
+            lambda: step_together(*managers, preds=predictions, target=empty),  # type: ignore[arg-type]
+            f"The {'loss' if name == 'train' else 'metric'} of {what}",
+        )
+    if name == "val" or values.weighted_sum is None:
+        return
+    module.zero_grad(set_to_none=True)
+    _guarded(module.objective(values).backward, f"The backward pass of {what}")
+    lacking = [name for name, weight in module.model.named_parameters() if weight.requires_grad and weight.grad is None]
+    if lacking and _waits_for_all_gradients(trainer):
+        raise ValueError(
+            f"No gradient reaches {_some(lacking)} from {what} and DDP waits for one of every parameter. A model whose "
+            f"takes_empty_batches is true adds 0 times each parameter there; without that attribute it is not called."
+        )
+
+
 def _forward(
     module: ForceFieldModule, batch: Batch, name: str, managers: Sequence[MetricsManager], trainer: Trainer
 ) -> tuple[Mapping[str, Tensor], tuple[Values, ...]]:
@@ -239,7 +272,7 @@ def _forward(
     try:
         check_batch(batch, module.type_names)
     except _MISTAKES as error:
-        raise ValueError(f"In {what}: {_text(error)}") from error
+        raise ValueError(f"In {what}: {reason(error)}") from error
     context = trainer.precision_plugin.forward_context() if _on_cpu(trainer) else nullcontext()
     with context:
         predictions = _guarded(lambda: module(batch), f"The model fails on {what}: it")
@@ -248,7 +281,7 @@ def _forward(
                 f"The model returned {type(predictions).__name__} for {what}; expected a dictionary of tensors by "
                 f"field name, such as total_energy and forces."
             )
-        for field in sorted(set().union(*map(_fields_read, managers)) & predictions.keys()):
+        for field in sorted(set().union(*map(fields_read, managers)) & predictions.keys()):
             value = predictions[field]
             if isinstance(value, Tensor) and not value.is_floating_point():
                 raise TypeError(f"The prediction {field!r} has dtype {value.dtype}; expected a floating-point one.")
@@ -262,7 +295,7 @@ def _forward(
         try:
             values = step_together(*managers, preds=predictions, target=batch)
         except (*_MISTAKES, RuntimeError, IndexError) as error:
-            raise ValueError(f"In {what}: {_text(error)}") from error
+            raise ValueError(f"In {what}: {reason(error)}") from error
     for manager, of_manager in zip(managers, values, strict=True):
         _check_finite(manager, of_manager, what)
     return predictions, values
@@ -286,19 +319,12 @@ def _guarded(function: Any, what: str) -> Any:
     try:
         return function()
     except Exception as error:
-        raise ValueError(f"{what} raises {type(error).__name__}: {_text(error)}") from error
-
-
-def _fields_read(manager: MetricsManager, weighted: bool = False) -> set[str]:
-    """Fields of the predictions that the components read, or those with a coefficient alone."""
-    entries = [entry for name, entry in manager.entries.items() if manager.coeffs[name] or not weighted]
-    read = {getattr(entry.field, name, None) for entry in entries for name in ("field", "pred_field")}
-    return {name for name in read if isinstance(name, str)}
+        raise ValueError(f"{what} raises {type(error).__name__}: {reason(error)}") from error
 
 
 def _waits_for_all_gradients(trainer: Trainer) -> bool:
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
+    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, FlatStrategy):
         return False
     return not any(ddp_options(strategy).get(option) for option in ("find_unused_parameters", "static_graph"))
 
@@ -314,10 +340,6 @@ def _not_finite(value: Tensor) -> str:
 def _some(names: Sequence[str]) -> str:
     listed = ", ".join(names[:4])
     return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more parameters"
-
-
-def _text(error: BaseException) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 _SETS = {"train": "training", "val": "validation"}

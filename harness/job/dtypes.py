@@ -19,7 +19,7 @@ def parameter_dtypes(model: nn.Module) -> list[str]:
     return sorted(_name(dtype) for dtype in found)
 
 
-def roundings(data: torch.dtype | None, precision: str, parameters: list[str]) -> list[str]:
+def roundings(data: torch.dtype | None, precision: str, parameters: list[str], name: str = "") -> list[str]:
     """Sentences about numbers that a combination rounds more than one of its places says.
 
     ==========  ==========  ============  =================================================
@@ -40,27 +40,29 @@ def roundings(data: torch.dtype | None, precision: str, parameters: list[str]) -
         data: dtype of the batches; None if it is not known.
         precision: of the trainer, as Lightning names it.
         parameters: see :func:`parameter_dtypes`, before the trainer's precision converts them.
+        name: of the precision that was asked for: ``float32-on-float64`` means float32 weights on float64 positions.
     """
-    name = None if data is None else _name(data)
+    of_data = None if data is None else _name(data)
     found = []
     if precision == "64-true":
         parameters = ["float64"]
-    if "float64" in parameters and name == "float32":
+    if "float64" in parameters and of_data == "float32":
         whose = "trainer.precision=64-true" if precision == "64-true" else "the model's parameters are float64"
         found.append(
             f"data.dtype=float32 rounds positions to 7 digits, and forces and stresses of the labels too, although "
-            f"{whose}. Choose data.dtype=float64, or float32 in all places."
+            f"{whose}. Choose precision=float64, which is data.dtype=float64 too, or float32 in all places."
         )
-    if name == "float64" and parameters == ["float32"]:
+    if of_data == "float64" and parameters == ["float32"] and name != "float32-on-float64":
         found.append(
             f"data.dtype=float64, but the model is in float32 (trainer.precision={precision}): it rounds what it "
-            f"computes of the positions. Losses and metrics are in float64. For all of it: trainer.precision=64-true."
+            f"computes of the positions. Losses and metrics are in float64. For all of it: precision=float64; where it "
+            f"is meant: precision=float32-on-float64."
         )
     low = [dtype for dtype in parameters if dtype in _LOW]
     if low:
         found.append(
             f"parameters of the model are in {' and '.join(low)}, which rounds each step of the optimizer: most are "
-            f"smaller than the distance of such numbers. Keep them in float32, and choose trainer.precision=bf16-mixed."
+            f"smaller than the distance of such numbers. Keep them in float32, and choose precision=bf16-mixed."
         )
     if precision.endswith("-mixed") and "float64" in parameters:
         found.append(
@@ -82,7 +84,7 @@ def rounded_by_checkpoint(states: Mapping[str, Any], model: nn.Module, precision
         return None
     return (
         f"{len(rounded)} weights of the checkpoint are in float64 and rounded to float32 here "
-        f"(trainer.precision={precision}). For their digits: trainer.precision=64-true data.dtype=float64"
+        f"(trainer.precision={precision}). For their digits: precision=float64"
     )
 
 

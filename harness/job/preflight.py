@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harness.checkpoints import read
+from harness.config.precision import DEFAULT, disagreement, places
 from harness.config.resolvers import config_folder
 from harness.distributed import launched_on_node, launched_ranks
 from harness.job.build import Job
@@ -35,7 +37,7 @@ from harness.module.continuation import parts_of
 from harness.module.horizon import TrainingLength
 from harness.module.parameters import parameter_table
 from harness.runs import point_number, swept_settings
-from harness.strategies import refuse_folder
+from harness.strategies import FlatStrategy, is_compiled_nequip, refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
 from harness.support.text import did_you_mean
 
@@ -51,6 +53,7 @@ def check_settings(config: DictConfig) -> None:
         ValueError: what was found, what was expected, and the likely fix.
         FileNotFoundError: there is no such checkpoint.
     """
+    places(config.get("precision", DEFAULT))
     _check_sections(config)
     _check_interval(config)
     _check_unread(config)
@@ -237,7 +240,13 @@ def check(job: Job) -> None:
         ValueError, TypeError, KeyError: what was found, what was expected, and the likely fix.
     """
     config, module = job.config, job.module
-    warned = roundings(getattr(job.datamodule, "dtype", None), job.trainer.precision, parameter_dtypes(module.model))
+    warned = roundings(
+        getattr(job.datamodule, "dtype", None),
+        job.trainer.precision,
+        parameter_dtypes(module.model),
+        str(config.get("precision")),
+    )
+    warned += filter(None, [disagreement(config)])
     start = Start.of(config)
     if start is not None:
         job.notes, of_checkpoint = compare(start, config, job.datamodule, module)
@@ -245,6 +254,7 @@ def check(job: Job) -> None:
         warned += [*of_checkpoint, *filter(None, [rounded_by_checkpoint(states, module.model, job.trainer.precision)])]
     for text in warned:
         rank_zero_warn(text)
+    _check_compiled(module, job.trainer)
     _check_labels(module, job.datamodule)
     check_controllers(module, job.callbacks)
     _warn_of_swept(module)
@@ -263,6 +273,18 @@ def check(job: Job) -> None:
             cast(ChecksJob, part).check_job(job.trainer, module, "fit" if config.train else "test")
     if config.dry_step:
         check_first_batch(module, job.datamodule, job.trainer, train=config.train)
+
+
+def _check_compiled(module: ForceFieldModule, trainer: Trainer) -> None:
+    """Refuse DDP around a model that is differentiated within a compiled graph."""
+    strategy = trainer.strategy
+    is_ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, FlatStrategy)
+    if is_ddp and any(map(is_compiled_nequip, module.model.modules())):
+        raise ValueError(
+            f"model.compile_mode=compile does not work with the hooks of DDP in its backward pass, found "
+            f"{type(strategy).__name__}. Expected gradients that are sent behind it: strategy=flat, which "
+            f"strategy=auto takes by itself, or model.compile_mode=eager."
+        )
 
 
 def _parts(job: Job) -> Iterator[Any]:

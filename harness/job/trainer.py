@@ -17,11 +17,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.checkpoints import AtomicCheckpointIO
 from harness.distributed import known_backends
-from harness.strategies import check_strategy, cluster_plugins
+from harness.strategies import FlatStrategy, check_strategy, cluster_plugins, compiled_parts
 from harness.support.lightning_private import ddp_options
 
 __all__ = ["make_strategy", "make_trainer", "withheld"]
@@ -29,9 +30,17 @@ __all__ = ["make_strategy", "make_trainer", "withheld"]
 _TALKATIVE = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
 
 
-def make_strategy(config: DictConfig) -> Strategy | str:
-    """The strategy of a config, with the time limit of the trainer's section."""
-    strategy: Strategy | str = instantiate(config.strategy, timeout=timedelta(seconds=config.trainer.timeout))
+def make_strategy(config: DictConfig, model: nn.Module | None = None) -> Strategy | str:
+    """The strategy of a config, with the time limit of the trainer's section.
+
+    Args:
+        config: the whole configuration.
+        model: that it is for; ``strategy=auto`` chooses by it.
+    """
+    options: dict[str, Any] = {"timeout": timedelta(seconds=config.trainer.timeout)}
+    if model is not None and config.strategy.get("_target_") == "harness.strategies.auto_strategy":
+        options["compiled"] = bool(compiled_parts(model))
+    strategy: Strategy | str = instantiate(config.strategy, **options)
     return strategy
 
 
@@ -109,7 +118,7 @@ def _check_backend(config: DictConfig, trainer: Trainer) -> None:
 
 def _check_ddp_options(strategy: Strategy) -> None:
     """Refuse options that torch's DDP would refuse, with words of its own, once there is a process group."""
-    if not isinstance(strategy, DDPStrategy):
+    if not isinstance(strategy, DDPStrategy) or isinstance(strategy, FlatStrategy):
         return
     valid = set(inspect.signature(DistributedDataParallel).parameters)
     unknown = sorted(set(ddp_options(strategy)) - valid)

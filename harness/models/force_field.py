@@ -28,7 +28,7 @@ class ForceField(nn.Module):
     outputs carry the graph for a loss of any of them, and each depends on every parameter; in evaluation mode they are
     detached. Under autocast the layers of the energy model run in mixed precision; positions, strains, derivatives and
     sums of energies do not. A batch without graphs gives empty outputs, in training mode still connected to the
-    parameters.
+    parameters, if the energy model takes it.
 
     Args:
         energy_model: maps a batch to atomic energies in eV, ``[num_atoms, 1]`` or ``[num_atoms]``, and is
@@ -40,6 +40,11 @@ class ForceField(nn.Module):
         super().__init__()
         self.energy_model = energy_model
         self.derive_stress = bool(derive_stress)
+
+    @property
+    def takes_empty_batches(self) -> bool:
+        """True if the energy model takes batches without atoms; a training calls no other one for them."""
+        return bool(getattr(self.energy_model, "takes_empty_batches", False))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Predictions of the batch.

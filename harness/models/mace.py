@@ -36,6 +36,7 @@ class MACEEnergy(nn.Module):
         fields", NeurIPS 2022.
     """
 
+    takes_empty_batches = True
     elements: Tensor
 
     def __init__(self, mace: nn.Module, elements: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from harness.models.packages import missing_package
 from harness.models.references import ReferenceEnergies, connected_zero
 from harness.models.scale_shift import TypeStatistics, resolve_scales, resolve_shifts
 from harness.support.guest import guest
+from harness.support.text import reason
 
 __all__ = ["NequIPForceField", "allegro_force_field", "nequip_force_field"]
 
@@ -39,6 +40,8 @@ class NequIPForceField(nn.Module):
         potentials", Nat. Commun. 13, 2453 (2022); A. Musaelian et al., "Learning local equivariant representations for
         large-scale atomistic dynamics", Nat. Commun. 14, 579 (2023).
     """
+
+    takes_empty_batches = True
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ def nequip_force_field(
         energy_scales: see :func:`~harness.models.scale_shift.resolve_scales`.
         stress: predict stresses.
         dtype: of the weights, ``float32`` or ``float64``. NequIP's own practice is float32 weights on float64
-            positions: ``data.dtype=float64`` with ``trainer.precision=32-true``.
+            positions: ``precision=float32-on-float64``.
         compile_mode: ``eager`` or ``compile``, as NequIP takes it.
         seed: of the initial weights.
         options: further arguments of ``nequip.model.NequIPGNNModel``.
@@ -267,18 +270,6 @@ def _build(
         try:
             model = build(**arguments)
         except AssertionError as error:
-            raise ValueError(f"{name} refuses its arguments: {_assertion(error)}") from error
+            raise ValueError(f"{name} refuses its arguments: {reason(error)}") from error
     shifts = resolve_shifts(energy_shifts, statistics)
     return NequIPForceField(model, shifts, stress, config={"_target_": target, **arguments})
-
-
-def _assertion(error: AssertionError) -> str:
-    """Text of an assertion; its file and line if it has none."""
-    if str(error):
-        return str(error)
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "an assertion without words" + (
-        f" in {trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace is not None else ""
-    )

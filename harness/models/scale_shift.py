@@ -82,6 +82,11 @@ class ScaleShift(nn.Module):
             self.register_buffer("scales", scale)
         self.register_buffer("shifts", torch.tensor([float(value) for value in shifts], dtype=torch.float64))
 
+    @property
+    def takes_empty_batches(self) -> bool:
+        """True if the energy model takes batches without atoms."""
+        return bool(getattr(self.energy_model, "takes_empty_batches", False))
+
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Energies ``[num_atoms, 1]`` in eV, float64."""
         atom_types = batch["atom_types"]

@@ -58,6 +58,7 @@ class SchNetEnergy(nn.Module):
         interactions", NeurIPS 2017.
     """
 
+    takes_empty_batches = True
     max_atomic_number = _NUM_EMBEDDINGS - 1
 
     def __init__(

@@ -41,6 +41,8 @@ class SevenNetEnergy(nn.Module):
         dynamics simulations", J. Chem. Theory Comput. 20, 4857 (2024).
     """
 
+    takes_empty_batches = True
+
     def __init__(self, layers: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config = None if config is None else dict(config)

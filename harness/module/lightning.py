@@ -29,6 +29,13 @@ from harness.module.build import ManagerSource, build_manager, build_managers, b
 from harness.module.checkpoint_states import adopt_managers, adopt_weighting, managers_by_key
 from harness.module.coefficient_control import controllers_of
 from harness.module.continuation import RECORD, Continuation, describe, parts_of
+from harness.module.empty_batches import (
+    PredictedRows,
+    fields_read,
+    has_graphs,
+    skip_empty_batches,
+    takes_empty_batches,
+)
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
 from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
 from harness.module.schedule_following import ScheduleFollower, check_length, warn_of_monitors, warn_of_unreached
@@ -53,10 +60,12 @@ _POSITION = "schedule_position"
 class ForceFieldModule(LightningModule):
     """Trains, validates and tests a force field.
 
-    The model maps a batch, a dictionary of tensors, to a dictionary of predictions; the batch is also the target. Loss
-    and train metrics share one all-reduce a step. Values of a step go straight to the loggers, on the steps that the
-    trainer logs (``log_every_n_steps``), and cost nothing on others; values of an epoch go through Lightning, so that
-    ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` can monitor them.
+    The model maps a batch, a dictionary of tensors, to a dictionary of predictions; the batch is also the target. It is
+    not called for a batch without graphs, unless it says by ``takes_empty_batches = True`` that it can be.
+
+    Loss and train metrics share one all-reduce a step. Values of a step go straight to the loggers, on the steps that
+    the trainer logs (``log_every_n_steps``), and cost nothing on others; those of an epoch go through Lightning, for
+    ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` to monitor.
 
     Args:
         model: any ``nn.Module`` from a batch dictionary to a dictionary of predictions.
@@ -77,6 +86,7 @@ class ForceFieldModule(LightningModule):
     Attributes:
         reports: values, coefficients, contributions and counts of the last epoch on the host, by ``train_loss``,
             ``train_metric``, ``val0``, ``val1``, …, ``test0``, …; the same on all ranks.
+        predicted_rows: shapes of the model's predictions, for batches without graphs.
 
     Raises:
         ValueError: no component of the loss has a coefficient.
@@ -118,6 +128,7 @@ class ForceFieldModule(LightningModule):
         self.test_metrics = build_managers(
             val_metrics if test_metrics is None else test_metrics, num_test_sets, "test_metrics", self.type_names
         )
+        self.predicted_rows = PredictedRows(set().union(*map(fields_read, self.managers.values())))
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self.reports: dict[str, Report] = {}
@@ -182,6 +193,8 @@ class ForceFieldModule(LightningModule):
             return
         _check_strategy(self)
         strategy = self.trainer.strategy
+        if splits_parameters(strategy) and not takes_empty_batches(self.model):
+            skip_empty_batches(self.model, self.predicted_rows)
         if isinstance(strategy, ModelParallelStrategy):
             shard_root(self.model, strategy)
         elif isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3:
@@ -204,8 +217,13 @@ class ForceFieldModule(LightningModule):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions of the model, with gradients available to it in validation too (forces are a gradient)."""
         with torch.enable_grad():
-            predictions: dict[str, Tensor] = self.model(batch)
-        return predictions
+            if has_graphs(batch):
+                predictions: dict[str, Tensor] = self.model(batch)
+                self.predicted_rows.remember(predictions)
+                return predictions
+            if takes_empty_batches(self.model):
+                return dict(self.model(batch))
+            return self.predicted_rows.of_no_graphs(self.model, batch)
 
     # --- training ---
 

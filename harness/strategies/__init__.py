@@ -6,10 +6,12 @@ from harness.strategies.choices import (
     cluster_plugins,
     data_parallel,
     deep_speed,
+    flat_data_parallel,
     fully_sharded,
     single_device,
 )
 from harness.strategies.deepspeed import AccumulatesInWindows, ZeroStrategy, keep_whole
+from harness.strategies.flat import FlatStrategy, average_gradients, compiled_parts, is_compiled_nequip
 from harness.strategies.fsdp import FullyShardedStrategy, shard_root
 from harness.strategies.groups import (
     connect,
@@ -22,17 +24,22 @@ from harness.strategies.weights import load_weights, refuse_folder
 
 __all__ = [
     "AccumulatesInWindows",
+    "FlatStrategy",
     "FullyShardedStrategy",
     "ZeroStrategy",
     "auto_strategy",
+    "average_gradients",
     "check_strategy",
     "cluster_plugins",
+    "compiled_parts",
     "connect",
     "data_parallel",
     "data_parallel_group",
     "data_parallel_ranks",
     "deep_speed",
+    "flat_data_parallel",
     "fully_sharded",
+    "is_compiled_nequip",
     "keep_whole",
     "launched_data_parallel_ranks",
     "load_weights",

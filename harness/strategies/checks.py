@@ -58,21 +58,21 @@ def check_strategy(
 def _check_precision(strategy: Strategy | str, on_cpu: bool, precision: str) -> None:
     if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
         raise ValueError(
-            f"precision={precision} would round positions and labels too. Expected 32-true, 64-true, or bf16-mixed, "
-            f"which rounds within the layers of the network only."
+            f"trainer.precision={precision} would round positions and labels too. Expected 32-true, 64-true, or "
+            f"bf16-mixed, which rounds within the layers of the network only."
         )
     if precision in ("16-mixed", "16") and on_cpu:
         raise ValueError(
-            "precision=16-mixed needs a GPU: on CPUs Lightning would use bf16-mixed instead. Expected bf16-mixed, "
-            "32-true or 64-true there."
+            "trainer.precision=16-mixed needs a GPU: on CPUs Lightning would use bf16-mixed instead. Expected "
+            "bf16-mixed, 32-true or 64-true there."
         )
     if isinstance(strategy, ZeroStrategy) and precision not in ("32-true", "32"):
         raise ValueError(
-            f"precision={precision} with DeepSpeed: it keeps its weights in float32, and in lower precision casts the "
-            f"whole model, positions included. Expected 32-true; for {precision} choose strategy=ddp."
+            f"trainer.precision={precision} with DeepSpeed: it keeps its weights in float32, and in lower precision "
+            f"casts the whole model, positions included. Expected 32-true; for {precision} choose strategy=ddp."
         )
     if isinstance(strategy, ModelParallelStrategy) and precision not in ("32-true", "32", "bf16-mixed", "bf16"):
         raise ValueError(
-            f"precision={precision} with FSDP: Lightning's ModelParallelStrategy does not have it. Expected 32-true or "
-            f"bf16-mixed; for {precision} choose strategy=ddp."
+            f"trainer.precision={precision} with FSDP: Lightning's ModelParallelStrategy does not have it. Expected "
+            f"32-true or bf16-mixed; for {precision} choose strategy=ddp."
         )

@@ -13,14 +13,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.distributed import launched_ranks
 from harness.strategies.deepspeed import ZeroStrategy
+from harness.strategies.flat import FlatStrategy
 from harness.strategies.fsdp import FullyShardedStrategy
 
-__all__ = ["auto_strategy", "cluster_plugins", "data_parallel", "deep_speed", "fully_sharded", "single_device"]
+__all__ = [
+    "auto_strategy",
+    "cluster_plugins",
+    "data_parallel",
+    "deep_speed",
+    "flat_data_parallel",
+    "fully_sharded",
+    "single_device",
+]
 
 
-def auto_strategy(**options: Any) -> Strategy | str:
-    """DDP where a launcher has started several ranks, one device otherwise."""
-    return data_parallel(**options) if launched_ranks() > 1 else "auto"
+def auto_strategy(compiled: bool = False, **options: Any) -> Strategy | str:
+    """DDP where a launcher has started several ranks, one device otherwise.
+
+    Args:
+        compiled: True for a model with compiled parts, whose gradients :func:`flat_data_parallel` sends in the place of
+            DDP. ``harness-train`` looks at its model.
+        options: of the strategy, such as ``timeout``.
+    """
+    if launched_ranks() == 1:
+        return "auto"
+    return flat_data_parallel(**options) if compiled else data_parallel(**options)
 
 
 def single_device(**options: Any) -> str:
@@ -54,6 +71,15 @@ def data_parallel(**options: Any) -> Strategy:
     # the name of the option from torch 2.13 on, and before
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(**{sync_buffers: False, "gradient_as_bucket_view": True, **options})
+
+
+def flat_data_parallel(**options: Any) -> FlatStrategy:
+    """Data parallelism without DDP's hooks in the backward pass, for compiled models.
+
+    Args:
+        options: of Lightning's ``DDPStrategy``, such as ``timeout``, but none of ``DistributedDataParallel``.
+    """
+    return FlatStrategy(**options)
 
 
 def fully_sharded(**options: Any) -> FullyShardedStrategy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from harness.config.builders import build
 from harness.config.explain import message
 from harness.trained.record import ARCHITECTURE, MADE_WITH, RecordedStatistics
 from harness.trained.targets import TARGET, Trust, check_targets
@@ -180,11 +179,8 @@ class TrainedCheckpoint:
 
 
 def _build(architecture: dict[str, Any], offered: Mapping[str, Any]) -> Any:
-    """Model of an architecture, as in a training; ``offered`` is given where the builder's signature has it."""
-    target = instantiate({TARGET: architecture[TARGET], "_partial_": True}).func
-    wanted = inspect.signature(target).parameters
-    section = OmegaConf.create(architecture)
-    return instantiate(section, **{name: value for name, value in offered.items() if name in wanted})
+    """Model of an architecture, as in a training."""
+    return build(OmegaConf.create(architecture), offered)
 
 
 def _cause(error: BaseException | None) -> ModuleNotFoundError | None:

@@ -15,7 +15,7 @@ from support.bad_input import BASE, composed, write_files
 from support.bad_parts import Pairs
 
 import harness
-from harness.data import AtomsDataModule
+from harness.data import AtomsDataModule, collate
 from harness.job import execute, prepare
 from harness.job.dry_step import check_batch, check_first_batch
 from harness.models import schnet_force_field
@@ -153,3 +153,46 @@ def test_one_set_alone_of_the_two_is_enough(folder: Path) -> None:
         check_first_batch(module_of(data, wrong), data, trainer(), train=True)
     with pytest.raises(ValueError, match=r"validation batch: Field 'forces' is missing from the predictions"):
         check_first_batch(module_of(data, wrong), data, trainer(), train=False)
+
+
+class NeedsAtoms(Pairs):
+    """Fails for a batch without graphs, though it may say otherwise."""
+
+    def __init__(self, mistake: str = "", takes_empty_batches: bool = False) -> None:
+        super().__init__()
+        self.takes_empty_batches, self.mistake = takes_empty_batches, mistake
+        self.more = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: Any) -> Any:
+        if len(batch["num_atoms"]):
+            predictions = super().forward(batch)
+            return {**predictions, "forces": predictions["forces"] + self.more}
+        if self.mistake == "raises":
+            raise RuntimeError("cannot reshape tensor of 0 elements")
+        return {"total_energy": torch.zeros(0, 1), "forces": torch.zeros(0, 3) + 0 * self.weights[:1]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_batch_without_graphs_is_tried_where_a_rank_may_have_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("RANK", "0")
+    data = data_of(folder)
+    module = module_of(data, NeedsAtoms("raises"))
+    check_first_batch(module, data, trainer(), train=True)  # it is not called for them
+    assert set(module.predicted_rows.of_no_graphs(module.model, collate([]))) == {"total_energy", "forces"}
+    lying = module_of(data, NeedsAtoms("raises", takes_empty_batches=True))
+    if ranks == 1:
+        check_first_batch(lying, data, trainer(), train=True)
+        return
+    for train in (True, False):
+        kind = "training" if train else "validation"
+        words = f"fails on a {kind} batch without graphs.*takes_empty_batches is true.*cannot reshape tensor"
+        with pytest.raises(ValueError, match=words):
+            check_first_batch(lying, data, trainer(), train=train)
+    unconnected = module_of(data, NeedsAtoms(takes_empty_batches=True))
+    waits = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"No gradient reaches more from a training batch without graphs"):
+        check_first_batch(unconnected, data, waits, train=True)
+    check_first_batch(unconnected, data, trainer(), train=True)  # where nothing waits for it

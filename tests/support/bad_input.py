@@ -674,6 +674,17 @@ CASES: dict[str, Case] = {
         "infinite_slope", words=["gradient of model.weights", "NaN or infinite", "where()"]
     ),
     "model that raises": model("raising", words=["RuntimeError", "my own mistake"]),
+    "compiled model under DDP": model(
+        "compiled_as_by_nequip",
+        "strategy._target_=harness.strategies.data_parallel",
+        words=["hooks of DDP", "DDPStrategy", "strategy=flat", "eager"],
+    ),
+    "unknown name of a precision": case(
+        "precision=64", words=["float64", "Did you mean float64?", "trainer.precision"]
+    ),
+    "model that needs what there is not": model(
+        "fine", "+model.needs=[statistic]", words=["model.needs", "statistic", "Did you mean statistics?"]
+    ),
     "model of another dtype": model("with_other_dtype", words=["RuntimeError", "dtype"]),
     "model without parameters": model("frozen", words=["no parameters", "gradient"]),
     "model that cannot be made": model(

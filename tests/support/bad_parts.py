@@ -106,6 +106,14 @@ def raising_constructor() -> nn.Module:
     raise RuntimeError("cannot be made")
 
 
+class _CompiledAsByNequIP(Pairs):
+    is_compile_graph_model = True
+
+
+def compiled_as_by_nequip() -> nn.Module:
+    return _CompiledAsByNequIP()
+
+
 class _Samples(Dataset[dict[str, Tensor]]):
     def __init__(self, change: Callable[[dict[str, Tensor]], Any]) -> None:
         self.change = change

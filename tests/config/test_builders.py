@@ -1,0 +1,193 @@
+"""Models of users by their configs: what a builder is handed, what is made before it, and what is told of mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from support.configs import composed
+from support.own_builders import Embedding, OfTypes
+
+from harness.config.builders import build
+from harness.config.explain import message
+from harness.data import DataStatistics
+from harness.job import prepare
+
+STATISTICS = DataStatistics(("Cu", "O"), torch.tensor([-1.5, -2.0], dtype=torch.float64), 1.7, 12.0, 5, 20)
+OFFERED = {"statistics": STATISTICS, "type_names": ["Cu", "O"]}
+OWN = "support.own_builders."
+
+
+def given(target: str, offered: Any = None, **arguments: Any) -> dict[str, Any]:
+    section = OmegaConf.create({"model": {"_target_": OWN + target, **arguments}, "cutoff": 4.5}).model
+    return build(section, OFFERED if offered is None else offered).given  # type: ignore[no-any-return]
+
+
+def test_builders_are_handed_objects_by_the_names_of_their_parameters() -> None:
+    found = given("by_signature", width=3)
+    assert found == {"statistics": STATISTICS, "type_names": ["Cu", "O"], "width": 3}
+    assert found["statistics"] is STATISTICS
+    assert given("takes_anything") == {}  # which says nothing of what it wants
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        (["statistics"], {"statistics": STATISTICS}),
+        (["statistics", "type_names"], {"statistics": STATISTICS, "type_names": ["Cu", "O"]}),
+        ({"species": "type_names"}, {"species": ["Cu", "O"]}),
+        (["statistics.mean_neighbors"], {"mean_neighbors": 12.0}),
+        (
+            {"avg": "statistics.mean_neighbors", "shifts": "statistics.energy_shifts"},
+            {"avg": 12.0, "shifts": {"Cu": -1.5, "O": -2.0}},
+        ),
+    ],
+)
+def test_builders_with_keywords_are_handed_what_their_config_needs(needs: Any, expected: dict[str, Any]) -> None:
+    found = given("takes_anything", needs=needs, width="${cutoff}")
+    assert found == {**expected, "width": 4.5}
+    assert all(type(found[name]) is type(value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("needs", "offered", "words"),
+    [
+        (["statistic"], OFFERED, r"asks for statistic, but there is no statistic\. Did you mean statistics\?"),
+        (
+            ["statistics.mean_neighbor"],
+            OFFERED,
+            r"has no mean_neighbor\. Did you mean mean_neighbors\? It has .*force_rms",
+        ),
+        (["statistics"], {**OFFERED, "statistics": None}, "the data have no statistics. It can ask for type_names"),
+        ("statistics", OFFERED, r"model\.needs is a list .*such as \[statistics, type_names\].*found 'statistics'"),
+        ([1], OFFERED, r"model\.needs is a list"),
+    ],
+)
+def test_what_cannot_be_handed_over_is_told(needs: Any, offered: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        given("takes_anything", offered, needs=needs)
+
+
+def test_lists_and_dictionaries_are_plain() -> None:
+    found = given("takes_anything", sizes=[1, [2]], options={"a": {"b": [3]}})
+    assert type(found["sizes"]) is list
+    assert type(found["sizes"][1]) is list
+    assert type(found["options"]["a"]) is dict
+    assert found == {"sizes": [1, [2]], "options": {"a": {"b": [3]}}}
+    with pytest.raises(MissingMandatoryValue, match=r"model\.width"):
+        given("takes_anything", width="???")
+
+
+COMPLETE = {"_target_": OWN + "Embedding", "width": 2, "names": ["a"]}
+LACKING = {"_target_": OWN + "OfTypes", "width": 2}
+
+
+def test_nested_sections_are_made_as_they_are_by_hydra() -> None:
+    found = given("takes_anything", embed=COMPLETE, parts=[COMPLETE, {"deep": COMPLETE}])
+    assert found == {"embed": Embedding(2, ["a"]), "parts": [Embedding(2, ["a"]), {"deep": Embedding(2, ["a"])}]}
+    partial = given("takes_anything", embed={**COMPLETE, "_partial_": True})["embed"]
+    assert partial(width=3) == Embedding(3, ["a"])
+    nested = given("takes_anything", embed={**COMPLETE, "names": [COMPLETE]})["embed"]
+    assert nested.names == [Embedding(2, ["a"])]
+    assert given("takes_anything", embed={"_target_": OWN + "Embedding", "_args_": [5]})["embed"] == Embedding(5)
+
+
+def test_what_a_builder_makes_itself_reaches_it_as_a_dictionary() -> None:
+    assert given("takes_anything", embed=LACKING)["embed"] == LACKING  # type_names are the builder's to give
+    assert isinstance(given("takes_anything", embed={**LACKING, "type_names": ["H"]})["embed"], OfTypes)
+    found = given("makes_its_parts", embed=COMPLETE, heads=COMPLETE, other=COMPLETE)
+    assert found == {"embed": COMPLETE, "heads": COMPLETE, "other": Embedding(2, ["a"])}
+    assert given("makes_its_parts", embed={"mine": COMPLETE})["embed"] == {"mine": Embedding(2, ["a"])}
+    own = {**COMPLETE, "_recursive_": False}
+    assert given("takes_anything", embed=own)["embed"] == own
+    assert given("takes_anything", embed=COMPLETE, _recursive_=False)["embed"] == COMPLETE
+    assert given("takes_anything", embed=COMPLETE, _convert_="partial")["embed"] == Embedding(2, ["a"])
+
+
+def told(target: str, **arguments: Any) -> str:
+    with pytest.raises(InstantiationException) as caught:
+        given(target, **arguments)
+    return message(caught.value)
+
+
+def test_failures_of_a_builder_are_told_with_their_place() -> None:
+    text = told("asserts", size=[1])
+    assert "an assertion without words in " in text
+    lines = (Path(__file__).parents[1] / "support" / "own_builders.py").read_text().splitlines()
+    line = lines.index("    assert len(size) == 2") + 1
+    assert f"own_builders.py, line {line} (in call to target '{OWN}asserts')" in text
+    assert "two sizes are needed (an assertion in " in told("asserts_with_words", size=[1])
+    assert "takes no argument 'widht'. Did you mean width?" in told("by_signature", widht=1)
+    text = told("asserts", size={**LACKING, "more": 1})
+    assert f"given model.size as a dictionary, since type_names of {OWN}OfTypes is not given in it" in text
+
+
+def test_the_process_stays_as_it_was() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    assert given("changes_the_process") == {}
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_warnings_of_torchscript_do_not_hide_others() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given("warns")
+    assert [str(each.message) for each in caught] == ["mine: look at the units"]
+
+
+TINY = ("data.num_frames=12", "data.split={val: 2, test: 2}", "data.batch_size=2", "logger=none", "callbacks=none")
+
+
+def prepared(tmp_path: Path, *overrides: str) -> Any:
+    config = composed("~model", *overrides, *TINY, "trainer.accelerator=cpu", "metrics=energy_force_stress")
+    config.output_dir = str(tmp_path)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    return prepare(config).module.model
+
+
+def test_an_own_builder_starts_a_job(tmp_path: Path) -> None:
+    sizes = "sizes: {hidden_channels: 4, num_filters: 4, num_gaussians: 4}, layers: [a, b, c]"
+    section = f"{{_target_: {OWN}schnet_by_keywords, cutoff: 4.5, {sizes}, needs: {{of_the_data: statistics}}}}"
+    model = prepared(tmp_path, f"+model={section}")
+    assert len(model.energy_model.energy_model.schnet.interactions) == 3
+
+
+NEEDS = "needs: {type_names: type_names, avg_num_neighbors: statistics.mean_neighbors, per_type_energy_shifts: "
+NEEDS += "statistics.energy_shifts, per_type_energy_scales: statistics.force_rms}"
+ZBL = "pair_potential: {_target_: nequip.nn.pair_potential.ZBL, units: metal, chemical_species: [Cu, Pd, Ag, Au]}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nequip") is None, reason="nequip is not installed")
+def test_the_builder_of_nequip_is_named_directly(tmp_path: Path) -> None:
+    sizes = "num_layers: 1, l_max: 1, num_features: [4, 2], radial_mlp_width: 4"
+    section = (
+        f"{{_target_: nequip.model.NequIPGNNModel, seed: 0, model_dtype: float32, r_max: 4.5, {sizes}, {ZBL}, {NEEDS}}}"
+    )
+    model = prepared(tmp_path, f"+model={section}")
+    assert type(model).__name__ == "GraphModel"
+    assert any(type(part).__name__ == "ZBL" for part in model.modules())
+    assert torch.get_default_dtype() == torch.float32
+    (scaled,) = [part for part in model.modules() if type(part).__name__ == "PerTypeScaleShift"]
+    assert scaled.shifts.numel() == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("allegro") is None, reason="allegro is not installed")
+def test_the_builder_of_allegro_makes_its_embedding_itself(tmp_path: Path) -> None:
+    sizes = (
+        "num_layers: 1, l_max: 1, num_scalar_features: 4, num_tensor_features: 2, allegro_mlp_hidden_layers_width: 4"
+    )
+    embed = "radial_chemical_embed: {_target_: allegro.nn.TwoBodyBesselScalarEmbed, num_bessels: 4}"
+    settings = f"seed: 0, model_dtype: float32, r_max: 4.5, {sizes}, {embed}, {NEEDS}"
+    section = f"{{_target_: allegro.model.AllegroModel, {settings}}}"
+    assert type(prepared(tmp_path, f"+model={section}")).__name__ == "GraphModel"
