@@ -29,18 +29,19 @@ def _one_to(forces: int) -> list[str]:
     return ["loss.coeffs.total_energy=1", f"loss.coeffs.forces={forces}"]
 
 
+_TEN_TO_ONE = ["loss.coeffs.total_energy=10", "loss.coeffs.forces=1"]
 # coefficients of the loss are ENERGY : FORCES = 10 : 1 unless the name or a schedule says otherwise
 WAYS: dict[str, list[str]] = {
-    "constant": ["schedule=constant"],
+    "constant": ["schedule=constant", *_TEN_TO_ONE],
     **{f"constant-1-{forces}": ["schedule=constant", *_one_to(forces)] for forces in (1, 10, 100, 1000)},
-    "two-stage": ["schedule=two_stage"],
+    "two-stage": ["schedule=two_stage", *_TEN_TO_ONE],
     "two-stage-1-100": ["schedule=two_stage", *_one_to(100)],
     "linear": ["schedule=linear"],
     "cosine": ["schedule=cosine"],
     "deepmd": ["schedule=deepmd"],
-    "softadapt": ["adaptive=softadapt"],
-    "uncertainty": ["adaptive=uncertainty"],
-    "gradient-balance": ["adaptive=gradient_balance"],
+    "softadapt": ["adaptive=softadapt", *_TEN_TO_ONE],
+    "uncertainty": ["adaptive=uncertainty", *_TEN_TO_ONE],
+    "gradient-balance": ["adaptive=gradient_balance", *_TEN_TO_ONE],
     "softadapt-1-10": ["adaptive=softadapt", *_one_to(10)],
     "uncertainty-1-10": ["adaptive=uncertainty", *_one_to(10)],
     "gradient-balance-1-10": ["adaptive=gradient_balance", *_one_to(10)],

@@ -65,8 +65,8 @@ def test_coefficients_are_changed_one_by_one() -> None:
     config = composed("loss.coeffs.forces=20")
     manager = instantiate(config.loss, type_names=["H"])
     assert manager.given_coeffs["forces_mse"] == 20
-    assert manager.given_coeffs["per_atom_energy_mse"] == 10
-    assert manager.coeffs["forces_mse"] == pytest.approx(2 / 3)
+    assert manager.given_coeffs["per_atom_energy_mse"] == 1
+    assert manager.coeffs["forces_mse"] == pytest.approx(20 / 21)
 
 
 def test_every_group_is_in_the_table_of_contents() -> None:

@@ -112,7 +112,7 @@ def test_each_difference_is_a_line(last: Path, tmp_path: Path, caplog: pytest.Lo
     changes = ("max_epochs=3", "loss.coeffs.forces=7", "trainer.gradient_clip_val=1.5", "optimizer.lr=1e-4")
     now = config(tmp_path, f"ckpt_path={last}", *changes)
     lines = changed_settings(str(last), now)
-    assert lines == ["max_epochs: 2 → 3", "loss.coeffs.forces: 1 → 7", "trainer.gradient_clip_val: None → 1.5"]
+    assert lines == ["max_epochs: 2 → 3", "loss.coeffs.forces: 10 → 7", "trainer.gradient_clip_val: None → 1.5"]
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         seen = started(now)
     assert (seen.step, seen.epoch) == (8, 2)

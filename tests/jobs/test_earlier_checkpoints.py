@@ -31,6 +31,7 @@ COMMAND = (
     "model.num_gaussians=8",
     "monitor=val0_epoch/forces_rmse",
     "optimizer.lr=0.02",
+    *("loss.coeffs.total_energy=10", "loss.coeffs.forces=1"),  # the defaults of that version
 )
 
 

@@ -85,7 +85,7 @@ def test_nodes_with_other_settings_are_refused(tmp_path: Path) -> None:
     assert_refused(
         done,
         "error: the ranks disagree on the setting loss.coeffs.forces:",
-        "1 on rank 0 (host node0)",
+        "10 on rank 0 (host node0)",
         "3 on rank 1 (host node1)",
         "same command line",
     )

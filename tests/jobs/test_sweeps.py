@@ -52,7 +52,7 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
         assert logged["display_name"] == f"forces={forces}"
         assert logged["run_group"] == "coefficients/sweep"
         assert logged["state"] == "finished"
-        assert logged["config"]["loss"]["coeffs"] == {"forces": forces, "total_energy": 10}
+        assert logged["config"]["loss"]["coeffs"] == {"forces": forces, "total_energy": 1}
         assert logged["config"]["trainer"]["devices"] == 2  # which only the ranks know
 
         state, result = read(folder, "run.json"), read(folder, "result.json")

@@ -95,7 +95,7 @@ def test_every_value_is_in_the_one_wandb_run(two_ranks: Path) -> None:
     rates = {f"throughput/{name}" for name in ("structures_per_second", "edges_per_second", "data_wait_share")}
     assert rates <= logged.keys()
     config = summary["config"]
-    assert config["loss"]["coeffs"] == {"total_energy": 10, "forces": 1, "stress": 100}
+    assert config["loss"]["coeffs"] == {"total_energy": 1, "forces": 10, "stress": 100}
     assert config["data"]["cutoff"] == config["cutoff"] == 4.5  # resolved
     assert summary["state"] == "finished"
 
