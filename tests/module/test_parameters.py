@@ -27,6 +27,7 @@ from harness.callbacks import ExponentialMovingAverage, ResumeCheckpoint
 from harness.data import EmbeddedAlloyDataModule
 from harness.job import build_module
 from harness.metrics import step_together
+from harness.models.references import connected_zero
 from harness.module import ForceFieldModule, freeze
 from harness.module.build import build_optimizer
 from harness.module.parameters import ParameterGroups, parameter_names, parameter_table
@@ -380,3 +381,11 @@ def test_a_reduced_rate_of_a_plateau_is_kept_in_other_groups(alloy: EmbeddedAllo
     assert math.log2(5e-3 / found[0]) == pytest.approx(round(math.log2(5e-3 / found[0])))
     assert found == pytest.approx([found[0], 0.1 * found[0], found[0]])
     assert found[0] <= rate
+
+
+def test_a_rank_without_frames_reaches_trained_parameters_alone() -> None:
+    model = Small()
+    freeze(model, ["embedding.*"])
+    connected_zero(model, torch.zeros(())).backward()
+    assert [name for name, each in model.named_parameters() if each.grad is None] == ["embedding.weight"]
+    assert not any(each.grad.any() for each in model.parameters() if each.grad is not None)
