@@ -159,7 +159,8 @@ def mace_force_field(
             radial_MLP=list(radial_mlp),
             atomic_inter_scale=scale,
             atomic_inter_shift=0.0,
-            **options,
+            # its own default, True, is another model where cuEquivariance is installed, and has no effect elsewhere
+            **{"use_reduced_cg": False, **options},
         )
     energy = MACEEnergy(model, [ordered.index(number) for number in numbers])
     return ForceField(ScaleShift(energy, [1.0] * len(numbers), shifts), derive_stress=stress)

@@ -284,6 +284,7 @@ def test_a_mace_model_is_like_those_that_mace_run_train_writes(tmp_path: Path) -
 
     model = mace_module(build("mace", statistics()))
     assert model.heads == ["Default"]
+    assert model.use_reduced_cg is False  # so they are: MACE converts weights for fused kernels by it
     assert model.atomic_numbers.tolist() == [1, 8, 29]
     assert model.atomic_energies_fn.atomic_energies.tolist() == [[-13.6, -2037.8, -1100.25]]
     assert (model.scale_shift.scale.shape, model.scale_shift.shift.shape) == ((1,), (1,))
