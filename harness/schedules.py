@@ -21,18 +21,20 @@ are the steps within an epoch.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from harness.support.checks import is_number
 from harness.support.configs import unwrapped
 
 __all__ = [
+    "NO_SETTINGS",
     "Constant",
     "Cosine",
     "Exponential",
@@ -44,6 +46,8 @@ __all__ = [
     "Ramp",
     "Scale",
     "Schedule",
+    "Settings",
+    "Stage",
     "Together",
     "as_schedule",
     "check_interval",
@@ -59,6 +63,8 @@ Interval = Literal["epoch", "step"]
 
 It belongs to what follows a schedule, such as :meth:`harness.metrics.MetricsManager.follow`.
 """
+
+_NO_SCHEDULES = ("NO_SETTINGS", "Interval", "Ramp", "Schedule", "Settings")
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -84,6 +90,30 @@ class _Frozen(Mapping[Key, Value], Generic[Key, Value]):
 
     def __repr__(self) -> str:
         return repr(dict(sorted(self._content.items())))  # keys are all text or all numbers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that hold at an epoch beside the coefficients.
+
+    Attributes:
+        optimizer: settings of the optimizer in the place of its own, such as ``lr`` and ``weight_decay``.
+        average_decay: decay of the exponential moving average of the weights; None for the callback's own.
+    """
+
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    average_decay: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.optimizer) or self.average_decay is not None
+
+    def __or__(self, other: Settings) -> Settings:
+        decay = self.average_decay if other.average_decay is None else other.average_decay
+        return Settings({**self.optimizer, **other.optimizer}, decay)
+
+
+NO_SETTINGS = Settings()
+"""Settings of schedules without stages: none."""
 
 
 class Schedule(ABC):
@@ -144,6 +174,15 @@ class Schedule(ABC):
         """Epochs where something begins or ends, sorted."""
         return tuple(sorted({breakpoint for part in self._parts for breakpoint in part.breakpoints}))
 
+    def settings(self, epoch: float) -> Settings:
+        """Settings of the optimizer and of averaged weights at an epoch: those of the stages that hold."""
+        return functools.reduce(Settings.__or__, (part.settings(epoch) for part in self._parts), NO_SETTINGS)
+
+    @property
+    def has_settings(self) -> bool:
+        """True if any stage has settings beside the coefficients."""
+        return any(part.has_settings for part in self._parts)
+
     @property
     def _parts(self) -> Sequence[Schedule]:
         """Schedules that this one is made of."""
@@ -189,6 +228,56 @@ class Constant(Schedule):
     def names(self) -> tuple[str, ...]:
         """Every name that is ever set, in order."""
         return tuple(self.coeffs)
+
+
+@dataclass(frozen=True)
+class Stage(Constant):
+    r"""Constant coefficients with settings of the optimizer and of averaged weights that hold as long as they do.
+
+    A part of a :class:`Join`, whose boundaries say when; alone, it holds all along.
+
+    Args:
+        coeffs: coefficients as in :class:`Constant`; empty for those that the loss was given.
+        optimizer: settings of the optimizer in the place of its own. ``lr`` is then the learning rate, whatever the
+            scheduler says: of a group of parameters with a factor, times that factor. Other settings, such as
+            ``weight_decay`` and ``betas``, hold in the groups that have none of their own.
+        average_decay: decay of the exponential moving average of the weights, at least 0 and below 1; 0 lets the
+            average be the weights themselves. None for the callback's own.
+
+    Raises:
+        TypeError, ValueError: a mistake in the coefficients or settings, with what is valid.
+
+    Example:
+        >>> second = Stage({"per_atom_energy_mse": 1000, "forces_mse": 100}, optimizer={"lr": 0.001})
+        >>> two_stages = Join([Constant({}), second], boundaries=[75])
+        >>> two_stages(75)
+        {'per_atom_energy_mse': 1000.0, 'forces_mse': 100.0}
+        >>> dict(two_stages.settings(74).optimizer), dict(two_stages.settings(75).optimizer)
+        ({}, {'lr': 0.001})
+
+    The second stage of ``mace_run_train`` (``--stage_two``, formerly ``--swa``): Batatia et al., NeurIPS 2022.
+    """
+
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    average_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average_decay is not None and (not is_number(self.average_decay) or not 0 <= self.average_decay < 1):
+            raise ValueError(
+                f"Stage: `average_decay` is at least 0 and below 1, or null for that of the callback, found "
+                f"{self.average_decay!r}."
+            )
+        self._set(optimizer=_optimizer_settings(self.optimizer))
+
+    def settings(self, epoch: float) -> Settings:
+        """The settings of the stage."""
+        return Settings(self.optimizer, self.average_decay)
+
+    @property
+    def has_settings(self) -> bool:
+        """True if the stage has settings beside the coefficients."""
+        return bool(self.settings(0))
 
 
 @dataclass(frozen=True)
@@ -457,7 +546,14 @@ class Join(Schedule):
 
     def __call__(self, epoch: float, learning_rate: float | None = None) -> dict[str, float]:
         """Coefficients of the schedule that holds."""
-        return self.schedules[bisect_right(self.boundaries, epoch)](epoch, learning_rate)
+        return self._of(epoch)(epoch, learning_rate)
+
+    def settings(self, epoch: float) -> Settings:
+        """Settings of the schedule that holds."""
+        return self._of(epoch).settings(epoch)
+
+    def _of(self, epoch: float) -> Schedule:
+        return self.schedules[bisect_right(self.boundaries, epoch)]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -669,7 +765,7 @@ def as_schedule(value: object, what: str = "`schedule`") -> Schedule:
     if isinstance(schedule, Schedule):
         return schedule
     hint = " Is `_target_` missing, or was the config not instantiated?" if isinstance(value, Mapping) else ""
-    valid = ", ".join(name for name in __all__ if name[0].isupper() and name not in ("Interval", "Ramp", "Schedule"))
+    valid = ", ".join(name for name in __all__ if name[0].isupper() and name not in _NO_SCHEDULES)
     raise TypeError(
         f"{what} is a schedule, one of {valid} of harness.schedules; found {value!r} ({type(value).__name__}).{hint}"
     )
@@ -741,6 +837,31 @@ def _coefficients(coeffs: object, what: str, may_be_empty: bool = False) -> _Fro
                 raise ValueError(f"{what} sets {name} twice. Per-type weights go by {{component}}_{{type}}.")
             flat[name] = _coefficient(value, f"{what}: {name}")
     return _Frozen(flat)
+
+
+def _optimizer_settings(settings: object) -> _Frozen[str, Any]:
+    """Settings of an optimizer: numbers, booleans, or tuples of numbers by name, checked.
+
+    Raises:
+        TypeError, ValueError: the name, what was found and what is valid.
+    """
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            f"Stage: `optimizer` maps names of settings to values, such as {{lr: 1e-3}}, found {settings!r}."
+        )
+    read: dict[str, Any] = {}
+    for name, value in settings.items():
+        _check_key(name, "Stage: `optimizer`: the name of a setting")
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not all(isinstance(each, bool) or is_number(each) for each in (value if is_list else [value])):
+            raise TypeError(
+                f"Stage: `optimizer`: {name} is a number, true or false, or a list of numbers, found {value!r} "
+                f"({type(value).__name__})."
+            )
+        if name == "lr" and (isinstance(value, bool) or is_list or not 0 <= float(value) < math.inf):
+            raise ValueError(f"Stage: `optimizer`: lr is a finite number of at least 0, found {value!r}.")
+        read[name] = tuple(value) if is_list else value
+    return _Frozen(read)
 
 
 def _check_key(key: object, what: str) -> None:

@@ -6,6 +6,7 @@ from harness.callbacks.averaged_weights import ExponentialMovingAverage
 from harness.callbacks.best_epoch import BestEpoch
 from harness.callbacks.coefficient_curve import CoefficientCurve
 from harness.callbacks.gradient_share import GradientShare
+from harness.callbacks.learning_rate import LearningRateMonitor
 from harness.callbacks.nequip import LinearLossCoefficientScheduler, LossCoefficientMonitor, LossCoefficientScheduler
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
@@ -22,6 +23,7 @@ __all__ = [
     "CoefficientCurve",
     "ExponentialMovingAverage",
     "GradientShare",
+    "LearningRateMonitor",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",
     "LossCoefficientScheduler",

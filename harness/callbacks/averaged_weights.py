@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from harness.module import ForceFieldModule
 from harness.module.checkpoint_states import adopt_managers
+from harness.module.schedule_following import epoch_of
 from harness.support.checks import is_number, whole_number
 from harness.support.lightning_private import average_model, set_average_model
 
@@ -36,7 +38,8 @@ class ExponentialMovingAverage(EMAWeightAveraging):
               d_n = \min\Big(d, \frac{1 + n}{10 + n}\Big)
 
     after an optimizer step, with the number :math:`n` of updates before; the first one takes :math:`\theta` as it is.
-    All parameters of the module are averaged, in their own dtypes. Buffers are copied: tables of atomic numbers are no
+    A stage of the loss's schedule can have another :math:`d` (:class:`harness.schedules.Stage`, ``average_decay``). All
+    parameters of the module are averaged, in their own dtypes. Buffers are copied: tables of atomic numbers are no
     averages, and reference energies are what they are. The host does not wait for the device.
 
     Under ``accumulate_grad_batches`` it is the step that counts, not its micro-batches. Before the first update, such
@@ -57,6 +60,8 @@ class ExponentialMovingAverage(EMAWeightAveraging):
         ValueError: a number out of range, or a pattern that is that of no buffer, or of one of integers.
         TypeError: ``average_buffers`` is no list of patterns.
     """
+
+    follows_stages = True
 
     def __init__(
         self,
@@ -108,6 +113,16 @@ class ExponentialMovingAverage(EMAWeightAveraging):
             copied, buffers = average_model(self).module, _averaged_buffers(pl_module, self.average_buffers)
             set_average_model(self, _Average(copied, self.decay, self.warm_up, buffers))
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the average on behind a step, with the decay of the schedule's stage if it has one."""
+        average = average_model(self)
+        if isinstance(pl_module, ForceFieldModule):
+            stage = pl_module.optimizer_settings.stage(epoch_of(trainer, batch_idx, pl_module.loss))
+            average.decay = self.decay if stage.average_decay is None else stage.average_decay
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average into the module."""
         self._follow(pl_module)
@@ -146,7 +161,7 @@ class _Average(nn.Module):
 
     Args:
         module: copy of the module, which becomes the average.
-        decay: of the average.
+        decay: of the average; may be changed.
         warm_up: let the decay rise.
         buffers: names of the buffers that are averaged.
     """
@@ -156,7 +171,7 @@ class _Average(nn.Module):
     def __init__(self, module: nn.Module, decay: float, warm_up: bool, buffers: frozenset[str]) -> None:
         super().__init__()
         self.module = module
-        self._decay, self._warm_up, self._averaged_buffers = decay, warm_up, buffers
+        self.decay, self._warm_up, self._averaged_buffers = decay, warm_up, buffers
         self.register_buffer("n_averaged", torch.tensor(0))
 
     @property
@@ -171,7 +186,7 @@ class _Average(nn.Module):
         if number == 0:
             self.copy_all(model)
         else:
-            decay = warmed_up_decay(self._decay, number) if self._warm_up else self._decay
+            decay = warmed_up_decay(self.decay, number) if self._warm_up else self.decay
             average = get_ema_multi_avg_fn(decay)
             for averaged, current in self._pairs_by_kind(model):
                 average(averaged, current, number)

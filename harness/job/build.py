@@ -156,12 +156,12 @@ def read_schedule(section: DictConfig) -> tuple[Schedule, Interval]:
 
 
 def follow_schedule(loss: MetricsManager, schedule: Schedule, interval: Interval = "epoch") -> None:
-    """Let the schedule of a config drive the loss, unless it names no coefficient.
+    """Let the schedule of a config drive the loss, unless it has neither coefficients nor other settings.
 
     Raises:
         ValueError: the loss has a schedule of its own.
     """
-    if not as_schedule(schedule).names:
+    if not as_schedule(schedule).names and not schedule.has_settings:
         return
     if loss.schedule is not None:
         raise ValueError(

@@ -112,7 +112,7 @@ def _check_sections(config: DictConfig) -> None:
     managers = ("train_metrics", "val_metrics", "test_metrics")
     optional = {name: config.get(name) for name in (*managers, "optimizer", "schedule", "adaptive")}
     if isinstance(config.lr_scheduler, DictConfig) and "scheduler" in config.lr_scheduler:
-        needed["lr_scheduler.scheduler"] = config.lr_scheduler.scheduler
+        optional["lr_scheduler.scheduler"] = config.lr_scheduler.scheduler
     else:
         optional["lr_scheduler"] = config.lr_scheduler
     for group in ("callbacks", "logger"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import re
@@ -18,7 +19,10 @@ from torch import nn
 
 from harness.metrics import MetricsManager
 from harness.module.horizon import HORIZON, Pace
+from harness.module.learning_rates import WarmUp
 from harness.module.parameters import ParameterGroups
+from harness.schedules import check_interval
+from harness.support.checks import whole_number
 from harness.support.configs import take_out
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "build_optimizer",
     "recipe",
     "scheduler_options",
+    "warm_up_of",
 ]
 
 TARGET = "_target_"
@@ -38,6 +43,8 @@ TARGET = "_target_"
 CODE = "_code_"
 """Key in a recipe of the digest of a function: ``major.minor:hexadecimal``, of the Python that compiled it."""
 _ARGUMENTS = "_args_"
+_WARM_UP = "warm_up"
+_OPTIONS = ("scheduler", "interval", "frequency", "monitor", "strict", "name", "reduce_on_plateau")
 _OF_HYDRA = ("_partial_", "_convert_", "_recursive_")
 
 _asked: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
@@ -128,6 +135,9 @@ def build_optimizer(
         groups.scale_rates(built)
     rates = [copy.copy(group.get("lr")) for group in built.param_groups]
     _asked[built] = {"rate": recipe(own_rate), "settings": [_settings(group) for group in built.param_groups]}
+    warm_up = warm_up_of(lr_scheduler)
+    if warm_up is not None:
+        _asked[built]["warm_up"] = dataclasses.asdict(warm_up)
     options = scheduler_options(lr_scheduler)
     if options is not None:
         _asked[built]["recipe"] = recipe(options["scheduler"])
@@ -146,7 +156,7 @@ def asked_for(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
 
     Returns:
         ``settings``, those of each group before a scheduler moved any, ``rate``, the learning rate of the optimizer
-        without factors of groups, and ``recipe`` of the scheduler if there is one.
+        without factors of groups, and ``recipe`` of the scheduler and ``warm_up`` if there is one.
     """
     return _asked.get(optimizer, {})
 
@@ -239,12 +249,35 @@ def _content_of_code(code: types.CodeType) -> list[str]:
 
 
 def scheduler_options(lr_scheduler: Callable[..., Any] | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Lightning's dictionary of a scheduler, whose ``scheduler`` is still a callable or config; None without one."""
+    """Lightning's dictionary of a scheduler, whose ``scheduler`` is still a callable or config; None without one.
+
+    Raises:
+        ValueError: a key that neither Lightning nor this package knows, or an interval or frequency that is none.
+    """
     if lr_scheduler is None:
         return None
-    if isinstance(lr_scheduler, Mapping) and "scheduler" in lr_scheduler:
-        return {str(key): value for key, value in lr_scheduler.items()}
-    return {"scheduler": lr_scheduler}
+    if not isinstance(lr_scheduler, Mapping) or "scheduler" not in lr_scheduler:
+        return {"scheduler": lr_scheduler}
+    options = {str(key): value for key, value in lr_scheduler.items() if key != _WARM_UP}
+    unknown = [key for key in options if key not in _OPTIONS]
+    if unknown:
+        raise ValueError(
+            f"lr_scheduler has no {', '.join(unknown)}. Valid names: {', '.join((*_OPTIONS, _WARM_UP))}; arguments of "
+            f"the scheduler itself are given as lr_scheduler.scheduler.{unknown[0]}."
+        )
+    check_interval(options.get("interval", "epoch"), "lr_scheduler.interval")
+    whole_number("lr_scheduler.frequency", options.get("frequency", 1))
+    return None if options["scheduler"] is None else options
+
+
+def warm_up_of(lr_scheduler: Callable[..., Any] | Mapping[str, Any] | None) -> WarmUp | None:
+    """Warm-up in front of a scheduler, by its key ``warm_up``; None without one.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+    is_dictionary = isinstance(lr_scheduler, Mapping) and "scheduler" in lr_scheduler
+    return WarmUp.of(lr_scheduler.get(_WARM_UP)) if is_dictionary else None  # type: ignore[union-attr]
 
 
 def _call(

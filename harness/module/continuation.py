@@ -294,6 +294,9 @@ class Continuation:
         if not arguments and not rates:
             arguments = self._other_rates(before, now, scheduler, state)
         self.lines += [*hyperparameters, *(rates if has_same_groups else []), *arguments]
+        if "warm_up" in before or "warm_up" in now:
+            leaves = [_leaves("lr_scheduler.warm_up", each.get("warm_up") or {"length": 0}) for each in (before, now)]
+            self.lines += _changed_leaves(*leaves)[0]
         if not arguments and not rates:  # the rate and what moves it stay as they are
             if hyperparameters or not is_same:
                 for group, other in zip(new, old, strict=True):

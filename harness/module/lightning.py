@@ -25,7 +25,14 @@ from harness.distributed import ProcessGroup, gradient_scale
 from harness.fields import Batch
 from harness.metrics import MetricsManager, Report, Values, compute_together, merge_accumulated, step_together
 from harness.module.accumulation import Accumulation
-from harness.module.build import ManagerSource, build_manager, build_managers, build_optimizer
+from harness.module.build import (
+    ManagerSource,
+    asked_for,
+    build_manager,
+    build_managers,
+    build_optimizer,
+    warm_up_of,
+)
 from harness.module.checkpoint_states import adopt_managers, adopt_weighting, managers_by_key
 from harness.module.coefficient_control import controllers_of
 from harness.module.continuation import RECORD, Continuation, describe, parts_of
@@ -37,8 +44,15 @@ from harness.module.empty_batches import (
     takes_empty_batches,
 )
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
+from harness.module.optimizer_settings import OptimizerSettings, check_averaging
 from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
-from harness.module.schedule_following import ScheduleFollower, check_length, warn_of_monitors, warn_of_unreached
+from harness.module.schedule_following import (
+    ScheduleFollower,
+    check_length,
+    epoch_of,
+    warn_of_monitors,
+    warn_of_unreached,
+)
 from harness.module.step import LearntWeighting, Step, StepObserver, StepSumsOfAll, is_nth_step
 from harness.strategies import (
     ZeroStrategy,
@@ -77,7 +91,8 @@ class ForceFieldModule(LightningModule):
             (:class:`harness.module.parameters.ParameterGroup`); Adam with 1e-3 if not given.
         lr_scheduler: dictionary as Lightning takes it, whose ``scheduler`` is a callable from an optimizer to a
             scheduler or a config of one, beside ``monitor``, ``interval``, ``frequency``; or that callable alone. An
-            argument ``horizon`` of it, such as ``T_max: horizon``, is the length of the training in its intervals.
+            argument ``horizon`` of it, such as ``T_max: horizon``, is the length of the training in its intervals. Its
+            key ``warm_up`` has the arguments of a :class:`~harness.module.learning_rates.WarmUp`.
         type_names: names of the atom types, handed to losses and metrics; the model's ``type_names`` if not given.
         num_val_sets: number of validation sets.
         num_test_sets: number of test sets.
@@ -87,6 +102,7 @@ class ForceFieldModule(LightningModule):
         reports: values, coefficients, contributions and counts of the last epoch on the host, by ``train_loss``,
             ``train_metric``, ``val0``, ``val1``, …, ``test0``, …; the same on all ranks.
         predicted_rows: shapes of the model's predictions, for batches without graphs.
+        optimizer_settings: of the warm-up, and of the stages of the loss's schedule.
 
     Raises:
         ValueError: no component of the loss has a coefficient.
@@ -134,6 +150,7 @@ class ForceFieldModule(LightningModule):
         self.reports: dict[str, Report] = {}
         self.latest: dict[str, float] = {}
         """Loss values of the last step that was logged, for progress bars."""
+        self.optimizer_settings = OptimizerSettings()
         self._follower = ScheduleFollower()
         self._optimization: dict[str, Any] | None = None
         self._batches_done: int | None = None  # of the epoch of the last step
@@ -186,6 +203,7 @@ class ForceFieldModule(LightningModule):
             trained = {name: manager for name, manager in self.managers.items() if not name.startswith("test")}
             warn_of_monitors(trained, monitors)
             self._accumulation.check(self.trainer, self.loss)
+            check_averaging(self.loss.schedule, callbacks)
 
     def configure_model(self) -> None:
         """Prepare the model for a strategy that splits its parameters; once only."""
@@ -309,9 +327,7 @@ class ForceFieldModule(LightningModule):
         """Define the axes of all values, before the loggers get any."""
         define_axes_of_stages(self.trainer, self.managers, getattr(self.trainer, "callbacks", []))
 
-    def on_test_start(self) -> None:
-        """Define the axes of all values, before the loggers get any."""
-        define_axes_of_stages(self.trainer, self.managers, getattr(self.trainer, "callbacks", []))
+    on_test_start = on_fit_start
 
     # --- validation and test ---
 
@@ -416,8 +432,29 @@ class ForceFieldModule(LightningModule):
             return self._horizons.get(pace) or cast(TrainingLength, reckoned).turns_left(pace, Progress())
 
         made = build_optimizer(self, self._optimizer, self._lr_scheduler, horizon if reckoned else None)
-        self._optimization = describe(*parts_of(made), self)
+        optimizer, options = parts_of(made)
+        self._optimization = describe(optimizer, options, self)
+        self.optimizer_settings = OptimizerSettings(
+            warm_up_of(self._lr_scheduler),
+            self.loss.schedule,
+            asked_for(optimizer)["settings"],
+            optimizer.defaults,
+        )
         return made
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step with the settings of the warm-up and of the schedule's stage, which hold from the backward pass on."""
+        settings, trainer = self.optimizer_settings, self.trainer
+
+        def closure() -> Any:
+            result = optimizer_closure()
+            settings.apply(trainer.optimizers[0], epoch_of(trainer, batch_idx, self.loss), trainer.global_step)
+            return result
+
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        finally:
+            settings.take_back()
 
 
 def _check_strategy(module: ForceFieldModule) -> None:

@@ -14,7 +14,14 @@ from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.schedules import unreached
 from harness.support.log_keys import LogKeys
 
-__all__ = ["ScheduleFollower", "check_length", "relative_learning_rate", "warn_of_monitors", "warn_of_unreached"]
+__all__ = [
+    "ScheduleFollower",
+    "check_length",
+    "epoch_of",
+    "relative_learning_rate",
+    "warn_of_monitors",
+    "warn_of_unreached",
+]
 
 Position = tuple[float, float | None]
 """Epoch, and learning rate relative to that of the start; None where it is not known."""
@@ -46,9 +53,7 @@ class ScheduleFollower:
             schedule = manager.schedule
             if schedule is None or batch_idx % trainer.accumulate_grad_batches:
                 continue
-            epoch = float(trainer.current_epoch)
-            if manager.schedule_interval == "step":
-                epoch += batch_idx / trainer.num_training_batches
+            epoch = epoch_of(trainer, batch_idx, manager)
             # a checkpoint in mid-epoch has the learning rate that the epoch began with
             if batch_idx == 0 or manager.position[0] != epoch:
                 manager.move_to(epoch, self._rate(trainer, managers) if schedule.needs_learning_rate else None)
@@ -81,6 +86,14 @@ class ScheduleFollower:
                 f"0. Use a learning rate that does not rise above its beginning, or a schedule of epochs."
             )
         return ratio
+
+
+def epoch_of(trainer: Trainer, batch_idx: int, manager: MetricsManager) -> float:
+    """Epoch of a batch's optimizer step, with the part before it where the manager's schedule moves by step."""
+    epoch = float(trainer.current_epoch)
+    if manager.schedule_interval == "epoch":
+        return epoch
+    return epoch + (batch_idx - batch_idx % trainer.accumulate_grad_batches) / trainer.num_training_batches
 
 
 def relative_learning_rate(trainer: Trainer) -> tuple[float, float | None]:

@@ -46,12 +46,13 @@ from torch.optim.lr_scheduler import (
 )
 
 from harness import adaptive, step_together
-from harness.callbacks import NonFiniteError, NonFiniteGuard, ResumeCheckpoint
+from harness.callbacks import ExponentialMovingAverage, NonFiniteError, NonFiniteGuard, ResumeCheckpoint
 from harness.data import look_ahead
 from harness.module import ForceFieldModule
 from harness.module.continuation import RECORD
 from harness.module.horizon import Pace, Progress, TrainingLength
-from harness.schedules import LearningRateCoupled
+from harness.module.learning_rates import stable_then_decay
+from harness.schedules import Constant, Join, LearningRateCoupled, Stage
 from harness.schedules import Linear as LinearSchedule
 
 RISING = LinearSchedule({"forces_mse": 1}, {"forces_mse": 50}, start_epoch=0, end_epoch=8)
@@ -69,6 +70,11 @@ ADAM = functools.partial(Adam, lr=RATE)
 PLATEAU = functools.partial(
     ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.999999
 )  # nothing after the first is good enough
+
+
+def stages(boundary: float, *, average_decay: float | None = None, **settings: Any) -> Join:
+    """Two stages, the second one with settings of the optimizer."""
+    return Join([Constant({}), Stage({"forces_mse": 1.0}, settings, average_decay)], boundaries=[boundary])
 
 
 class Used(Callback):
@@ -98,6 +104,7 @@ class Training:
     interval: str = "epoch"
     loss: list[oracle.Component] = field(default_factory=lambda: LOSS)
     schedule: Any = None
+    warm_up: Any = None
     groups: list[list[int]] = field(default_factory=lambda: GROUPS)
     callbacks: Callable[[], list[Callback]] = list
     options: dict[str, Any] = field(default_factory=dict)
@@ -107,9 +114,7 @@ class Training:
         manager = oracle.manager(self.loss, TYPES)
         if self.schedule is not None:
             manager.follow(self.schedule)
-        options = None if self.scheduler is None else {"scheduler": self.scheduler, "interval": self.interval}
-        if options is not None:
-            options["monitor"] = MONITOR
+        options = {"scheduler": self.scheduler, "interval": self.interval, "monitor": MONITOR, "warm_up": self.warm_up}
         self.module = ForceFieldModule(
             Linear(torch.float64),
             manager,
@@ -237,6 +242,29 @@ CASES = {
         functools.partial(CosineAnnealingWarmRestarts, T_0=3), by_epoch(lambda e: cosine(RATE, e % 3, 3))
     ),
     "warm-up in sequence": case_of(warm_up, by_epoch(lambda e: turns_of(warm_up, RATE, 8)[e])),
+    "stable, then decay": case_of(
+        functools.partial(stable_then_decay, length="horizon", decay=0.5), by_epoch(lambda e: RATE * (8 - e) / 4)
+    ),
+    "stable, then decay by step": case_of(
+        functools.partial(stable_then_decay, length="horizon", decay=0.25, end=0.1, shape="cosine"),
+        [RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * max(s - 18, 0) / 6))) for s in range(DONE, STEPS)],
+        "step",
+    ),
+    "warm-up of steps": Case(
+        Training(scheduler=None, warm_up={"length": 20, "start": 0.1}),
+        [RATE * (0.1 + 0.9 * min(s / 20, 1)) for s in range(DONE, STEPS)],
+    ),
+    "warm-up of epochs, in front of a cosine by step": Case(
+        Training(interval="step", warm_up={"length": 6, "interval": "epoch", "start": 0.5}),
+        [(0.5 + 0.5 * min(s // 3 / 6, 1)) * cosine(RATE, s, STEPS) for s in range(DONE, STEPS)],
+    ),
+    "warm-up in front of a plateau": Case(
+        Training(scheduler=functools.partial(ReduceLROnPlateau, patience=99), warm_up={"length": 18}),
+        [RATE * (0.01 + 0.99 * min(s / 18, 1)) for s in range(DONE, STEPS)],
+    ),
+    "a stage with a rate": Case(
+        Training(schedule=stages(6, lr=1e-4)), by_epoch(lambda e: cosine(RATE, e, 8) if e < 6 else 1e-4)
+    ),
     "steps": case_of(
         functools.partial(StepLR, step_size=5, gamma=0.5), [RATE * 0.5 ** (s // 5) for s in range(DONE, STEPS)], "step"
     ),
@@ -337,6 +365,13 @@ WHOLE = {
     "early stopping": Training(callbacks=lambda: [EarlyStopping(MONITOR, patience=6, min_delta=1e9)]),
     "schedule": Training(
         schedule=LinearSchedule(start={"forces_mse": 1}, end={"forces_mse": 50}, start_epoch=0, end_epoch=8)
+    ),
+    "stable, then decay": Training(scheduler=functools.partial(stable_then_decay, length="horizon", decay=0.75)),
+    "warm-up": Training(warm_up={"length": 18}),
+    "a stage that began before": Training(schedule=stages(2, lr=1e-3, weight_decay=0.1)),
+    "a stage that begins behind": Training(scheduler=PLATEAU, schedule=stages(6, lr=1e-3, betas=(0.8, 0.99))),
+    "a stage with another average": Training(
+        schedule=stages(6, average_decay=0.5), callbacks=lambda: [ExponentialMovingAverage(0.9)]
     ),
     "by the learning rate": Training(schedule=LearningRateCoupled(start={"forces_mse": 90}, limit={"forces_mse": 1})),
 }
@@ -689,6 +724,25 @@ def test_what_a_cycle_moves_is_no_setting_of_the_optimizer(
     assert told[1].startswith("the learning rate goes on with")
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "lines"),
+    [
+        (None, {"length": 9}, ["length: 0 → 9", "interval: default → step", "start: default → 0.01"]),
+        ({"length": 9}, {"length": 9, "start": 0.5}, ["start: 0.01 → 0.5"]),
+        ({"length": 9}, {"length": 9}, []),
+        ({"length": 9}, None, ["length: 9 → 0", "interval: step → default", "start: 0.01 → default"]),
+    ],
+)
+def test_another_warm_up_is_told(
+    before: Any, now: Any, lines: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Training(scheduler=None, warm_up=before, options={"max_epochs": 1}).run(tmp_path)
+    training = Training(scheduler=None, warm_up=now, options={"max_epochs": 2})
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        training.run(tmp_path / "now", tmp_path / "last.ckpt")
+    assert told_in(caplog) == [f"lr_scheduler.warm_up.{line}" for line in lines]
+
+
 def test_settings_that_were_typed_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one = partial(OneCycleLR, max_lr=0.1, total_steps=12)
     Training(ADAM, one, interval="step", options={"max_epochs": 2}).run(tmp_path)
@@ -906,14 +960,16 @@ def continued(rank: int, world_size: int, folder: Path, start: Path) -> tuple[li
     torch.set_num_threads(1)
     groups = [group[rank::world_size] for group in GROUPS]
     strategy = DDPStrategy(cluster_environment=Ranks(rank, world_size), process_group_backend="gloo")
-    training = Training(functools.partial(AdamW, lr=1e-3), groups=groups)
+    training = Training(functools.partial(AdamW, lr=1e-3), schedule=stages(6, lr=5e-4, weight_decay=0.5), groups=groups)
     training.options = {"devices": world_size, "strategy": strategy}
     used = training.run(folder, start)
     return used.rates, used.weights[-1]
 
 
 def test_on_another_number_of_ranks(last: Path, tmp_path: Path) -> None:
-    alone = Training(functools.partial(AdamW, lr=1e-3)).run(tmp_path / "alone", last)
+    schedule = stages(6, lr=5e-4, weight_decay=0.5)
+    alone = Training(functools.partial(AdamW, lr=1e-3), schedule=schedule).run(tmp_path / "alone", last)
+    assert alone.rates[-6:] == [5e-4] * 6
     for rates, weights in spawn(2, continued, tmp_path / "two", last):
         assert rates == alone.rates
         torch.testing.assert_close(weights, alone.weights[-1], rtol=1e-9, atol=1e-11)
