@@ -99,6 +99,10 @@ class Settings:
     Attributes:
         optimizer: settings of the optimizer in the place of its own, such as ``lr`` and ``weight_decay``.
         average_decay: decay of the exponential moving average of the weights; None for the callback's own.
+
+    Example:
+        >>> bool(Settings()), bool(Settings({"lr": 0.001}))
+        (False, True)
     """
 
     optimizer: Mapping[str, Any] = field(default_factory=dict)

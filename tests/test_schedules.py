@@ -476,7 +476,9 @@ def test_every_file_fits_the_losses(loss: str) -> None:
             assert sum(coeff for coeff in manager.coeffs.values() if coeff is not None) == pytest.approx(1)
     assert made["constant"](20) == {}
     assert made["two_stage"](29) == {}
-    assert made["two_stage"](30) == {"per_atom_energy_mse": 1000.0, "forces_mse": 1.0}
+    assert made["two_stage"](30) == {"per_atom_energy_mse": 1000.0, "forces_mse": 100.0}
+    assert dict(made["two_stage"].settings(30).optimizer) == {"lr": 1e-3}
+    assert not made["two_stage"].settings(29)
     assert made["linear"](20) == {"per_atom_energy_mse": 50.5, "forces_mse": 5.5}
     assert made["cosine"](40) == made["linear"](40) == {"per_atom_energy_mse": 100.0, "forces_mse": 1.0}
     assert made["deepmd"](0, 1.0) == {"per_atom_energy_mse": 0.02, "forces_mse": 1000.0}

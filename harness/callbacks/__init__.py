@@ -6,7 +6,7 @@ from harness.callbacks.averaged_weights import ExponentialMovingAverage
 from harness.callbacks.best_epoch import BestEpoch
 from harness.callbacks.coefficient_curve import CoefficientCurve
 from harness.callbacks.gradient_share import GradientShare
-from harness.callbacks.learning_rate import LearningRateMonitor
+from harness.callbacks.learning_rate import UsedLearningRates
 from harness.callbacks.nequip import LinearLossCoefficientScheduler, LossCoefficientMonitor, LossCoefficientScheduler
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
@@ -23,7 +23,6 @@ __all__ = [
     "CoefficientCurve",
     "ExponentialMovingAverage",
     "GradientShare",
-    "LearningRateMonitor",
     "LinearLossCoefficientScheduler",
     "LossCoefficientMonitor",
     "LossCoefficientScheduler",
@@ -35,5 +34,6 @@ __all__ = [
     "Preempted",
     "ResumeCheckpoint",
     "ThroughputMonitor",
+    "UsedLearningRates",
     "ValidationTable",
 ]

@@ -6,18 +6,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch import callbacks as of_lightning
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 from harness.module import ForceFieldModule
 from harness.module.schedule_following import epoch_of
 
-__all__ = ["LearningRateMonitor"]
+__all__ = ["UsedLearningRates"]
 
 
-class LearningRateMonitor(of_lightning.LearningRateMonitor):
+class UsedLearningRates(LearningRateMonitor):
     """Logs the learning rate of each group of parameters, under a warm-up and the stage of a schedule.
 
-    Lightning's callback of the same name, with its arguments and keys, such as ``lr-Adam``, logs what the scheduler
+    Its arguments and keys, such as ``lr-Adam``, are those of Lightning's callback, which logs what the scheduler
     says alone.
     """
 

@@ -21,7 +21,7 @@ from support.linear import Linear, plain
 from support.linear import trainer as make_trainer
 from torch.optim import SGD, Adam, Optimizer
 
-from harness.callbacks import ExponentialMovingAverage, LearningRateMonitor
+from harness.callbacks import ExponentialMovingAverage, UsedLearningRates
 from harness.data import look_ahead
 from harness.module import ForceFieldModule
 from harness.module.learning_rates import WarmUp, stable_then_decay
@@ -141,7 +141,7 @@ def test_what_the_optimizer_steps_with_is_logged(tmp_path: Path) -> None:
         tmp_path,
         two(3, {"lr": 1e-3}),
         lr_scheduler=rates,
-        callbacks=lambda: [LearningRateMonitor(logging_interval="step")],
+        callbacks=lambda: [UsedLearningRates(logging_interval="step")],
         logger=CSVLogger(tmp_path, name="", version="csv"),
     )
     expected = [0.02 * (1 + math.cos(math.pi * (step // 3) / 4)) / 2 for step in range(12)]
