@@ -49,6 +49,8 @@ class ExponentialMovingAverage(EMAWeightAveraging):
     Args:
         decay: :math:`d`, at least 0 and below 1.
         warm_up: let the decay rise to :math:`d` as above; False for :math:`d_n = d`.
+        include_initial: let the weights that the training starts from be the first update, as in ``torch_ema``, MACE
+            and NequIP.
         average_buffers: patterns, such as ``*.running_mean``, of the names of floating-point buffers that are averaged
             too, as in ``state_dict()``.
         update_every_n_steps: optimizer steps between updates.
@@ -68,6 +70,7 @@ class ExponentialMovingAverage(EMAWeightAveraging):
         decay: float = 0.999,
         *,
         warm_up: bool = True,
+        include_initial: bool = False,
         average_buffers: Sequence[str] = (),
         update_every_n_steps: int = 1,
         update_starting_at_step: int | None = None,
@@ -76,8 +79,9 @@ class ExponentialMovingAverage(EMAWeightAveraging):
     ) -> None:
         if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"decay is at least 0 and below 1, such as 0.999, found {decay!r}.")
-        if not isinstance(warm_up, bool):
-            raise TypeError(f"warm_up is true or false, found {warm_up!r}.")
+        for name, flag in (("warm_up", warm_up), ("include_initial", include_initial)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is true or false, found {flag!r}.")
         if isinstance(average_buffers, str) or not all(isinstance(each, str) for each in average_buffers):
             raise TypeError(f"average_buffers is a list of names or patterns, found {average_buffers!r}.")
         whole_number("update_every_n_steps", update_every_n_steps)
@@ -91,6 +95,7 @@ class ExponentialMovingAverage(EMAWeightAveraging):
         super().__init__(device, False, float(decay), update_every_n_steps, **starts)
         self.decay = float(decay)
         self.warm_up = warm_up
+        self.include_initial = include_initial
         self.average_buffers = tuple(average_buffers)
 
     @property
@@ -112,6 +117,12 @@ class ExponentialMovingAverage(EMAWeightAveraging):
         if stage == "fit":
             copied, buffers = average_model(self).module, _averaged_buffers(pl_module, self.average_buffers)
             set_average_model(self, _Average(copied, self.decay, self.warm_up, buffers))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the average begin with the weights of now, if they count."""
+        average = average_model(self)
+        if self.include_initial and not average.num_updates:
+            average.update_parameters(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

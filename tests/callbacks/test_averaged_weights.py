@@ -104,6 +104,15 @@ def test_parameters_are_averaged_as_in_the_closed_form(decay: float, warm_up: bo
     assert (module.kind.dtype, int(module.kind)) == (torch.int64, 7)
 
 
+def test_the_initial_weights_are_the_first_update_where_they_count() -> None:
+    """As in torch_ema: s -= (1 - d) (s - w), with d = min(0.99, (1 + n) / (10 + n)) at step n = 1, 2, ..."""
+    module, steps = fit(ExponentialMovingAverage(0.99, include_initial=True))
+    shadow = 1.0 / 3.0
+    for number, weight in enumerate(steps.exact, 1):
+        shadow -= (1 - min(0.99, (1 + number) / (10 + number))) * (shadow - weight)
+    assert float(module.exact) == pytest.approx(shadow, rel=1e-14)
+
+
 def test_the_warm_up_forgets_the_first_weights() -> None:
     """Ten steps leave 0.1 % of the first ones, where a decay of 0.999 leaves 99 %."""
     assert [warmed_up_decay(0.999, n) for n in (0, 1, 8, 90)] == [0.1, 2 / 11, 0.5, 0.91]
