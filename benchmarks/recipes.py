@@ -1,7 +1,7 @@
 """A package's own trainer beside this one, with the same recipe: errors of each epoch, losses of each step, ratios.
 
-    python benchmarks/recipes.py mace --data train_300K.xyz --isolated isolated_atoms.xyz
-    python benchmarks/recipes.py nequip --data train_300K.xyz --isolated isolated_atoms.xyz
+    python benchmarks/recipes.py mace --data train_300K.xyz --stage-two 4
+    python benchmarks/recipes.py nequip --data train_300K.xyz
 
 Ours is ``harness-train experiment=mace_recipe`` or ``nequip_recipe``, theirs ``mace_run_train`` or ``nequip-train`` as
 they are installed, each in a process of its own, in float64 on one CPU. Before theirs trains, it is given the initial
@@ -73,7 +73,7 @@ def own_overrides(options: argparse.Namespace) -> list[str]:
         overrides += ["trainer.gradient_clip_val=null"] * ("clip" in options.without)
         overrides += ["optimizer.groups.0.weight_decay=0"] * ("decay" in options.without)
     if "average" in options.without:
-        overrides += ["callbacks=default"]
+        overrides += ["callbacks.ema=null"]
     if options.stage_two is not None:
         overrides += ["schedule=two_stage", f"schedule.boundaries=[{options.stage_two}]"]
     return overrides
@@ -379,14 +379,23 @@ def _run(command: list[str], folder: Path, environment: dict[str, str] | None = 
 def prepare(options: argparse.Namespace) -> None:
     """Write the frames of both, and take the energies of isolated atoms."""
     import ase.io
+    import numpy as np
+    from ase.data import chemical_symbols
 
     options.output.mkdir(parents=True, exist_ok=True)
     num_train, num_val = options.frames
     frames = ase.io.read(options.data, f":{num_train + num_val}")
     ase.io.write(options.output / "train.xyz", frames[:num_train])
     ase.io.write(options.output / "val.xyz", frames[num_train:])
-    atoms = sorted(ase.io.read(options.isolated, ":"), key=lambda frame: frame.numbers[0])
-    options.energies = {frame.get_chemical_symbols()[0]: float(frame.get_potential_energy()) for frame in atoms}
+    if options.isolated is not None:
+        atoms = sorted(ase.io.read(options.isolated, ":"), key=lambda frame: frame.numbers[0])
+        options.energies = {frame.get_chemical_symbols()[0]: float(frame.get_potential_energy()) for frame in atoms}
+        return
+    numbers = sorted({int(number) for frame in frames for number in frame.numbers})
+    counts = np.array([[np.sum(frame.numbers == number) for number in numbers] for frame in frames[:num_train]])
+    totals = np.array([frame.get_potential_energy() for frame in frames[:num_train]])
+    fitted = np.linalg.lstsq(counts.astype(float), totals, rcond=None)[0]
+    options.energies = {chemical_symbols[number]: float(energy) for number, energy in zip(numbers, fitted, strict=True)}
 
 
 def report(options: argparse.Namespace, own: dict[str, Any], peer: dict[str, Any]) -> float:
@@ -427,8 +436,8 @@ def main() -> None:
     if options.peer is not None:
         PEERS[options.package][2](options.start, options.peer)
         return
-    if options.data is None or options.isolated is None:
-        parser.error("--data and --isolated are needed")
+    if options.data is None:
+        parser.error("--data is needed")
     options.output = options.output.absolute()
     prepare(options)
     if not options.own:
