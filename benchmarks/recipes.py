@@ -52,6 +52,7 @@ def own_overrides(options: argparse.Namespace) -> list[str]:
     energies = ",".join(f"{symbol}:{energy!r}" for symbol, energy in options.energies.items())
     overrides = [
         f"experiment={options.package}_recipe",
+        "data=file",
         *(f"model.{name}={value}" for name, value in sizes.items()),
         f"model.energy_shifts={{{energies}}}",
         f"data.train={output / 'train.xyz'}",

@@ -36,7 +36,7 @@ from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.horizon import TrainingLength
-from harness.schedules import Schedule, unreached
+from harness.schedules import NO_SETTINGS, Schedule, unreached
 from harness.support.checks import is_whole_number
 from harness.support.configs import take_out
 from harness.support.figures import new_figure, save_figure
@@ -140,6 +140,8 @@ class _Preview:
         self.relative_learning_rate = self._learning_rates() if self.needs_learning_rate else None
         if self.schedule is None:
             self.notes.append("There is no schedule: the coefficients of the loss hold all along.")
+        else:
+            self.notes += _settings_of_stages(self.schedule)
         for name in (*(f"callbacks.{name}" for name in driving), *(["adaptive"] if config.get("adaptive") else [])):
             self.notes.append(f"{name} moves the coefficients during the training: that is not shown.")
 
@@ -337,6 +339,20 @@ class _Preview:
             return sorted({*spread.tolist(), *begins, *before})
         before = [epoch - 1 for epoch in begins if epoch]
         return sorted({*spread.round().tolist(), *begins, *before})
+
+
+def _settings_of_stages(schedule: Schedule) -> list[str]:
+    """A line for each epoch from which on other settings hold beside the coefficients."""
+    lines: list[str] = []
+    before = NO_SETTINGS
+    for epoch in dict.fromkeys((0.0, *schedule.breakpoints)):
+        settings = schedule.settings(epoch)
+        if settings != before:
+            named = {**settings.optimizer, "average_decay": settings.average_decay}
+            shown = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+            lines.append(f"From epoch {epoch:g} on: {shown or 'the settings of the optimizer itself'}.")
+        before = settings
+    return lines
 
 
 def _move(scheduler: Any) -> None:

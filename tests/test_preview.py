@@ -94,6 +94,7 @@ def test_rows_are_as_many_as_asked_for(show: Show) -> None:
     assert list(shown.rows) == [0, 10, 20, 30, 38, 40, 49]  # the second stage begins at 37.5, between two epochs
     for epoch, row in shown.rows.items():
         assert (row["per_atom_energy_mse"][0], row["forces_mse"][0]) == ((1, 10) if epoch < 38 else (1000, 100))
+    assert "From epoch 37.5 on: lr=0.001." in shown.text
 
 
 def test_weights_of_atom_types_by_step(show: Show) -> None:
