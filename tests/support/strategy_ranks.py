@@ -4,8 +4,8 @@
 
 Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
 default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``, of two micro-batches a step;
-``groups``, of Adam's parameters, with some frozen; ``model=...``, of another package; ``ema``, of the weights;
-``eval=...``, frames of all ranks together in an evaluation step.
+``groups``, of Adam's parameters, with some frozen, and a second stage; ``model=...``, of another package; ``ema``, of
+the weights; ``eval=...``, frames of all ranks together in an evaluation step.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from harness.data import AtomsDataModule
 from harness.distributed import gradient_scale
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule, freeze
+from harness.schedules import Constant, Join, Stage
 
 WAIT = {"timeout": timedelta(minutes=5)}
 STRATEGIES = {
@@ -59,6 +60,7 @@ GROUPED = {
         {"match": ["*.mlp.*.weight"], "weight_decay": 0.3},
     ],
 }
+SECOND_STAGE = Join([Constant({}), Stage({}, {"lr": 4e-3, "weight_decay": 0.1})], boundaries=[1])  # of two epochs
 FROZEN = ["*.embedding.*", "*.interactions.0.lin.*"]
 
 
@@ -119,6 +121,7 @@ def run(
     )
     if "groups" in options:
         freeze(module.model, FROZEN)
+        module.loss.follow(SECOND_STAGE)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     record = Record()
     drawn: dict[str, int] = {}
