@@ -30,12 +30,14 @@ def _one_to(forces: int) -> list[str]:
 
 
 _TEN_TO_ONE = ["loss.coeffs.total_energy=10", "loss.coeffs.forces=1"]
+# coefficients alone, and 1000 : 1
+_TWO_STAGE = ["schedule=two_stage", "schedule.schedules.1.coeffs.forces_mse=1", "schedule.schedules.1.optimizer=null"]
 # coefficients of the loss are ENERGY : FORCES = 10 : 1 unless the name or a schedule says otherwise
 WAYS: dict[str, list[str]] = {
     "constant": ["schedule=constant", *_TEN_TO_ONE],
     **{f"constant-1-{forces}": ["schedule=constant", *_one_to(forces)] for forces in (1, 10, 100, 1000)},
-    "two-stage": ["schedule=two_stage", *_TEN_TO_ONE],
-    "two-stage-1-100": ["schedule=two_stage", *_one_to(100)],
+    "two-stage": [*_TWO_STAGE, *_TEN_TO_ONE],
+    "two-stage-1-100": [*_TWO_STAGE, *_one_to(100)],
     "linear": ["schedule=linear"],
     "cosine": ["schedule=cosine"],
     "deepmd": ["schedule=deepmd"],

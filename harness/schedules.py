@@ -244,7 +244,7 @@ class Stage(Constant):
         coeffs: coefficients as in :class:`Constant`; empty for those that the loss was given.
         optimizer: settings of the optimizer in the place of its own. ``lr`` is then the learning rate, whatever the
             scheduler says: of a group of parameters with a factor, times that factor. Other settings, such as
-            ``weight_decay`` and ``betas``, hold in the groups that have none of their own.
+            ``weight_decay`` and ``betas``, hold in the groups that have none of their own. None for none.
         average_decay: decay of the exponential moving average of the weights, at least 0 and below 1; 0 lets the
             average be the weights themselves. None for the callback's own.
 
@@ -262,7 +262,7 @@ class Stage(Constant):
     The second stage of ``mace_run_train`` (``--stage_two``, formerly ``--swa``): Batatia et al., NeurIPS 2022.
     """
 
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] | None = field(default_factory=dict)
     average_decay: float | None = None
 
     def __post_init__(self) -> None:
@@ -276,7 +276,7 @@ class Stage(Constant):
 
     def settings(self, epoch: float) -> Settings:
         """The settings of the stage."""
-        return Settings(self.optimizer, self.average_decay)
+        return Settings(self.optimizer or {}, self.average_decay)
 
     @property
     def has_settings(self) -> bool:
@@ -849,6 +849,7 @@ def _optimizer_settings(settings: object) -> _Frozen[str, Any]:
     Raises:
         TypeError, ValueError: the name, what was found and what is valid.
     """
+    settings = {} if settings is None else settings
     if not isinstance(settings, Mapping):
         raise TypeError(
             f"Stage: `optimizer` maps names of settings to values, such as {{lr: 1e-3}}, found {settings!r}."

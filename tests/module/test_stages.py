@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from support import oracle
 from support.accumulation_cases import TYPES
+from support.configs import composed
 from support.linear import Linear, plain
 from support.linear import trainer as make_trainer
 from torch.optim import SGD, Adam, Optimizer
 
 from harness.callbacks import ExponentialMovingAverage, UsedLearningRates
 from harness.data import look_ahead
+from harness.job.build import read_schedule
 from harness.module import ForceFieldModule
 from harness.module.learning_rates import WarmUp, stable_then_decay
 from harness.module.optimizer_settings import OptimizerSettings
@@ -162,6 +164,14 @@ def test_a_stage_has_an_average_of_its_own(tmp_path: Path) -> None:
         expected += [average] * (step % STEPS == STEPS - 1)
     assert used.averages == pytest.approx(expected, rel=1e-12)
     assert used.averages[:2] == [used.weights[2], used.weights[5]]
+
+
+def test_a_stage_of_a_file_may_be_without_settings() -> None:
+    for value, expected in (("null", {}), ("{lr: 2e-3}", {"lr": 2e-3})):
+        config = composed("schedule=two_stage", f"schedule.schedules.1.optimizer={value}", "max_epochs=8")
+        schedule, _ = read_schedule(config.schedule)
+        assert dict(schedule.settings(6).optimizer) == expected
+        assert schedule(6) == {"per_atom_energy_mse": 1000.0, "forces_mse": 100.0}
 
 
 def settings(optimizer: dict[str, Any], schedule: Any = None, **defaults: Any) -> None:
