@@ -171,8 +171,8 @@ def test_a_schedule_of_the_loss_has_an_interval(interval: str, show: Show) -> No
 
 
 def test_a_loss_may_have_a_schedule_of_its_own(show: Show) -> None:
-    shown = show("+loss.schedule={_target_: harness.schedules.Constant, coeffs: {forces_mse: 30}}", TYPES)
-    assert shown.rows[0] == {"per_atom_energy_mse": (10, 0.25), "forces_mse": (30, 0.75)}
+    shown = show("+loss.schedule={_target_: harness.schedules.Constant, coeffs: {forces_mse: 3}}", TYPES)
+    assert shown.rows[0] == {"per_atom_energy_mse": (1, 0.25), "forces_mse": (3, 0.75)}
 
 
 MISTAKES = [
@@ -312,12 +312,12 @@ def test_a_training_has_what_was_shown(show: Show, tmp_path: Path) -> None:
 def test_a_config_directory_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own" / "schedule").mkdir(parents=True)
     (tmp_path / "own" / "schedule" / "mine.yaml").write_text(
-        "_target_: harness.schedules.Linear\nstart: {forces_mse: 0}\nend: {forces_mse: 30}\n"
+        "_target_: harness.schedules.Linear\nstart: {forces_mse: 0}\nend: {forces_mse: 3}\n"
         "start_epoch: 0\nend_epoch: 3\n"
     )
     options = ["--config-dir", str(tmp_path / "own"), "--output", str(tmp_path / "x.png"), "data.type_names=[Cu]"]
     main(["schedule=mine", "max_epochs=4", *options])
-    assert "20 → 0.6667" in capsys.readouterr().out
+    assert "2 → 0.6667" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["schedule=mine", "schedule.start_epohc=4", *options])
     assert "Did you mean schedule.start_epoch?" in capsys.readouterr().err
