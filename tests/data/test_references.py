@@ -310,7 +310,7 @@ def test_a_file_under_two_names_is_the_same_file(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_a_fit_near_to_references_of_before_changes_no_more_than_the_energies_ask_for(name: str) -> None:
     counts = np.array(COMPOSITIONS[name][0], dtype=float)
-    before = TRUE + [0.5, -3.0, 2.0, 1.0]
+    before = TRUE + np.array([0.5, -3.0, 2.0, 1.0])
     prior = dict(zip(CHNO, before, strict=True))
     same = fit(counts.tolist(), counts @ before, prior=prior)
     np.testing.assert_allclose(same.energies, before, rtol=1e-9)
