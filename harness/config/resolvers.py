@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from harness.checkpoints import read
 from harness.config.precision import DEFAULT, places, weights_dtype
 from harness.distributed import launched_on_node, launched_ranks
 from harness.loggers import wandb_variables
@@ -55,12 +57,23 @@ def _precision(place: str, _root_: DictConfig) -> str:
     return str(getattr(places(_root_.get("precision", DEFAULT)), place))
 
 
+def _recorded_cutoff(*paths: str | None) -> float | None:
+    """Cutoff in Å of the first checkpoint that is given and can be read; None without one."""
+    for path in filter(None, paths):
+        with suppress(Exception):  # what is wrong with a file is told where it is read for good
+            found = (read(Path(path)).get("made_with") or {}).get("cutoff")
+            return None if found is None else float(found)
+    return None
+
+
 def register_resolvers() -> None:
     """Register the functions that ``conf/`` calls as ``${harness.devices:}`` and the like."""
     cached: dict[str, Callable[..., Any]] = {
         "harness.run_stamp": lambda: os.environ.get(RUN_STAMP) or now(),
         "harness.part": _part,
         "harness.weights_dtype": weights_dtype,
+        "harness.recorded_cutoff": _recorded_cutoff,
+        "harness.first": lambda *values: next((value for value in values if value is not None), None),
         "harness.wandb_offline": lambda: wandb_variables.mode(None, None) == "offline",  # of runs of version 0.1.0
     }
     # not cached: each rank and each sweep point has its own

@@ -389,10 +389,11 @@ class AtomsDataModule(LightningDataModule):
         self.setup()
         atoms = Counter(len(frame.atoms) for frame in self.train_set.frames)
         sizes = f"{min(atoms)}" if len(atoms) == 1 else f"{min(atoms)} to {max(atoms)}"
-        statistics = self.statistics
+        statistics, present = self.statistics, chemical_symbols(self.train_set.frames)
         shifts = ", ".join(
             f"{name} {shift:.4f}"
             for name, shift in zip(self.type_names, statistics.energy_shifts.tolist(), strict=True)
+            if name in present
         )
         labels = {
             name: sum(getattr(frame, name) is not None for frame in self.train_set.frames)

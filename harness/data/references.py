@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from harness.data.reading import Frame
 
-__all__ = ["EnergySums", "References", "fit_references", "neutral_atom_energies", "outside_text", "undetermined_text"]
+__all__ = [
+    "EnergySums",
+    "References",
+    "compositions",
+    "fit_references",
+    "neutral_atom_energies",
+    "outside_text",
+    "refitted_text",
+    "undetermined_text",
+]
 
 Array = NDArray[np.float64]
 
@@ -92,6 +101,7 @@ def fit_references(
     type_names: Sequence[str],
     fixed: Mapping[str, float] | None = None,
     rows: tuple[Array, Array] | None = None,
+    prior: Mapping[str, float] | None = None,
 ) -> References:
     r"""Reference energies :math:`\mu_t` that minimise :math:`\sum_g \big(E_g - \sum_t n_{gt}\, \mu_t\big)^2`.
 
@@ -99,6 +109,7 @@ def fit_references(
     :math:`\sum_g n_g n_g^T`, scaled to a unit diagonal, up to 1e-12) are chosen by the least relative change,
     :math:`\sum_t (\mu_t / \mu^0_t - 1)^2`, from a guess :math:`\mu^0`:
 
+    * energies that ``prior`` leaves less than 20 eV per atom of have references of its kind, and it is the guess;
     * mean energies per atom of less than 20 eV are relative to atoms: all elements get the mean energy;
     * others are of electrons, and grow steeply with the nuclear charge: :math:`\mu^0_t = f E(Z_t)` with
       :func:`neutral_atom_energies` and the one factor :math:`f` that fits best.
@@ -113,6 +124,7 @@ def fit_references(
         rows: numbers of atoms ``[num_frames, num_types]`` and energies ``[num_frames]`` of the frames. With them a
             determined fit is made by a singular value decomposition, whose error does not grow as the square of the
             matrix's condition.
+        prior: energies in eV of all types by symbol that references are near to, such as those of a model before.
     """
     num_types = len(type_names)
     energies = np.array([float((fixed or {}).get(name, np.nan)) for name in type_names])
@@ -123,7 +135,9 @@ def fit_references(
         return References(energies, undetermined)
     products = sums.products[np.ix_(free, free)]
     right = sums.energies[free] - sums.products[np.ix_(free, np.flatnonzero(held))] @ energies[held]
-    guess = _guess(products, right, neutral_atom_energies([type_names[index] for index in free.tolist()]))
+    free_names = [type_names[index] for index in free.tolist()]
+    before = None if prior is None else np.array([float(prior[name]) for name in free_names])
+    guess = _guess(products, right, neutral_atom_energies(free_names), before)
     energies[free] = guess
 
     present = np.flatnonzero(products.diagonal() > 0)
@@ -155,10 +169,12 @@ def fit_references(
     return References(energies, undetermined)
 
 
-def _guess(products: Array, right: Array, atoms: Array) -> Array:
-    """Energies of the types that are plausible by themselves, and zeros without any energy."""
+def _guess(products: Array, right: Array, atoms: Array, prior: Array | None = None) -> Array:
+    """Energies of the types that are plausible by themselves: ``prior`` if it is, and zeros without any energy."""
     ones = np.ones_like(atoms)
     num_atoms = float(ones @ products @ ones)
+    if prior is not None and (not num_atoms or abs(ones @ (right - products @ prior)) < _RELATIVE_TO_ATOMS * num_atoms):
+        return prior
     if not num_atoms:
         return np.zeros_like(atoms)
     mean = float(ones @ right) / num_atoms
@@ -217,6 +233,27 @@ def undetermined_text(undetermined: Array, energies: Sequence[float], type_names
         f"the training energies do not determine the reference energies of {', '.join(names)} (energy_shifts=fit): "
         f"{'; '.join(reasons)}. Chosen are {', '.join(f'{name} {chosen[name]:.4f}' for name in names)} eV, the nearest "
         f"to a rough guess; energies of frames of other compositions will be off. {_remedy(names)}."
+    )
+
+
+def refitted_text(undetermined: Array, type_names: Sequence[str], present: Sequence[str], origin: str) -> str:
+    """Sentence on references that a refit leaves open, with the rank of the fit; no text if there are none.
+
+    Args:
+        undetermined: ``[num_types, num_undetermined]``, see :class:`References`.
+        type_names: chemical symbols in the order of the types.
+        present: those that the frames of the fit have.
+        origin: what the references stay as near to as the fit allows, in words.
+    """
+    entangled = [name for name in _loose(undetermined, type_names)[0] if name in present]
+    if not entangled:
+        return ""
+    absent = len(type_names) - len(present)
+    return (
+        f"the fit of {len(present)} references has rank {len(present) - (undetermined.shape[1] - absent)}: the "
+        f"compositions of the frames do not determine those of {', '.join(entangled)} one by one. Of all that fit "
+        f"equally well, those nearest to {origin} were taken (least relative change); energies of other compositions "
+        f"depend on it"
     )
 
 

@@ -3,6 +3,7 @@
 from harness.job.build import Job, build, build_module, follow_schedule, read_schedule
 from harness.job.job import execute, prepare, train
 from harness.job.protocols import ChecksJob, FinishesRun, KeepsCheckpoints, WritesFiles
+from harness.job.recorded_model import from_checkpoint
 
 __all__ = [
     "ChecksJob",
@@ -14,6 +15,7 @@ __all__ = [
     "build_module",
     "execute",
     "follow_schedule",
+    "from_checkpoint",
     "prepare",
     "read_schedule",
     "train",

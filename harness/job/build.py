@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,19 +16,20 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.config.builders import build as build_section
-from harness.distributed import launched_rank
+from harness.distributed import START_LIMIT, launched_rank
 from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
 from harness.job.made_with import MadeWith, RecordedStatistics, made_with
 from harness.job.match import Start, types_of_checkpoint
 from harness.job.monitors import MonitorGuard, monitored
+from harness.job.recorded_model import ReferenceChoice
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule, freeze
 from harness.schedules import Interval, Schedule, as_schedule
 from harness.support.configs import take_out
 
-__all__ = ["Job", "build", "build_module", "follow_schedule", "read_schedule"]
+__all__ = ["Job", "build", "build_module", "follow_schedule", "read_schedule", "time_limit"]
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Job:
     """Lines about the checkpoint that it goes on from or tests, printed once the job starts."""
     parameters: list[str] = field(default_factory=list)
     """Lines about the numbers of trained and frozen parameters and their groups, printed once the job starts."""
+    references: ReferenceChoice = "keep"
+    """Reference energies that the model is given where a training starts from the weights of a checkpoint."""
     lock: FileLock | None = None
     """Of the output directory, on rank 0, for the life of the process."""
 
@@ -169,3 +173,9 @@ def follow_schedule(loss: MetricsManager, schedule: Schedule, interval: Interval
             f"drive the coefficients. Leave one of them out: schedule=constant, or no `schedule` in the loss."
         )
     loss.follow(schedule, interval)
+
+
+def time_limit(config: DictConfig) -> timedelta:
+    """Time that ranks wait for each other, also where ``trainer.timeout`` itself is wrong."""
+    seconds = config.trainer.get("timeout")
+    return timedelta(seconds=seconds) if isinstance(seconds, int | float) and seconds > 0 else START_LIMIT

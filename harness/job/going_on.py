@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from omegaconf import DictConfig
 
 from harness.checkpoints import read
 from harness.job.made_with import MADE_WITH, NOT_SET, differences
-from harness.job.match import rule_of
+from harness.job.match import is_made_anew, rule_of
+from harness.models.conversion import patterns
 from harness.module import ForceFieldModule
 from harness.trained.checkpoint import model_weights
 
-__all__ = ["changed_settings", "check_continuation", "load_initial_weights"]
+__all__ = ["StartedFrom", "changed_settings", "check_continuation", "load_initial_weights"]
 
 _OF_THE_MODULE = ("freeze", "freeze.*", "optimizer", "optimizer.*", "lr_scheduler", "lr_scheduler.*", "data.batch_size")
 """Settings that the module compares by the states that they have made."""
@@ -66,17 +68,39 @@ def _whole_parts(changed: Sequence[tuple[str, Any, Any]]) -> list[tuple[str, Any
     return found
 
 
-def load_initial_weights(path: str, module: ForceFieldModule) -> list[str]:
+@dataclass(frozen=True)
+class StartedFrom:
+    """Weights that a training has begun with.
+
+    Attributes:
+        lines: to print, names as patterns.
+        facts: the same as plain data, with every name.
+    """
+
+    lines: list[str]
+    facts: dict[str, Any]
+
+
+def load_initial_weights(path: str, module: ForceFieldModule, anew: Sequence[str] = ()) -> StartedFrom:
     """Load the weights of a checkpoint into a new training; averaged ones where there are both.
 
-    Returns:
-        Lines that say what was loaded.
+    Args:
+        path: of the checkpoint.
+        module: of the training, whose model has the weights of the checkpoint by name and shape.
+        anew: patterns of names of weights that the model keeps as it was made with them.
     """
     checkpoint = read(Path(path))
-    weights = model_weights(checkpoint)
-    module.model.load_state_dict(weights)
+    weights, own = model_weights(checkpoint), module.model.state_dict()
+    loaded = {name: value for name, value in weights.items() if not is_made_anew(name, anew)}
+    left_out = [name for name in weights if name not in loaded]
+    made_anew = [name for name in own if is_made_anew(name, anew)]
+    module.model.load_state_dict(loaded, strict=not anew)
     kind = "averaged weights" if "current_model_state" in checkpoint else "weights"
-    return [
-        f"starts from the {kind} of {path} ({len(weights)} tensors, of step {checkpoint['global_step']}): a new "
-        f"training, whose optimizer, epochs and steps begin at 0"
+    lines = [
+        f"starts from the {kind} of {path} ({len(loaded)} tensors, of step {checkpoint['global_step']}): a new "
+        f"training, whose optimizer, epochs and steps begin at 0",
+        f"loaded: {patterns([name for name in loaded if name in dict(module.model.named_parameters())])}; left out: "
+        f"{patterns(left_out)}; made anew: {patterns(made_anew)}",
     ]
+    facts = {"file": Path(path).name, "loaded": list(loaded), "left_out": left_out, "made_anew": made_anew}
+    return StartedFrom(lines, facts)

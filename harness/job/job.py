@@ -14,12 +14,14 @@ from harness.callbacks.resume import COMPLETE
 from harness.callbacks.tables import values_table
 from harness.checkpoints import read, step_of
 from harness.job.best import best_before, best_checkpoint, load_checkpoint, why_scores_differ
-from harness.job.build import Job, build
+from harness.job.build import Job, build, time_limit
+from harness.job.first_errors import settle_references
 from harness.job.going_on import changed_settings, load_initial_weights
-from harness.job.made_with import made_with
+from harness.job.made_with import MadeWith, made_with
 from harness.job.match import data_differences
-from harness.job.preflight import check, check_settings
+from harness.job.preflight import check, check_files, check_settings
 from harness.job.protocols import FinishesRun, WritesFiles
+from harness.job.recorded_model import settle_model
 from harness.metrics import MetricsManager
 from harness.module.horizon import Progress
 from harness.strategies import connect
@@ -44,8 +46,11 @@ def prepare(config: DictConfig) -> Job:
         ValueError, TypeError, KeyError, OSError: a mistake of the user, such as a part that cannot be made of its
             section, or that refuses the job.
     """
+    check_files(config)
+    references = settle_model(config)
     check_settings(config)
     job = build(config)
+    job.references = references
     check(job)
     return job
 
@@ -60,7 +65,7 @@ def execute(job: Job) -> dict[str, float]:
     connect(job.trainer)
     job.trainer.precision_plugin.convert_module(job.module)  # before weights are loaded, which it would round
     if job.config.train and job.config.get("init_from") and not job.resume_from:
-        _print_lines(job, load_initial_weights(job.config.init_from, job.module))
+        _start_from_weights(job)
     _start_loggers(job)
     results: dict[str, float] = {}
     best = job.config.ckpt_path
@@ -70,6 +75,17 @@ def execute(job: Job) -> dict[str, float]:
         results |= _test(job, best)
     _print_end(job, best)
     return results
+
+
+def _start_from_weights(job: Job) -> None:
+    """Load weights, give the model the references that were asked for, and tell and record both."""
+    started = load_initial_weights(job.config.init_from, job.module, job.config.get("init_anew") or ())
+    _print_lines(job, started.lines)
+    lines, facts = settle_references(job, job.references, time_limit(job.config))
+    _print_lines(job, lines)
+    for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MadeWith):
+            callback.record["started_from"] = started.facts | {"first_errors": facts}
 
 
 def _print_start(job: Job) -> None:

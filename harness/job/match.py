@@ -20,8 +20,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from harness.checkpoints import read
+from harness.data.reading import chemical_symbols as frame_symbols
 from harness.job.consistency import data_facts
 from harness.job.made_with import MADE_WITH, NOT_SET, differences, energy_level, energy_shifts
+from harness.models.conversion import patterns
 
 __all__ = [
     "ACCEPTED",
@@ -32,6 +34,7 @@ __all__ = [
     "compare",
     "data_differences",
     "energy_level_text",
+    "is_made_anew",
     "rule_of",
     "types_of_checkpoint",
 ]
@@ -57,6 +60,8 @@ class Rule:
 RULES = (
     Rule("cutoff", "refused", "refused"),
     Rule("data.cutoff", "refused", "refused"),
+    Rule("model.dtype", "named", "refused"),  # moments of the optimizer have it, too
+    Rule("model.compile_mode", "named", "named"),
     Rule("model.seed", "same", "same"),  # of initial weights, which the checkpoint's replace
     Rule("model.stress", "named", "named"),
     Rule("model.energy_shifts*", "same", "same"),  # compared by their numbers
@@ -75,6 +80,7 @@ ACCEPTED = "accept_changes"
 
 _LARGEST_LEVEL = 10.0
 """eV/atom; cohesive energies of the elements are below 9 (tungsten): no structure of the same references is so far."""
+_MANY_ELEMENTS = 12
 _NAMED_LEVEL = 0.1
 """eV/atom, and five times the spread of the training labels."""
 
@@ -128,7 +134,7 @@ def types_of_checkpoint(config: DictConfig) -> dict[str, list[str]]:
 
 
 def compare(
-    start: Start, config: DictConfig, datamodule: LightningDataModule, module: nn.Module
+    start: Start, config: DictConfig, datamodule: LightningDataModule, module: nn.Module, keeps_references: bool = True
 ) -> tuple[list[str], list[str]]:
     """Compare a job with the checkpoint that it goes on from or tests.
 
@@ -137,6 +143,7 @@ def compare(
         config: of the job, whole.
         datamodule: of the job, set up.
         module: of the job, with the weights that it was made with.
+        keeps_references: False if the model is given other reference energies before the first step.
 
     Returns:
         Lines to print, and warnings.
@@ -158,11 +165,11 @@ def compare(
         lines += [f"differs from the checkpoint: {text}" for text in _named_settings(start, changed)]
         lines += data_differences(record, config, datamodule)
     _refuse_types(start, checkpoint, getattr(datamodule, "type_names", None))
-    _refuse_weights(start, checkpoint["state_dict"], module)
+    _refuse_weights(start, checkpoint["state_dict"], module, config.get("init_anew") or ())
     found = _references(start, checkpoint, record, datamodule, module)
     if found:
         lines.append(found)
-    if record is not None:
+    if record is not None and keeps_references:
         level = energy_level_text(start, record, datamodule)
         if level:
             warned.append(level)
@@ -225,6 +232,8 @@ def data_differences(record: Mapping[str, Any], config: DictConfig, datamodule: 
 def changed_facts(record: Mapping[str, Any], config: DictConfig, datamodule: LightningDataModule) -> dict[str, str]:
     """Facts of the data that are not those of a checkpoint: by name, a text with what they were and are."""
     before, now = record.get("data") or {}, data_facts(config, datamodule)
+    if not before:  # of a model of another package
+        return {}
     names = [name for name in dict.fromkeys([*now, *before]) if name not in ("type names", "cutoff")]
     return {
         name: f"{name} ({_change(before.get(name), now.get(name))})"
@@ -242,6 +251,11 @@ def _change(before: Any, now: Any) -> str:
 # --- types and weights ---
 
 
+def is_made_anew(name: str, patterns: Sequence[str]) -> bool:
+    """True if a weight of the model is not taken from the checkpoint, by the patterns of ``init_anew``."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _refuse_types(start: Start, checkpoint: Mapping[str, Any], now: Sequence[str] | None) -> None:
     before = checkpoint.get("type_names")
     if before is None or now is None or list(before) == list(now):
@@ -253,13 +267,22 @@ def _refuse_types(start: Start, checkpoint: Mapping[str, Any], now: Sequence[str
     )
 
 
-def _refuse_weights(start: Start, states: Mapping[str, Any], module: nn.Module) -> None:
-    """Refuse a model whose weights are not those of the checkpoint by name and shape."""
+def _refuse_weights(start: Start, states: Mapping[str, Any], module: nn.Module, anew: Sequence[str]) -> None:
+    """Refuse a model whose weights are not those of the checkpoint by name and shape, but for those made anew."""
     model = getattr(module, "model", None)
     if model is None or any(nn.parameter.is_lazy(each) for each in model.parameters()):
         return
     own = {f"model.{name}": value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    unused = [
+        pattern for pattern in anew if not any(is_made_anew(name.removeprefix("model."), [pattern]) for name in own)
+    ]
+    if unused:
+        names = patterns([name.removeprefix("model.") for name in own])
+        raise ValueError(f"init_anew={unused}: no weight of the model has such a name. Its names are {names}.")
     theirs = {name: value for name, value in states.items() if name.startswith("model.") and isinstance(value, Tensor)}
+    for weights in (own, theirs):
+        for name in [name for name in weights if is_made_anew(name.removeprefix("model."), anew)]:
+            del weights[name]
     wrong = [f"{name} is not in the checkpoint" for name in own if name not in theirs]
     wrong += [f"{name} is not in this model" for name in theirs if name not in own]
     wrong += [
@@ -293,7 +316,8 @@ def _references(
     theirs = record.get("energy_shifts") if record is not None else _shifts_in(checkpoint, module, names)
     if theirs is None or set(theirs) != set(asked):
         return None
-    line = f"reference energies of the model in eV, from the checkpoint: {_by_element(theirs)}"
+    shown = {name: theirs[name] for name in theirs if name in _elements_of(datamodule, theirs)}
+    line = f"reference energies of the model in eV, from the checkpoint: {_by_element(shown)}"
     differ = [name for name in asked if abs(asked[name] - theirs[name]) > 1e-6 * max(1.0, abs(theirs[name]))]
     if not differ:
         return line
@@ -306,6 +330,12 @@ def _references(
             f"'model.energy_shifts={{{exact}}}', or as it was given then, or train anew."
         )
     return f"{line}; not those that this command would have made ({pairs})"
+
+
+def _elements_of(datamodule: LightningDataModule, names: Mapping[str, float]) -> set[str]:
+    """Elements of the training frames, if the model has many more."""
+    frames = getattr(getattr(datamodule, "train_set", None), "frames", None) or []
+    return set(names) if len(names) <= _MANY_ELEMENTS or not frames else frame_symbols(frames)
 
 
 def _shifts_in(checkpoint: Mapping[str, Any], module: nn.Module, names: Sequence[str]) -> dict[str, float] | None:

@@ -31,6 +31,7 @@ from harness.job.match import ACCEPTED, Start, compare
 from harness.job.monitors import check_monitors
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
+from harness.models.conversion import KINDS, kind_of
 from harness.module import ForceFieldModule
 from harness.module.coefficient_control import NORMALISING, controllers_of, refuse_several
 from harness.module.continuation import parts_of
@@ -41,7 +42,7 @@ from harness.strategies import FlatStrategy, is_compiled_nequip, refuse_folder
 from harness.support.checks import is_number, is_whole_number, whole_number
 from harness.support.text import did_you_mean
 
-__all__ = ["check", "check_controllers", "check_settings"]
+__all__ = ["check", "check_controllers", "check_files", "check_settings"]
 
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -68,7 +69,6 @@ def check_settings(config: DictConfig) -> None:
     if accepted is not None and not isinstance(accepted, ListConfig | list):
         raise ValueError(f"{ACCEPTED} is a list of names of settings, such as [model.kernel], found {accepted!r}.")
     _check_cutoffs(config)
-    _check_checkpoint(config)
     _check_ranks(config)
 
 
@@ -174,8 +174,13 @@ def _check_unread(config: DictConfig) -> None:
         rank_zero_warn(f"{found}: it changes nothing, and is in the logged config.")
 
 
-def _check_checkpoint(config: DictConfig) -> None:
-    """Refuse a file that is no checkpoint, or is torn, and a test without one."""
+def check_files(config: DictConfig) -> None:
+    """Refuse a file that is no checkpoint, or is torn, and a test without one.
+
+    Raises:
+        ValueError: with the likely fix.
+        FileNotFoundError: there is no such file.
+    """
     start = config.get("init_from")
     if not config.train and not config.ckpt_path:
         instead = f" in place of init_from, which a training starts from: ckpt_path={start}" if start else "=..."
@@ -204,6 +209,12 @@ def _check_file(name: str, path: object) -> None:
         refuse_folder(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name}={path}: there is no such file.")
+    kind = kind_of(path)
+    if kind is not None:  # a pickle, which is not read here
+        raise ValueError(
+            f"{name}={path} is a {KINDS[kind]}: convert it once, which runs the code that it holds, and start from "
+            f"what is written:\n  harness-convert {path} --unpickle -o {Path(path).name.partition('.')[0]}.ckpt"
+        )
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # of pickle, zip and torch, each in its own words
@@ -249,7 +260,7 @@ def check(job: Job) -> None:
     warned += filter(None, [disagreement(config)])
     start = Start.of(config)
     if start is not None:
-        job.notes, of_checkpoint = compare(start, config, job.datamodule, module)
+        job.notes, of_checkpoint = compare(start, config, job.datamodule, module, job.references == "keep")
         states = read(Path(start.path))["state_dict"]
         warned += [*of_checkpoint, *filter(None, [rounded_by_checkpoint(states, module.model, job.trainer.precision)])]
     for text in warned:

@@ -22,6 +22,7 @@ from harness.distributed import (
     share,
     take_ranks,
 )
+from harness.job.build import time_limit
 from harness.job.consistency import facts, refusal
 from harness.job.job import Job, prepare
 from harness.job.protocols import KeepsCheckpoints
@@ -119,9 +120,3 @@ def _checkpoint_to_resume(config: DictConfig, callbacks: list[Callback], command
     if newest is None and command.point is None:
         print(f"resume: the run in {config.output_dir} left no checkpoint; it starts anew", flush=True)
     return None if newest is None else str(newest)
-
-
-def time_limit(config: DictConfig) -> timedelta:
-    """Time that ranks wait for each other, also where ``trainer.timeout`` itself is wrong."""
-    seconds = config.trainer.get("timeout")
-    return timedelta(seconds=seconds) if isinstance(seconds, int | float) and seconds > 0 else START_LIMIT

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.models.force_field import ForceField
-from harness.models.scale_shift import ScaleShift, isolated_atom_energies, reference_energies
+from harness.models.scale_shift import (
+    ScaleShift,
+    isolated_atom_energies,
+    reference_energies,
+    set_reference_energies,
+)
 
 if TYPE_CHECKING:
     from harness.models.build import schnet_force_field
@@ -18,6 +23,7 @@ __all__ = [
     "isolated_atom_energies",
     "reference_energies",
     "schnet_force_field",
+    "set_reference_energies",
 ]
 
 

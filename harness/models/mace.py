@@ -117,7 +117,7 @@ def mace_force_field(
         seed: of the initial weights, which then neither depend on the global random state nor change it; None draws
             them from it.
         options: further arguments of ``ScaleShiftMACE``, such as ``pair_repulsion``, ``distance_transform``,
-            ``cueq_config`` or ``oeq_config``.
+            ``cueq_config`` or ``oeq_config``; ``readout_cls`` and ``edge_irreps`` by their names.
 
     Raises:
         ModuleNotFoundError: mace-torch is not installed.
@@ -139,6 +139,10 @@ def mace_force_field(
             raise missing_package(error, "MACE", "mace") from error
         import numpy as np
 
+        if isinstance(options.get("readout_cls"), str):
+            options["readout_cls"] = _named(modules.readout_classes, options["readout_cls"], "readout_cls")
+        if isinstance(options.get("edge_irreps"), str):
+            options["edge_irreps"] = o3.Irreps(options["edge_irreps"])
         torch.manual_seed(own_seed)
         model = modules.ScaleShiftMACE(
             r_max=float(cutoff),

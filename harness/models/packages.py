@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from harness.support.guest import guest
 
-__all__ = ["hosting", "missing_package"]
+__all__ = ["hosting", "missing_package", "version_of"]
 
 _OWN_ENVIRONMENT = {"mace": "mace-torch and nequip need different versions of e3nn: one environment has one of them. "}
 
@@ -48,3 +49,8 @@ def hosting(target: str) -> Iterator[None]:
                 raise missing_package(error, target, package) from error
             set_global_state()
         yield
+
+
+def version_of(package: str) -> str:
+    """Name and version of an installed package, such as ``sevenn 0.13.0``."""
+    return f"{package} {importlib.metadata.version(package)}"

@@ -21,6 +21,7 @@ __all__ = [
     "reference_energies",
     "resolve_scales",
     "resolve_shifts",
+    "set_reference_energies",
 ]
 
 
@@ -109,10 +110,30 @@ def reference_energies(model: nn.Module, type_names: Sequence[str]) -> dict[str,
     Returns:
         None for a model that has none, or splits them over the ranks.
     """
+    shifts = _shifts_of(model, len(type_names))
+    return None if shifts is None else dict(zip(type_names, shifts.detach().double().flatten().tolist(), strict=True))
+
+
+def set_reference_energies(model: nn.Module, energies: Sequence[float]) -> None:
+    """Give the tensor that :func:`reference_energies` reads other values, in eV in the order of the types.
+
+    Raises:
+        ValueError: the model has no such tensor.
+    """
+    shifts = _shifts_of(model, len(energies))
+    if shifts is None:
+        raise ValueError(
+            f"the model has no reference energies: no part of it has a tensor `shifts` of {len(energies)} numbers."
+        )
+    with torch.no_grad():
+        shifts.copy_(torch.tensor(list(energies), dtype=torch.float64).reshape(shifts.shape))
+
+
+def _shifts_of(model: nn.Module, num_types: int) -> Tensor | None:
     for part in model.modules():
         shifts = getattr(part, "shifts", None)
-        if isinstance(shifts, Tensor) and type(shifts) in (Tensor, nn.Parameter) and shifts.numel() == len(type_names):
-            return dict(zip(type_names, shifts.detach().double().flatten().tolist(), strict=True))
+        if isinstance(shifts, Tensor) and type(shifts) in (Tensor, nn.Parameter) and shifts.numel() == num_types:
+            return shifts
     return None
 
 

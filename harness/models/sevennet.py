@@ -35,6 +35,7 @@ class SevenNetEnergy(nn.Module):
             atom type, and whose shifts are zero.
         config: sevenn's model config that they were built of, in plain data; None where it is not known: the model
             cannot be exported as a checkpoint of SevenNet then.
+        modality: index of the modality whose energies are given, of a model that has several.
 
     Reference:
         Y. Park et al., "Scalable parallel algorithm for graph neural network interatomic potentials in molecular
@@ -43,9 +44,10 @@ class SevenNetEnergy(nn.Module):
 
     takes_empty_batches = True
 
-    def __init__(self, layers: nn.Module, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, layers: nn.Module, config: Mapping[str, Any] | None = None, modality: int | None = None) -> None:
         super().__init__()
         self.config = None if config is None else dict(config)
+        self.modality = modality
         self.layers = nn.ModuleDict(
             {name: layer for name, layer in layers.named_children() if name not in _NOT_OF_ATOMS}
         )
@@ -64,6 +66,8 @@ class SevenNetEnergy(nn.Module):
             "num_atoms": batch["num_atoms"],
             "atomic_numbers": batch["atomic_numbers"],
         }
+        if self.modality is not None:
+            data["modal_type"] = torch.full_like(batch["num_atoms"], self.modality)
         for name, layer in self.layers.items():
             data = layer(data)
             if name == "onehot_idx_to_onehot":  # sevenn makes them float32 whatever the weights are
@@ -87,6 +91,8 @@ def sevennet_force_field(
     conv_denominator: float | None = None,
     energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
     energy_scales: Mapping[str, float] | str | float = "force_rms",
+    modalities: Sequence[str] = (),
+    modality: str | None = None,
     stress: bool = True,
     dtype: str = "float32",
     seed: int | None = None,
@@ -109,6 +115,8 @@ def sevennet_force_field(
             if None.
         energy_shifts: see :func:`~harness.models.scale_shift.resolve_shifts`.
         energy_scales: see :func:`~harness.models.scale_shift.resolve_scales`.
+        modalities: names of the modalities of a model of several, in the order of their indices.
+        modality: the one of them whose energies the model gives.
         stress: predict stresses.
         dtype: of the weights, ``float32`` or ``float64``.
         seed: of the initial weights, which then neither depend on the global random state nor change it; None draws
@@ -124,6 +132,8 @@ def sevennet_force_field(
         raise ValueError(f"SevenNet knows atom types by their elements; no chemical symbol is {unknown}.")
     if dtype not in ("float32", "float64"):
         raise ValueError(f"model.dtype is float32 or float64, found {dtype!r}.")
+    if modalities and modality not in modalities:
+        raise ValueError(f"model.modality is one of {', '.join(modalities)}, found {modality!r}.")
     numbers = [atomic_numbers[name] for name in statistics.type_names]
     scales, shifts = resolve_scales(energy_scales, statistics), resolve_shifts(energy_shifts, statistics)
     neighbors = conv_denominator if conv_denominator is not None else statistics.mean_neighbors  # type: ignore[attr-defined]
@@ -157,8 +167,23 @@ def sevennet_force_field(
             "scale": scales,
             "_type_map": {number: index for index, number in enumerate(numbers)},
             "_number_of_species": len(numbers),
+            **_of_modalities(list(modalities)),
             **options,
         }
         layers = build_E3_equivariant_model(copy.deepcopy(config))
-    energy = SevenNetEnergy(layers, config).to(torch.float32 if dtype == "float32" else torch.float64)
+    index = list(modalities).index(str(modality)) if modalities else None
+    energy = SevenNetEnergy(layers, config, index).to(torch.float32 if dtype == "float32" else torch.float64)
     return ForceField(ScaleShift(energy, [1.0] * len(numbers), shifts), derive_stress=stress)
+
+
+def _of_modalities(names: list[str]) -> dict[str, Any]:
+    """Entries of sevenn's model config for several modalities; their shifts and scales are those of the one chosen."""
+    if not names:
+        return {}
+    return {
+        "use_modality": True,
+        "_modal_map": {name: index for index, name in enumerate(names)},
+        "_number_of_modalities": len(names),
+        "use_modal_wise_shift": False,
+        "use_modal_wise_scale": False,
+    }

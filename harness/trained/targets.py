@@ -28,6 +28,8 @@ Trust = str | Sequence[str]
 _BUILDERS = "harness.models"
 _LAYERS = ("torch.nn", "nequip", "allegro")
 """Packages whose modules (``torch.nn.Module``) may be parts of a model."""
+_FUNCTIONS = ("nequip.nn", "allegro.nn")
+"""Packages whose functions that make a module may be called for a part of a model."""
 
 
 def trusted_prefixes(trust: Trust) -> tuple[str, ...]:
@@ -94,6 +96,8 @@ def _check(target: str, is_model: bool, prefixes: tuple[str, ...], path: Path) -
         return
     is_layer = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_model and is_layer and any(_within(_defined(found), layers) for layers in _LAYERS):
+        return
+    if not is_model and any(_within(_defined(found), place) for place in _FUNCTIONS) and _makes_module(found):
         return
     trusted = [prefix for prefix in allowed if prefix in prefixes]
     raise ValueError(

@@ -305,3 +305,24 @@ def test_a_file_under_two_names_is_the_same_file(folder: Path, tmp_path: Path) -
     (tmp_path / "link.xyz").symlink_to(folder / "fixed.xyz")
     with pytest.raises(ValueError, match=r"data\.train has .*fixed\.xyz 2 times"):
         AtomsDataModule([folder / "fixed.xyz", tmp_path / "link.xyz"], cutoff=3.5, batch_size=4)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_a_fit_near_to_references_of_before_changes_no_more_than_the_energies_ask_for(name: str) -> None:
+    counts = np.array(COMPOSITIONS[name][0], dtype=float)
+    before = TRUE + np.array([0.5, -3.0, 2.0, 1.0])
+    prior = dict(zip(CHNO, before, strict=True))
+    same = fit(counts.tolist(), counts @ before, prior=prior)
+    np.testing.assert_allclose(same.energies, before, rtol=1e-9)
+    found = fit(counts.tolist(), counts @ TRUE, prior=prior)
+    np.testing.assert_allclose(counts @ found.energies, counts @ TRUE, rtol=1e-9)
+    relative = (found.energies - before) / np.abs(before)
+    largest = np.abs((TRUE - before) / np.abs(before))
+    assert np.linalg.norm(relative) <= np.linalg.norm(largest) * (1 + 1e-6)  # TRUE fits as well, and is no nearer
+
+
+def test_energies_of_another_kind_are_not_near_to_references_of_before() -> None:
+    counts = [[8, 5, 0, 2]] * 3
+    prior = {"H": -1.1, "C": -1.3, "N": -3.1, "O": -1.5}
+    found = fit(counts, np.array(counts) @ TRUE, prior=prior)
+    assert -30 < found.energies[0] < -5  # and not the -600 eV of a change in proportion to numbers of atoms
