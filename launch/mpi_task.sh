@@ -45,7 +45,10 @@ child=$!
 (
   trap '' USR1
   trap 'exit 0' TERM
-  while [[ ! -e "$STATE/stop" ]]; do sleep 1; done
+  while [[ ! -e "$STATE/stop" ]]; do
+    kill -0 $$ 2> /dev/null || exit 0 # this task was killed
+    sleep 1
+  done
   kill -TERM $$ 2> /dev/null || true
 ) > /dev/null 2>&1 &
 watch=$!

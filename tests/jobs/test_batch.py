@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,17 @@ def test_a_task_that_is_killed_is_an_error(tmp_path: Path) -> None:
     for kind in (PbsJob, LsfJob):
         done = kind(tmp_path / kind.__name__, TORCHRUN=torchrun).run()
         assert done.code not in (0, 75)
+        wait_for(lambda: not _tasks_of(tmp_path), 20, "the end of what watches the task")
+
+
+def _tasks_of(folder: Path) -> list[str]:
+    """Process IDs of tasks whose environment names a folder."""
+    wanted, found = f"STATE={folder}".encode(), []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it ended meanwhile
+            if wanted in environment.read_bytes():
+                found.append(environment.parent.name)
+    return found
 
 
 @pytest.mark.parametrize(
