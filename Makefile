@@ -7,6 +7,7 @@ WORKERS ?= 2
 MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
   tests/jobs/test_other_models_jobs.py tests/trained/test_load_model.py tests/calculators/test_calculator.py \
   tests/export/test_export.py tests/jobs/test_recipes.py tests/models/test_conversion.py
+EXTRA_OF_sevennet := torchmd,
 STRICT := fields.py schedules.py distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1
@@ -29,8 +30,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 hooks: install  ## let git run what `make lint` runs before each commit
 	$(BIN)/pre-commit install
 
-train: install  ## train and test a force field on the embedded alloy, on RANKS=2 ranks; ARGS="..." are Hydra overrides
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(ARGS)
+train: install  ## train and test a force field on the embedded alloy, on RANKS=2 ranks; MODEL=nequip or another; ARGS="..." are Hydra overrides
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(MODEL:%=model=%) $(ARGS)
 
 test: install  ## the test suite but for what is marked slow
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -41,13 +42,14 @@ test-slow: install  ## what is marked slow: trainings that are killed, stopped a
 test-mace: .venv-mace/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
 	.venv-mace/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS)
 
-test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet, which brings many packages, likewise
-	.venv-sevennet/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) -k sevennet
+test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet and TorchMD-Net, which bring many packages, likewise
+	.venv-sevennet/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) tests/models/test_bring_a_model.py \
+	  -k 'sevennet or bring_a_model'
 
 .venv-%/.installed: pyproject.toml constraints.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*,test-tools]'
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*,$(EXTRA_OF_$*)test-tools]'
 	touch $@
 
 test-all: test test-slow test-mace test-sevennet  ## every test
