@@ -4,9 +4,9 @@
     python benchmarks/recipes.py nequip --data train_300K.xyz
 
 Ours is ``harness-train experiment=mace_recipe`` or ``nequip_recipe``, theirs ``mace_run_train`` or ``nequip-train`` as
-they are installed, each in a process of its own, in float64 on one CPU. Before theirs trains, it is given the initial
-weights and the order of frames of ours, unless ``--own`` asks for what a user would get. ``--stage-two EPOCH`` has a
-second stage (MACE); ``--without average clip decay`` leaves these out on both sides.
+they are installed, each in a process of its own, in float64 on one CPU, whose seconds are printed. Before theirs trains,
+it is given the initial weights and the order of frames of ours, unless ``--own`` asks for what a user would get.
+``--without average clip decay`` leaves these out on both sides, ``--stage-two EPOCH`` has a second stage (MACE).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import csv
 import itertools
 import json
+import resource
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,13 +80,15 @@ def own_overrides(options: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def train_own(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def train_own(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of steps and errors of epochs of this package."""
     overrides = own_overrides(options)
     print("harness-train", " ".join(overrides), flush=True)
     folder = options.output / "own"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    _run([sys.executable, "-m", "harness.train", *overrides, f"hydra.run.dir={folder}"], options.output, environment)
+    seconds = _run(
+        [sys.executable, "-m", "harness.train", *overrides, f"hydra.run.dir={folder}"], options.output, environment
+    )
     with (folder / "csv" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [
@@ -96,7 +99,7 @@ def train_own(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         for row in rows
         if row.get("val0_epoch/forces_rmse")
     ]
-    return {"steps": steps, "epochs": epochs}
+    return {"steps": steps, "epochs": epochs, "seconds": seconds}
 
 
 def write_start(options: argparse.Namespace) -> None:
@@ -171,13 +174,13 @@ def mace_flags(options: argparse.Namespace) -> list[str]:
     return flags
 
 
-def train_mace(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def train_mace(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of steps and errors of epochs of ``mace_run_train``."""
     flags, folder = mace_flags(options), options.output / "peer"
     print("mace_run_train", " ".join(flags), flush=True)
     folder.mkdir(exist_ok=True)
     start = [] if options.own else ["--start", str(options.output / "start.pt")]
-    _run([sys.executable, __file__, "mace", "--peer", json.dumps(flags), *start], folder)
+    seconds = _run([sys.executable, __file__, "mace", "--peer", json.dumps(flags), *start], folder)
     (path,) = (folder / "results").glob("*_train.txt")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [{"loss": float(row["loss"])} for row in rows if row["mode"] == "opt"]
@@ -186,7 +189,7 @@ def train_mace(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]
         for row in rows
         if row["mode"] == "eval" and row["epoch"] is not None
     ]
-    return {"steps": steps, "epochs": epochs}
+    return {"steps": steps, "epochs": epochs, "seconds": seconds}
 
 
 def run_mace(start: Path | None, flags: list[str]) -> None:
@@ -310,7 +313,7 @@ def nequip_config(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_nequip(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def train_nequip(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of steps and errors of epochs of ``nequip-train``."""
     from omegaconf import OmegaConf
 
@@ -320,7 +323,7 @@ def train_nequip(options: argparse.Namespace) -> dict[str, list[dict[str, float]
     flags = [f"--config-path={folder}", "--config-name=config", f"hydra.run.dir={folder}"]
     print("nequip-train", " ".join(flags), flush=True)
     start = [] if options.own else ["--start", str(options.output / "start.pt")]
-    _run([sys.executable, __file__, "nequip", "--peer", json.dumps(flags), *start], folder)
+    seconds = _run([sys.executable, __file__, "nequip", "--peer", json.dumps(flags), *start], folder)
     with (folder / "csv" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [
@@ -331,7 +334,7 @@ def train_nequip(options: argparse.Namespace) -> dict[str, list[dict[str, float]
         for row in rows
         if row.get("val0_epoch/forces_rmse")
     ]
-    return {"steps": steps, "epochs": epochs}
+    return {"steps": steps, "epochs": epochs, "seconds": seconds}
 
 
 def run_nequip(start: Path | None, flags: list[str]) -> None:
@@ -370,10 +373,14 @@ def run_nequip(start: Path | None, flags: list[str]) -> None:
 # --- both ---
 
 
-def _run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
+def _run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> float:
+    """CPU seconds of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -411,6 +418,8 @@ def report(options: argparse.Namespace, own: dict[str, Any], peer: dict[str, Any
     if not options.own:
         losses = [ours["loss"] / theirs["loss"] - 1 for ours, theirs in zip(own["steps"], peer["steps"], strict=True)]
         print(f"Largest relative difference of the losses of {len(losses)} steps: {max(map(abs, losses)):.1e}")
+    ratio = own["seconds"] / peer["seconds"]
+    print(f"CPU seconds, start included: {own['seconds']:.1f} ours, {peer['seconds']:.1f} theirs, ratio {ratio:.2f}")
     return largest
 
 
