@@ -4,7 +4,7 @@
     python benchmarks/recipes.py nequip --data train_300K.xyz
 
 Ours is ``harness-train experiment=mace_recipe`` or ``nequip_recipe``, theirs ``mace_run_train`` or ``nequip-train`` as
-they are installed, each in a process of its own, in float64 on one CPU, whose seconds are printed. Before theirs trains,
+they are installed, each in a process of its own, in float64 on one CPU; its seconds are printed. Before theirs trains,
 it is given the initial weights and the order of frames of ours, unless ``--own`` asks for what a user would get.
 ``--without average clip decay`` leaves these out on both sides, ``--stage-two EPOCH`` has a second stage (MACE).
 """
