@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torchmetrics
+
 import harness
 import harness.metrics
-from harness.metrics import MetricsManager
-from harness.module.build import build_manager
 
 __all__ = ["default_metrics", "ignoring_missing_labels", "metrics_of_training", "nested"]
 
@@ -21,7 +22,8 @@ _PRESETS = {
 """Ready-made metrics and the fields that their ``ignore_nan`` takes."""
 _ERRORS = {"rmse": "RootMeanSquaredError", "mae": "MeanAbsoluteError", "maxabserr": "MaximumAbsoluteError"}
 _OWN = re.compile(r"harness\.(?:\w+\.)*(\w+)")
-_TORCHMETRICS = re.compile(r"torchmetrics\.(?:\w+\.)*[A-Z]\w+")
+_TORCHMETRICS = ("torchmetrics.regression.", "torchmetrics.aggregation")
+"""Where metrics of torchmetrics are defined that a checkpoint may name; others read files or fetch models."""
 
 
 def nested(settings: Mapping[str, Any], section: str) -> Any:
@@ -121,11 +123,6 @@ def ignoring_missing_labels(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def make_metrics(config: Mapping[str, Any], type_names: list[str]) -> MetricsManager:
-    """The manager of a config."""
-    return build_manager(config, "metrics", type_names)
-
-
 def _entry(name: str, field: str, metric: str) -> dict[str, Any]:
     return {"name": name, "field": field, "metric": {"_target_": f"harness.{metric}"}}
 
@@ -141,5 +138,13 @@ def _targets(config: Any) -> list[str]:
 def _is_known(target: str) -> bool:
     own = _OWN.fullmatch(target)
     if own is not None:
-        return own.group(1) in {*harness.__all__, *harness.metrics.__all__}
-    return _TORCHMETRICS.fullmatch(target) is not None
+        name = own.group(1)  # of a class or ready-made set, and no function such as load_model
+        return name[0].isupper() and name in {*harness.__all__, *harness.metrics.__all__}
+    if not target.startswith("torchmetrics."):
+        return False
+    try:
+        found = pydoc.locate(target)  # what the path leads to: a module shows whatever it has imported
+    except Exception:  # of a module that cannot be imported
+        return False
+    is_metric = isinstance(found, type) and issubclass(found, torchmetrics.Metric)
+    return is_metric and found.__module__.startswith(_TORCHMETRICS)

@@ -70,6 +70,7 @@ class MadeWith(Callback):
     * ``energy_shifts``: reference energies of the model in eV by chemical symbol, where it has some;
     * ``energy_level``: mean and standard deviation of what they leave of the training labels, in eV/atom;
     * ``units`` by field: those of the cutoff, the batches and the predictions;
+    * ``started_from``: weights that the training began with, and its first errors, where it has ``init_from``;
     * ``command``: the overrides of the command line; ``versions`` of the package and its libraries, and ``packages``,
       those of the model.
 
@@ -100,6 +101,12 @@ class MadeWith(Callback):
         self._frames = getattr(getattr(datamodule, "train_set", None), "frames", None) or []
         self._level: dict[str, Any] | None = None
         self._packages: dict[str, str] | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what a training that goes on had started from."""
+        started = (checkpoint.get(MADE_WITH) or {}).get("started_from")
+        if started is not None:
+            self.record["started_from"] = started
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the record."""

@@ -68,9 +68,9 @@ def packages_of(model: nn.Module) -> dict[str, str]:
 
 
 def self_contained(architecture: Mapping[str, Any], energy_shifts: Mapping[str, float] | None) -> dict[str, Any]:
-    """An architecture with the model's own reference energies, in eV by type, where it names a file or a fit."""
+    """An architecture with the model's own reference energies, in eV by type: not a file, a fit, or those of before."""
     given = architecture.get("energy_shifts")
-    numbers = {"energy_shifts": dict(energy_shifts)} if isinstance(given, str) and energy_shifts else {}
+    numbers = {"energy_shifts": dict(energy_shifts)} if isinstance(given, str | Mapping) and energy_shifts else {}
     return {**architecture, **numbers}
 
 

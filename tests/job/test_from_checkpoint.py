@@ -14,7 +14,7 @@ import pytest
 import torch
 from ase import Atoms
 from omegaconf import OmegaConf
-from support.bad_input import BASE, composed, frames
+from support.bad_input import BASE, composed, frames, isolated
 from support.trained import trained
 
 import harness
@@ -143,14 +143,40 @@ def test_a_fit_that_compositions_do_not_determine_says_its_rank_and_changes_leas
     assert changes[0] / changes[1] == pytest.approx(3.0)
 
 
+def test_a_training_that_goes_on_keeps_what_it_started_from(checkpoint: Path, file: Path, tmp_path: Path) -> None:
+    execute(started(tmp_path / "first", checkpoint, file))
+    last = tmp_path / "first" / "run" / "checkpoints" / "last.ckpt"
+    again = ("init_from=null", f"ckpt_path={last}", "max_epochs=2")
+    execute(started(tmp_path / "second", checkpoint, file, *again))
+    records = [
+        harness.load_model(tmp_path / name / "run" / "checkpoints" / "last.ckpt").record for name in ("first", "second")
+    ]
+    assert records[1]["started_from"] == records[0]["started_from"]
+
+
+def test_of_what_compositions_leave_open_isolated_atoms_decide(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shifted(tmp_path, {"Cu": 5.0, "Ag": 5.0}, ("Cu3Ag",))
+    structures = ase.io.read(file, index=":")
+    ase.io.write(file, [*structures, isolated("Cu", 2.0), isolated("Ag", 8.0)], format="extxyz")
+    job = started(tmp_path, checkpoint, file, "model.energy_shifts=fit", "optimizer.lr=0.0")
+    assert "nearest to the isolated atoms" in printed(job, capsys)
+    found = harness.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").energy_shifts
+    # least Σ (μ' / μ - 1)² with 3 Cu and 1 Ag a frame
+    changes = np.array([found["Cu"] - 2.0, found["Ag"] - 8.0])
+    assert changes[0] / changes[1] == pytest.approx(3 * 2.0**2 / 8.0**2)
+
+
 def test_references_are_given_for_some_elements(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = started(tmp_path, checkpoint, shifted(tmp_path, {"Ag": 3.0}), "model.energy_shifts={Ag: 5.0}")
     out = printed(job, capsys)
     before = harness.load_model(checkpoint).energy_shifts
-    after = harness.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").energy_shifts
-    assert after == {"Cu": before["Cu"], "Ag": 5.0}
+    model = harness.load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert model.energy_shifts == {"Cu": before["Cu"], "Ag": 5.0}
+    assert model.record["architecture"]["energy_shifts"] == model.energy_shifts
     assert "references as given: Ag" in out
 
 

@@ -527,7 +527,19 @@ def test_metrics_that_a_checkpoint_names_are_called_only_if_they_are_known() -> 
         {"_target_": "harness.EnergyOnlyMetrics", "coeffs": {"per_atom_energy_rmse": 1}},
         "",
     )
-    for target in ("os.system", "harness.evaluate.main", "my_package.Metrics", "torchmetrics.functional.os.system"):
+    known = own | {"test_metrics.extra_metrics.0.metric._target_": "torchmetrics.R2Score"}
+    assert metrics_of_training(known)[1] == ""
+    for target in (
+        "os.system",
+        "harness.evaluate.main",
+        "harness.load_model",  # with trust=[...] of the checkpoint's choice
+        "harness.data.register_field",
+        "my_package.Metrics",
+        "torchmetrics.functional.os.system",
+        "torchmetrics.__logging.FileHandler",  # which empties the file that it is given
+        "torchmetrics.metric.torch.serialization.tarfile.TarFile",
+        "torchmetrics.text.BERTScore",  # which fetches a model
+    ):
         found, note = metrics_of_training(own | {"test_metrics.extra_metrics.0.metric._target_": target})
         assert found is None
         assert target in note

@@ -5,6 +5,7 @@ For the packages that are installed, see ``test_other_models.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from support.foreign_files import NAMES, REFERENCES, SUFFIX, write
 from support.other_models import INSTALLED
 
 import harness
+import harness.convert
 from harness.convert import main
 from harness.data import Frame, collate, frame_to_sample
 from harness.job import prepare
@@ -101,6 +103,35 @@ def test_nothing_is_run_without_being_asked_for(name: str, tmp_path: Path, capsy
         prepare(composed(typed))
     assert not marker.exists()
     assert not (tmp_path / "out.ckpt").exists()
+
+
+@each
+@pytest.mark.parametrize(("field", "off"), [("forces", 1e-6), ("total_energy", 1e-3)])
+def test_a_model_that_predicts_something_else_is_not_written(
+    name: str,
+    field: str,
+    off: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read = harness.convert._read
+
+    def wrong(*arguments: Any) -> Any:
+        converted = read(*arguments)
+
+        def both(batch: Any) -> Any:
+            theirs, ours = converted.both(batch)
+            return theirs, {**ours, field: ours[field] + off * (1 if converted.dtype == "float64" else 1e4)}
+
+        return dataclasses.replace(converted, both=both)
+
+    monkeypatch.setattr(harness.convert, "_read", wrong)
+    write(name, tmp_path / f"theirs.{SUFFIX[name]}")
+    with pytest.raises(SystemExit):
+        converted(tmp_path / f"theirs.{SUFFIX[name]}")
+    assert "the converted model is another one" in capsys.readouterr().err
+    assert not (tmp_path / "converted.ckpt").exists()
 
 
 @each
