@@ -150,7 +150,8 @@ def _compared(converted: Converted) -> str:
     for seed in range(2):
         atoms = _structure(converted.type_names, converted.cutoff, seed)
         sample = frame_to_sample(Frame(atoms), converted.type_names, converted.cutoff, dtype=torch.float64)
-        theirs, ours = converted.both(collate([sample]))
+        both = converted.both(collate([sample]))
+        theirs, ours = ({name: value.detach() for name, value in each.items()} for each in both)
         per_atom = (theirs["total_energy"] - ours["total_energy"]).abs().max() / len(atoms)
         energy = max(energy, float(per_atom))
         forces = max(forces, float((theirs["forces"] - ours["forces"]).abs().max()))

@@ -36,6 +36,7 @@ from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
 from harness.module.horizon import TrainingLength
+from harness.module.schedule_following import text_of_unreached
 from harness.schedules import NO_SETTINGS, Schedule, unreached
 from harness.support.checks import is_whole_number
 from harness.support.configs import take_out
@@ -183,14 +184,10 @@ class _Preview:
         if number == -1:
             number = max(math.ceil(1.25 * max(self.breakpoints, default=0)), 10)
             self.notes.append(f"max_epochs=-1 has no end: shown are the first {number} epochs.")
-        beyond: list[str] = []
-        if self.schedule is not None:
-            beyond = [f"{epoch:g}" for epoch in unreached(self.schedule, number, self.loss.schedule_interval)]
-        if beyond:
-            self.notes.append(
-                f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "
-                f"{', '.join(beyond)}."
-            )
+        interval = self.loss.schedule_interval
+        late = [] if self.schedule is None else unreached(self.schedule, number, interval)
+        if late:
+            self.notes.append(text_of_unreached(late, number, interval))
         return number
 
     def _learning_rates(self) -> Callable[[float], float]:

@@ -414,7 +414,7 @@ class AtomsDataModule(LightningDataModule):
                 f"neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom",
                 f"RMS of the force components: {statistics.force_rms:.4f} eV/Å",
                 *self._describe_isolated_atoms(),
-                f"energies of the types in eV {origin} (energy_shifts=fit): {shifts}",
+                f"energies of the types in eV {origin}, for energy_shifts=fit: {shifts}",
             )
         )
 

@@ -50,6 +50,7 @@ from harness.module.schedule_following import (
     ScheduleFollower,
     check_length,
     epoch_of,
+    warn_of_long_warm_up,
     warn_of_monitors,
     warn_of_unreached,
 )
@@ -197,6 +198,7 @@ class ForceFieldModule(LightningModule):
         if stage == "fit":
             self._horizons = {}
             warn_of_unreached(self.trainer, self._train_managers)
+            warn_of_long_warm_up(self.trainer, warm_up_of(self._lr_scheduler))
             monitors = [getattr(callback, "monitor", None) for callback in callbacks]
             if isinstance(self._lr_scheduler, Mapping):
                 monitors.append(self._lr_scheduler.get("monitor"))

@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from harness.metrics import WEIGHTED_SUM, MetricsManager
-from harness.schedules import unreached
+from harness.module.horizon import Pace, Progress, TrainingLength
+from harness.module.learning_rates import WarmUp
+from harness.schedules import Interval, unreached
 from harness.support.log_keys import LogKeys
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "check_length",
     "epoch_of",
     "relative_learning_rate",
+    "text_of_unreached",
+    "warn_of_long_warm_up",
     "warn_of_monitors",
     "warn_of_unreached",
 ]
@@ -128,10 +132,37 @@ def warn_of_unreached(trainer: Trainer, managers: Iterable[MetricsManager]) -> N
         if manager.schedule is not None and number is not None and number > 0:
             late = unreached(manager.schedule, number, manager.schedule_interval)
             if late:
-                rank_zero_warn(
-                    f"The training ends at epoch {number} (max_epochs), before what the schedule has at epoch "
-                    f"{', '.join(f'{epoch:g}' for epoch in late)}."
-                )
+                rank_zero_warn(text_of_unreached(late, number, manager.schedule_interval))
+
+
+def text_of_unreached(late: Sequence[float], number: int, interval: Interval) -> str:
+    """Sentence about what a schedule has after the last time that a training looks at it.
+
+    Args:
+        late: epochs that the schedule names.
+        number: of epochs of the training.
+        interval: at which the training moves on along the schedule.
+    """
+    end = f"begins at epoch {number - 1}" if interval == "epoch" else "ends"
+    return (
+        f"What the schedule has at epoch {', '.join(f'{epoch:g}' for epoch in late)} never comes: the last of "
+        f"{number} epochs (max_epochs) {end}."
+    )
+
+
+def warn_of_long_warm_up(trainer: Trainer, warm_up: WarmUp | None) -> None:
+    """Warn of a warm-up that the training ends within."""
+    if warm_up is None:
+        return
+    try:
+        length = TrainingLength.of(trainer).turns_left(Pace(warm_up.interval, 1), Progress())
+    except ValueError:  # of data without a length
+        return
+    if length <= warm_up.length:
+        rank_zero_warn(
+            f"The training has {length} {warm_up.interval}s, the warm-up {warm_up.length}: the learning rate does not "
+            f"reach its full value. Expected less, such as lr_scheduler.warm_up.length={max(1, length // 10)}."
+        )
 
 
 def warn_of_monitors(stages: Mapping[str, MetricsManager], monitors: Iterable[object]) -> None:

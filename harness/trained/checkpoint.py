@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.config.builders import build
 from harness.config.explain import message
+from harness.models.conversion import KINDS, kind_of
 from harness.trained.record import ARCHITECTURE, MADE_WITH, RecordedStatistics
 from harness.trained.targets import TARGET, Trust, check_targets
 
@@ -226,6 +227,12 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    kind = kind_of(path)
+    if kind is not None:
+        raise ValueError(
+            f"{path} is a {KINDS[kind]}: convert it once, which runs the code that it holds, and load what is written: "
+            f"harness-convert {path} --unpickle -o {path.name.partition('.')[0]}.ckpt"
+        )
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             begins = file.read(2)

@@ -240,7 +240,7 @@ def test_isolated_atoms_are_references_and_no_frames(folder: Path) -> None:
     assert made.statistics.isolated_atoms == {"Cu": LEVEL["Cu"], "Ag": LEVEL["Ag"]}
     assert made.statistics.undetermined.shape == (2, 0)
     assert "isolated atoms: 2 train; left out of the sets" in made.describe()
-    assert "of isolated atoms (energy_shifts=fit): Cu -1234.5000" in made.describe()
+    assert "of isolated atoms, for energy_shifts=fit: Cu -1234.5000" in made.describe()
     kept = module(folder, "with_isolated", isolated_atoms="frames")
     assert len(kept.train_set) == 18
     assert not kept.statistics.isolated_atoms

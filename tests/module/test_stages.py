@@ -154,6 +154,19 @@ def test_what_the_optimizer_steps_with_is_logged(tmp_path: Path) -> None:
     assert logged == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("length", "interval", "told"), [(12, "step", True), (11, "step", False), (4, "epoch", True)])
+def test_a_warm_up_that_the_training_ends_within_is_told(
+    length: int, interval: str, told: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The training has four epochs of three steps."""
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
+    rates = {"scheduler": cosine, "interval": "epoch", "warm_up": {"length": length, "interval": interval}}
+    train(tmp_path, Constant({}), lr_scheduler=rates)
+    found = [str(warning.message) for warning in recwarn if "the warm-up" in str(warning.message)]
+    assert len(found) == told
+    assert all("lr_scheduler.warm_up.length=1." in text for text in found)
+
+
 def test_a_stage_has_an_average_of_its_own(tmp_path: Path) -> None:
     """Without averaging (a decay of 0), then one of 0.5 from the weights of then."""
     schedule = Join([Stage({}, average_decay=0.0), Stage({}, average_decay=0.5)], boundaries=[2])
