@@ -43,14 +43,14 @@ class OptimizerSettings:
         self.warm_up = warm_up
         self._schedule = schedule
         self._groups = groups
-        self._defaults = defaults or {}
+        self._own_values = defaults or {}
         self._own: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._check()
 
     def _check(self) -> None:
         schedule = self._schedule
-        valid = [name for name in self._defaults if name not in _FIXED]
-        amsgrad = self._defaults.get("amsgrad", False)
+        valid = [name for name in self._own_values if name not in _FIXED]
+        amsgrad = self._own_values.get("amsgrad", False)
         for epoch in () if schedule is None else (0.0, *schedule.breakpoints):
             settings = self.stage(epoch).optimizer
             for name, value in settings.items():
@@ -65,7 +65,7 @@ class OptimizerSettings:
                         f"{where}, but every group of parameters has a {name} of its own, which it keeps. Give the "
                         f"groups that a stage is to change theirs by optimizer.{name}."
                     )
-            before, amsgrad = amsgrad, settings.get("amsgrad", self._defaults.get("amsgrad", False))
+            before, amsgrad = amsgrad, settings.get("amsgrad", self._own_values.get("amsgrad", False))
             if amsgrad and not before:
                 raise ValueError(
                     f"schedule: from epoch {epoch:g} on, amsgrad=True comes after steps without it, of which the "
@@ -75,7 +75,7 @@ class OptimizerSettings:
     def _is_own(self, group: Mapping[str, Any], name: str) -> bool:
         """True if a group has another value of a setting than the optimizer has for all."""
         own, default = (
-            tuple(each) if isinstance(each, list) else each for each in (group.get(name), self._defaults[name])
+            tuple(each) if isinstance(each, list) else each for each in (group.get(name), self._own_values[name])
         )
         return bool(own != default)
 
@@ -100,7 +100,7 @@ class OptimizerSettings:
         for group, asked in zip(optimizer.param_groups, self._groups, strict=False):
             changed = {name: value for name, value in settings.items() if not self._is_own(asked, name)}
             if "lr" in settings:
-                base = self._defaults["lr"]
+                base = self._own_values["lr"]
                 changed["lr"] = settings["lr"] * (float(asked["lr"]) / float(base) if base else 1.0)
             if factor != 1 and "lr" in group:
                 changed["lr"] = changed.get("lr", group["lr"]) * factor

@@ -154,7 +154,7 @@ def test_a_relaxation_of_positions_and_cell_ends_without_forces_and_stress(run: 
     assert atoms.calc.neighbors.num_lists < optimizer.nsteps / 2
     assert atoms.get_potential_energy() < before - 1e-3
     assert np.abs(atoms.get_forces()).max() < 1e-4
-    assert np.abs(atoms.get_stress()).max() * atoms.get_volume() < 2e-4
+    assert np.abs(atoms.get_stress()).max() * atoms.get_volume() < 5e-4  # fmax x number of atoms
     fresh = atoms.copy()
     fresh.calc = HarnessCalculator(run[0], skin=0)
     assert fresh.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-10)

@@ -35,7 +35,7 @@ COMMAND = (
 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_0_1_0_goes_on_and_ends_where_it_would_have_ended(tmp_path: Path, ranks: int) -> None:
     done = train(*COMMAND, f"ckpt_path={CHECKPOINT}", folder=tmp_path, ranks=ranks)
     assert done.code == 0, done.err

@@ -108,6 +108,7 @@ def test_metric_and_model_learn(alone: Finished) -> None:
     assert column(alone, "train_loss_epoch/forces")[-1] == pytest.approx(sum(by_type) / 4)
 
 
+@pytest.mark.slow
 def test_callback_logs_every_second_step_once(alone: Finished, rounded: Finished) -> None:
     for done in (alone, rounded):
         with (done.runs[0] / "csv" / "metrics.csv").open() as file:
@@ -142,6 +143,7 @@ def test_callback_is_asked_before_the_training(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.csv"))
 
 
+@pytest.mark.slow
 def test_strategy_on_two_ranks_is_one_process_to_its_rounding(alone: Finished, rounded: Finished) -> None:
     (_, expected), (first, one), (second, other) = (
         torch.load(done.folder / f"weights-{rank}.pt", weights_only=True)

@@ -42,6 +42,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return done.folder / "sweep"
 
 
+@pytest.mark.slow
 def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
     points = [of_ranks / str(number) for number in range(2)]
     assert {each.name for each in of_ranks.iterdir() if (each / ".hydra").is_dir()} == {each.name for each in points}
@@ -82,6 +83,7 @@ def test_each_point_of_ranks_has_a_directory_and_a_run(of_ranks: Path) -> None:
     assert screen.count("finished in") == screen.count("output      ") == 2  # one rank of each prints
 
 
+@pytest.mark.slow
 def test_no_file_of_a_sweep_holds_a_secret(of_ranks: Path) -> None:
     """Of the environment, which a setting refers to."""
     files = [path for path in of_ranks.rglob("*") if path.is_file()]
@@ -89,6 +91,7 @@ def test_no_file_of_a_sweep_holds_a_secret(of_ranks: Path) -> None:
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:
     """Two points in the order of the monitored value, and the front of their errors, in terminal, CSV, PNG and W&B."""
     done = run([sys.executable, "-m", "harness.sweep", str(of_ranks), "--output", str(tmp_path / "report")], tmp_path)
@@ -123,6 +126,7 @@ def test_the_report_of_a_sweep_of_ranks(of_ranks: Path, tmp_path: Path) -> None:
     assert logged["summary"]["sweep/points"]["_type"] == "table-file"
 
 
+@pytest.mark.slow
 def test_a_sweep_in_one_process_trains_what_ranks_of_their_own_do(of_ranks: Path, tmp_path: Path) -> None:
     """The last of three points, after one that has failed: as if it were alone, with a W&B run of its own."""
     # an option among the overrides, where people write it too

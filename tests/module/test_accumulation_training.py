@@ -376,7 +376,7 @@ def test_ddp_takes_the_steps_of_big_batches(tmp_path: Path) -> None:
         assert_same_training((torch.tensor(theta), logged(tmp_path / "ranks"), epoch), expected)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_deep_speed_takes_the_steps_of_big_batches(stage: int, tmp_path: Path) -> None:
     """Model and labels in float32: the momentum shows a wrong factor or a step too many, Adam would not."""
     results = spawn(2, fit_on_rank, tmp_path / "ranks", stage, SHARED, {"accumulate_grad_batches": 2}, timeout=200)
