@@ -417,6 +417,26 @@ def test_a_file_that_predicts_something_else_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+@needs("nequip")
+def test_references_that_are_slightly_wrong_are_found_beside_large_ones(
+    runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single precision, whose rounding of -10 000 eV is 1 meV."""
+
+    class Wrong(NequIPFormat):
+        def content(self, *arguments: Any) -> dict[str, Any]:
+            content = super().content(*arguments)
+            (name,) = [name for name in content["state_dict"] if name.endswith(".shifts")]
+            content["state_dict"][name] = content["state_dict"][name] + 0.1
+            return content
+
+    run = runs("nequip", "model.energy_shifts={Cu: -1000.0, Ag: -2000.0}")
+    monkeypatch.setitem(FORMATS, "nequip", Wrong())
+    line = refused(capsys, run.checkpoint, "--to", "nequip", "-o", tmp_path / "wrong.ckpt")
+    assert "predicts other values" in line
+    assert "total_energy by" in line
+
+
 def test_a_made_up_structure_has_every_element_and_neighbours() -> None:
     names = [str(symbol) for symbol in ase.data.chemical_symbols[1:90]]
     for type_names, cutoff in ((["H"], 2.0), (["Cu", "Ag"], 3.5), (names, 5.0)):
