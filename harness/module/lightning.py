@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -391,7 +391,8 @@ class ForceFieldModule(LightningModule):
             )
         epoch, rate = checkpoint.get(_POSITION, (0.0, None))
         self._follower.position = epoch, rate
-        trains = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        state = None if trainer is None else trainer.state
+        trains = state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
         for states in (checkpoint.get("state_dict", {}), checkpoint.get("current_model_state")):
             if states is not None:  # of the weights that were trained, beside their average
                 adopt_weighting(self.loss.weighting, states, trains)

@@ -154,3 +154,10 @@ def test_a_callback_that_is_gone_is_one_line(last: Path) -> None:
     lines = changed_settings(str(last), config(last.parents[1], "callbacks=default", "max_epochs=3"))
     of_average = [line for line in lines if "ema" in line]
     assert of_average == ["callbacks.ema: ExponentialMovingAverage → not set"]
+
+
+def test_a_test_after_a_training_goes_on_with_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The best checkpoint was written before the plateau scheduler saw its epoch; the test has no scheduler."""
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        started(config(tmp_path, "max_epochs=2", "lr_scheduler=plateau", "test=true"))
+    assert "differs from the checkpoint" not in caplog.text
