@@ -1,4 +1,4 @@
-"""Trainings by the command that begin with a trained model: two ranks do what one does, errors before step 0 included."""
+"""Trainings by the command that begin with a trained model: two ranks do what one does, first errors included."""
 
 from __future__ import annotations
 
