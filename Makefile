@@ -40,7 +40,8 @@ test-slow: install  ## what is marked slow: trainings that are killed, stopped a
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 test-mace: .venv-mace/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
-	.venv-mace/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS)
+	.venv-mace/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) \
+	  -k 'mace or not (test_calculator or test_load_model)'
 
 test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet and TorchMD-Net, which bring many packages, likewise
 	.venv-sevennet/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) tests/models/test_bring_a_model.py \

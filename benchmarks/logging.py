@@ -65,6 +65,7 @@ def overrides(file: Path, folder: Path, arguments: argparse.Namespace) -> list[s
         "max_epochs=1000",
         f"+trainer.max_steps={arguments.steps + WARM_UP}",
         "+trainer.limit_val_batches=0",
+        "monitor=train_loss_epoch/weighted_sum",
         f"trainer.log_every_n_steps={LOG_EVERY}",
         "model.energy_scales=1.0",
         "dry_step=false",
@@ -129,7 +130,7 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
     with initialize_config_dir(config_folder(), version_base="1.3"):
         config = compose("train", overrides(file, output, arguments))
     prepared = job.prepare(config)
-    prepared.callbacks = [Switch(), *prepared.callbacks]
+    prepared.trainer.callbacks.insert(0, Switch())  # type: ignore[attr-defined]
     job.execute(prepared)
     return seconds
 

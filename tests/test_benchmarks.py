@@ -46,6 +46,8 @@ def test_a_script_does_not_find_this_folder(script: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("script", SMALL)
 def test_a_table_is_printed(script: str, tmp_path: Path) -> None:
     arguments, line = SMALL[script]
-    assert line in run(script, arguments, tmp_path)
+    printed = run(script, arguments, tmp_path)
+    assert line in printed
+    assert "nan" not in printed  # something was measured
     if script == "schedules.py":
         assert (tmp_path / "outputs" / "schedules" / "schedules.png").is_file()

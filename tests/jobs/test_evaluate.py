@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -457,6 +458,7 @@ def test_a_mistake_on_ranks_is_told_once_and_ctrl_c_exits_with_130(
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "harness.evaluate", files[0], "many.xyz", "output_dir=out"],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
