@@ -23,7 +23,7 @@ _PRESETS = {
 _ERRORS = {"rmse": "RootMeanSquaredError", "mae": "MeanAbsoluteError", "maxabserr": "MaximumAbsoluteError"}
 _OWN = re.compile(r"harness\.(?:\w+\.)*(\w+)")
 _TORCHMETRICS = ("torchmetrics.regression.", "torchmetrics.aggregation")
-"""Where metrics of torchmetrics are defined that a checkpoint may name; others read files or fetch models."""
+"""Modules of torchmetrics whose metrics a checkpoint may name; others read files or fetch models."""
 
 
 def nested(settings: Mapping[str, Any], section: str) -> Any:
