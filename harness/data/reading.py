@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ class Frame:
         origin: the file, or a description.
         index: number of the frame in the file.
         stress_left_out: True if the file has a stress, which is no label since the frame has no volume.
+        extras: further labels and inputs by the name of their field: ``[*shape]`` of a graph, ``[num_atoms, *shape]``
+            of its atoms; float64 with NaN where a label is unknown, or int64.
+        weights: in sums and counts, by the name of the field (``weight``, ``energy_weight``, ``forces_weight`` or
+            ``stress_weight``), finite and at least 0; 1 where absent.
+        group: that the frame belongs to, such as its ``config_type``; None without one.
     """
 
     atoms: Atoms
@@ -111,6 +116,9 @@ class Frame:
     origin: str = "memory"
     index: int = 0
     stress_left_out: bool = False
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    group: str | None = None
 
     @property
     def location(self) -> str:
