@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from harness.data.collate import frame_to_sample, type_indices
+from harness.data.frames import as_frame_set
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame
 
@@ -39,15 +40,21 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         dtype: torch.dtype = torch.float32,
         cache_neighbors: bool = True,
     ) -> None:
-        self.frames = list(frames)
+        self.frames = as_frame_set(frames)
         self.type_names = list(type_names)
         self.cutoff = cutoff
         self.dtype = dtype
         self.cache_neighbors = cache_neighbors
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._num_edges: NDArray[np.int64] | None = None
-        for frame in self.frames:  # now rather than in the middle of an epoch
-            type_indices(frame, self.type_names)
+        self._refuse_unknown_symbols()  # now rather than in the middle of an epoch
+
+    def _refuse_unknown_symbols(self) -> None:
+        compositions = self.frames.compositions()
+        if compositions.symbols() <= set(self.type_names):
+            return
+        first = int(np.argmax(compositions.types(self.type_names) < 0))
+        type_indices(self.frames[int(np.searchsorted(compositions.offsets, first, side="right")) - 1], self.type_names)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -64,14 +71,16 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
 
     def num_atoms(self) -> NDArray[np.int64]:
         """Number of atoms of each frame, ``[num_frames]``."""
-        return np.array([len(frame.atoms) for frame in self.frames], dtype=np.int64)
+        return self.frames.num_atoms()
 
     def num_edges(self) -> NDArray[np.int64]:
         """Number of edges of each frame, ``[num_frames]``: of each pair within the cutoff there are two.
 
-        The first call makes the neighbour lists of all frames. They stay in memory with their samples if
+        The first call makes the neighbour lists of all frames, unless they know the numbers. They stay in memory with their samples if
         ``cache_neighbors``; otherwise only the numbers do.
         """
+        if self._num_edges is None:
+            self._num_edges = self.frames.num_edges(self.cutoff)
         if self._num_edges is None:
             self._num_edges = np.array([self._count_edges(index) for index in range(len(self))], dtype=np.int64)
         return self._num_edges

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from harness.data.reading import Frame, information
 
-__all__ = ["isolated_energies", "without_isolated_atoms"]
+__all__ = ["is_isolated", "isolated_energies", "without_isolated_atoms"]
 
 _CONFIG_TYPE = "config_type"
 _SAME_ENERGY = 1e-6  # eV
@@ -26,7 +26,7 @@ def without_isolated_atoms(frames: Sequence[Frame], require_energies: bool = Tru
     """
     structures, isolated = [], []
     for frame in frames:
-        if not _is_isolated(frame):
+        if not is_isolated(frame):
             structures.append(frame)
             continue
         if len(frame.atoms) != 1:
@@ -64,6 +64,7 @@ def isolated_energies(frames: Sequence[Frame]) -> dict[str, float]:
     return {symbol: float(frame.energy) for symbol, frame in first.items()}  # type: ignore[arg-type]
 
 
-def _is_isolated(frame: Frame) -> bool:
+def is_isolated(frame: Frame) -> bool:
+    """True if the ``config_type`` of a frame is ``IsolatedAtom``, in any spelling."""
     value = information(frame.atoms, _CONFIG_TYPE)
     return isinstance(value, str) and "".join(filter(str.isalnum, value)).lower() == "isolatedatom"

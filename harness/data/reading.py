@@ -19,6 +19,7 @@ __all__ = [
     "Frame",
     "LabelKeys",
     "available_keys",
+    "available_labels",
     "chemical_symbols",
     "file_fingerprint",
     "has_key",
@@ -286,6 +287,22 @@ def has_key(structures: Sequence[Atoms], key: str) -> bool:
 def available_keys(structures: Sequence[Atoms]) -> list[str]:
     """Names of all results, arrays and information that structures of a file have, sorted."""
     return sorted(set().union(*(_available(atoms) for atoms in structures)))
+
+
+def available_labels(frames: Sequence[Frame]) -> dict[str, frozenset[str]]:
+    """Names that the first 1000 frames have values under, sorted, and the labels that each of the values might be.
+
+    A label is found by a part of its name and the shape of its value.
+    """
+    found: dict[str, set[str]] = {}
+    for frame in frames[:1000]:  # a file is like its beginning
+        for key in _available(frame.atoms):
+            labels = found.setdefault(key, set())
+            for label, names in _NAMES.items():
+                alike = label not in labels and any(name in key.lower() for name in names)
+                if alike and _may_be(_find(frame.atoms, key), label, len(frame.atoms)):
+                    labels.add(label)
+    return {key: frozenset(found[key]) for key in sorted(found)}
 
 
 def information(atoms: Atoms, key: str) -> Any:
