@@ -51,10 +51,8 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
 
     def _refuse_unknown_symbols(self) -> None:
         compositions = self.frames.compositions()
-        if compositions.symbols() <= set(self.type_names):
-            return
-        first = int(np.argmax(compositions.types(self.type_names) < 0))
-        type_indices(self.frames[int(np.searchsorted(compositions.offsets, first, side="right")) - 1], self.type_names)
+        for symbol in sorted(compositions.symbols() - set(self.type_names)):
+            type_indices(self.frames[compositions.first_with(symbol)], self.type_names)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -76,8 +74,8 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
     def num_edges(self) -> NDArray[np.int64]:
         """Number of edges of each frame, ``[num_frames]``: of each pair within the cutoff there are two.
 
-        The first call makes the neighbour lists of all frames, unless they know the numbers. They stay in memory with their samples if
-        ``cache_neighbors``; otherwise only the numbers do.
+        The first call makes the neighbour lists of all frames, unless these know the numbers. The lists stay in memory
+        with their samples if ``cache_neighbors``; otherwise only the numbers do.
         """
         if self._num_edges is None:
             self._num_edges = self.frames.num_edges(self.cutoff)

@@ -18,8 +18,10 @@ from harness.data.budget import EvaluationBudgetSampler
 from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
+from harness.data.frames import FrameList, FrameSet
+from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import without_isolated_atoms
-from harness.data.reading import Frame, LabelKeys, available_keys, has_key, label_hint, mixed_family_hint, read_frames
+from harness.data.reading import Frame, LabelKeys, available_keys, has_key, read_frames
 from harness.data.samplers import EvaluationBatchSampler
 from harness.strategies import data_parallel_ranks
 from harness.support.checks import whole_number
@@ -89,14 +91,14 @@ def read_evaluated(
     files = []
     for path in paths:
         frames = read_frames(path, keys, require_labels=False, require_keys=False)
+        structures: FrameSet = FrameList(frames)
         if units:
-            check_units(frames)
+            check_units(structures)
         if min_distance is not None:
             check_distances(frames, min_distance)
-        structures = frames
         if isolated_atoms == "references":
-            structures, _ = without_isolated_atoms(frames, require_energies=False)
-        files.append(EvaluatedFile(path, frames, [frame.index for frame in structures]))
+            structures, _ = without_isolated_atoms(structures, require_energies=False)
+        files.append(EvaluatedFile(path, frames, structures.column("index").tolist()))
     everything = [frame.atoms for file in files for frame in file.frames]
     for label, key in (named or {}).items():
         if not has_key(everything, key):
@@ -111,7 +113,7 @@ def read_evaluated(
 
 def label_notes(file: EvaluatedFile, keys: LabelKeys) -> list[str]:
     """Sentences on labels that all frames of a file lack, and on labels that may be of two calculations."""
-    frames, labels = file.structures, file.labels()
+    frames, labels = FrameList(file.structures), file.labels()
     if not frames:
         return [f"{file.path}: isolated atoms alone, which no errors are of (data.isolated_atoms=frames counts them)"]
     if not any(labels.values()):

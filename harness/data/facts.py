@@ -23,7 +23,7 @@ COLUMNS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "force_components": ("<i4", ()),  # number of the known components
     "stress_left_out": ("|b1", ()),
     "isolated": ("|b1", ()),  # an isolated atom by its config_type
-    "structure": ("<u8", (2,)),  # hash of elements, positions, cell and periodicity
+    "structure": ("<u8", ()),  # hash of elements, positions, cell and periodicity
     "species": ("<u8", ()),  # hash of the elements in their order, and of the periodicity
     "index": ("<i8", ()),  # number of the frame in its file
     "origin": ("<i4", ()),  # its file among the names of the set's files
@@ -122,6 +122,28 @@ class Compositions:
         index_of[[atomic_numbers[name] for name in type_names]] = np.arange(len(type_names))
         return index_of[self.numbers]
 
+    def sums(self, values: NDArray[np.float64], type_names: Sequence[str]) -> NDArray[np.float64]:
+        """Sum of a value of each type over the atoms of each frame, ``[num_frames]``; elements that are no type add 0.
+
+        Args:
+            values: ``[num_types]``.
+            type_names: chemical symbols in the order of the types.
+        """
+        of_entries = np.append(values, 0.0)[self.types(type_names)] * self.counts
+        frames = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+        return np.bincount(frames, of_entries, minlength=len(self)).astype(np.float64)
+
+    def first_with(self, symbol: str) -> int:
+        """The first frame that has an element.
+
+        Raises:
+            ValueError: if none has it.
+        """
+        entries = np.flatnonzero(self.numbers == atomic_numbers[symbol])
+        if not len(entries):
+            raise ValueError(f"no frame has {symbol}")
+        return int(np.searchsorted(self.offsets, entries[0], side="right")) - 1
+
     def chunks(self, chosen: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int64], Compositions]]:
         """Parts of the frames ``chosen``, of up to ``size``, with their elements."""
         for start in range(0, len(chosen), size):
@@ -163,7 +185,7 @@ def columns_of(frames: Sequence[Frame], origins: list[str], groups: list[str]) -
             found["force_components"][row] = np.count_nonzero(~np.isnan(frame.forces))
         found["stress_left_out"][row] = frame.stress_left_out
         found["isolated"][row] = is_isolated(frame)
-        found["structure"][row] = np.frombuffer(frame_key(frame), "<u8")
+        found["structure"][row] = frame_key(frame)
         found["species"][row] = _species_key(frame)
         found["index"][row] = frame.index
         found["origin"][row] = origin_codes.setdefault(frame.origin, len(origin_codes))

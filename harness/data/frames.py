@@ -132,10 +132,13 @@ class FrameSet(Sequence[Frame], ABC):
             frame.energy, frame.forces, frame.stress, frame.extras, frame.weights,
         )  # fmt: skip
 
+    def origin(self, index: int) -> str:
+        """File of a frame, for messages; the frame is not read."""
+        return self.origin_names()[int(self.column("origin")[self._checked(index)])]
+
     def location(self, index: int) -> str:
-        """File and index in it of a frame, for messages; the frame is not read."""
-        position = self._checked(index)
-        return f"{self.origin_names()[self.column('origin')[position]]}, frame {self.column('index')[position]}"
+        """File of a frame and index in it, for messages; the frame is not read."""
+        return f"{self.origin(index)}, frame {int(self.column('index')[self._checked(index)])}"
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> FrameSet:
         """The set of some of the frames, in the order of ``indices``."""
@@ -266,10 +269,8 @@ class FrameSubset(FrameSet):
         chosen = np.asarray(indices, dtype=np.int64)
         if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(frames)):
             raise IndexError(f"frames {chosen.min()} to {chosen.max()} of a set of {len(frames)}")
-        if isinstance(frames, FrameSubset):
-            frames, chosen = frames.frames, frames.indices[chosen]
-        self.frames = frames
-        self.indices = chosen
+        self.frames: FrameSet = frames.frames if isinstance(frames, FrameSubset) else frames
+        self.indices: NDArray[np.int64] = frames.indices[chosen] if isinstance(frames, FrameSubset) else chosen
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -282,8 +283,12 @@ class FrameSubset(FrameSet):
         """Numbers of one frame."""
         return self.frames.arrays(int(self.indices[self._checked(index)]))
 
+    def origin(self, index: int) -> str:
+        """File of a frame."""
+        return self.frames.origin(int(self.indices[self._checked(index)]))
+
     def location(self, index: int) -> str:
-        """File and index in it of a frame."""
+        """File of a frame and index in it."""
         return self.frames.location(int(self.indices[self._checked(index)]))
 
     def column(self, name: str) -> NDArray[Any]:
@@ -348,8 +353,13 @@ class JoinedFrames(FrameSet):
         part, position = self._place(self._checked(index))
         return part.arrays(position)
 
+    def origin(self, index: int) -> str:
+        """File of a frame."""
+        part, position = self._place(self._checked(index))
+        return part.origin(position)
+
     def location(self, index: int) -> str:
-        """File and index in it of a frame."""
+        """File of a frame and index in it."""
         part, position = self._place(self._checked(index))
         return part.location(position)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.data import AtomsDataset, collate
+from harness.data.facts import LABELS, MISSING
 from harness.distributed import launched_ranks
 from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
 from harness.metrics import MetricsManager, Values, step_together
@@ -178,13 +180,11 @@ def _loader_of(datamodule: LightningDataModule, name: str) -> DataLoader[Any] | 
 
 def _smallest(dataset: AtomsDataset) -> list[int]:
     """Indices of the smallest frames, those with all labels and with more than one atom first."""
-
-    def key(index: int) -> tuple[bool, int, int]:
-        frame = dataset.frames[index]
-        missing = sum(label is None for label in (frame.energy, frame.forces, frame.stress))
-        return len(frame.atoms) < 2, missing, len(frame.atoms)
-
-    return sorted(sorted(range(len(dataset)), key=key)[:_NUM_FRAMES])
+    frames = dataset.frames
+    sizes = frames.column("num_atoms")
+    missing = sum((frames.column(f"state_{label}") == MISSING).astype(np.int64) for label in LABELS)
+    order = np.lexsort((sizes, missing, sizes < 2))
+    return sorted(order[:_NUM_FRAMES].tolist())
 
 
 def _converted(batch: Batch, trainer: Trainer) -> Batch:

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from harness.data.frames import as_frame_set
 from harness.job.consistency import data_facts, settings_of, versions
 from harness.loggers.secrets import MASK, without_secrets
 from harness.models import reference_energies as energy_shifts
@@ -155,13 +156,14 @@ def energy_level(frames: Sequence[Any], shifts: Mapping[str, float]) -> dict[str
     Returns:
         ``mean``, ``std`` and ``num_frames``; None without labels, or for an element that has no shift.
     """
-    by_number = np.full(len(atomic_numbers) + 1, np.nan)
-    for symbol, shift in shifts.items():
-        if symbol in atomic_numbers:
-            by_number[atomic_numbers[symbol]] = shift
-    labelled = [frame for frame in frames if frame.energy is not None]
-    left = np.array([(frame.energy - by_number[frame.atoms.numbers].sum()) / len(frame.atoms) for frame in labelled])
-    if not len(left) or not np.isfinite(left).all():
+    known = as_frame_set(frames)
+    labelled, compositions = known.labelled("energy"), known.compositions()
+    names = [symbol for symbol in shifts if symbol in atomic_numbers]
+    if not len(labelled) or not compositions.take(labelled).symbols() <= set(names):
+        return None
+    references = compositions.sums(np.array([shifts[name] for name in names]), names)[labelled]
+    left = (known.column("energy")[labelled] - references) / known.column("num_atoms")[labelled]
+    if not np.isfinite(left).all():
         return None
     return {"mean": float(left.mean()), "std": float(left.std()), "num_frames": len(left)}
 
