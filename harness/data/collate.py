@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.data.batch_fields import BatchField, empty_fields, fields_of_frame
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame
 
@@ -37,6 +38,7 @@ def frame_to_sample(
     cutoff: float,
     frame_index: int = 0,
     dtype: torch.dtype = torch.float32,
+    fields: Sequence[BatchField] = (),
 ) -> dict[str, Tensor]:
     """Tensors of one frame: a batch of one graph, with its neighbour list.
 
@@ -49,6 +51,7 @@ def frame_to_sample(
         cutoff: of the neighbour list, in Å.
         frame_index: number of the frame in its data set.
         dtype: of positions, cell, shifts, forces and stress.
+        fields: further ones: labels, inputs, weights, group.
 
     Returns:
         ``pos`` ``[num_atoms, 3]``, ``atom_types``, ``atomic_numbers`` and ``batch`` ``[num_atoms]``, ``num_atoms`` and
@@ -79,10 +82,11 @@ def frame_to_sample(
         "forces": torch.tensor(forces, dtype=dtype),
         "stress": torch.tensor(stress, dtype=dtype).unsqueeze(0),
         "frame_index": torch.tensor([frame_index], dtype=torch.int64),
+        **fields_of_frame(frame, fields, dtype),
     }
 
 
-def empty_batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def empty_batch(dtype: torch.dtype = torch.float32, fields: Sequence[BatchField] = ()) -> dict[str, Tensor]:
     """The batch of no graphs: all fields, of length zero. Collating it with others changes nothing."""
     return {
         "pos": torch.zeros(0, 3, dtype=dtype),
@@ -98,10 +102,13 @@ def empty_batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "forces": torch.zeros(0, 3, dtype=dtype),
         "stress": torch.zeros(0, 3, 3, dtype=dtype),
         "frame_index": torch.zeros(0, dtype=torch.int64),
+        **empty_fields(fields, dtype),
     }
 
 
-def collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype = torch.float32, fields: Sequence[BatchField] = ()
+) -> dict[str, Tensor]:
     """One batch of the graphs of all ``samples``, in order; the samples, themselves batches, are left as they are.
 
     ``edge_index`` and ``batch`` count on from sample to sample; everything else is concatenated.
@@ -109,12 +116,13 @@ def collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype = torch.
     Args:
         samples: batches of any number of graphs; no samples give :func:`empty_batch`.
         dtype: of the empty batch.
+        fields: further ones of the empty batch.
 
     Raises:
         ValueError: if the samples do not have the same fields.
     """
     if not samples:
-        return empty_batch(dtype)
+        return empty_batch(dtype, fields)
     names = samples[0].keys()
     for position, sample in enumerate(samples):
         if sample.keys() != names:

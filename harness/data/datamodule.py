@@ -32,7 +32,9 @@ from harness.data.dataset import AtomsDataset
 from harness.data.description import reference_warnings, summary
 from harness.data.embedded import embedded_alloy_file
 from harness.data.evaluation import evaluation_loader, sizes_of
+from harness.data.extras import Extras, Found, split_keys
 from harness.data.frames import FrameList, FrameSet
+from harness.data.groups import GROUP_KEY, groups_of
 from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import isolated_energies
 from harness.data.loader import ResumableDataLoader
@@ -41,6 +43,7 @@ from harness.data.repeats import repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
 from harness.data.sets import divided
 from harness.data.statistics import DataStatistics, training_statistics
+from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
 from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
 from harness.support.checks import whole_number
@@ -77,7 +80,12 @@ class AtomsDataModule(LightningDataModule):
         eval_batch_size: frames in an evaluation step, of all ranks together; if None, ``batch_size``, or the budget.
         seed: of the order of the training frames.
         split_seed: of the split, to keep it while the seed changes; ``seed`` if None.
-        keys: names of the labels in the files; see :class:`~harness.data.reading.LabelKeys`.
+        keys: names of the labels in the files, see :class:`~harness.data.reading.LabelKeys`, and of the weights, see
+            :class:`~harness.data.weights.WeightKeys`.
+        labels: further labels by field, or a list of ready ones; see :mod:`harness.data.labels`.
+        inputs: further inputs of the model, likewise.
+        weights: ``{config_type: {Vacancy: 5}}``: factors of the weight of frames by the value of a key.
+        group_key: name in the files whose value is the group of a frame; None for no groups.
         type_names: chemical symbols in the order of the type indices; None for those of all sets by atomic number.
         dtype: of all floating-point fields but ``total_energy``, which is always float64.
         num_workers: processes of each data loader.
@@ -111,7 +119,11 @@ class AtomsDataModule(LightningDataModule):
         num_train: int | None = None,
         seed: int = 0,
         split_seed: int | None = None,
-        keys: LabelKeys | Mapping[str, str] | None = None,
+        keys: LabelKeys | Mapping[str, str | None] | None = None,
+        labels: Mapping[str, Any] | Sequence[str] | None = None,
+        inputs: Mapping[str, Any] | Sequence[str] | None = None,
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+        group_key: str | None = GROUP_KEY,
         type_names: Sequence[str] | None = None,
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
@@ -137,7 +149,10 @@ class AtomsDataModule(LightningDataModule):
         self.num_train = num_train
         self.seed = seed
         self.split_seed = seed if split_seed is None else split_seed
-        self.keys = LabelKeys.from_mapping(keys)
+        of_labels, of_weights = split_keys(keys)
+        self.keys = LabelKeys.from_mapping(of_labels)
+        self.extras = Extras.from_config(labels, inputs, weights, group_key, of_weights)
+        self._found = Found()
         self.dtype = floating_dtype(dtype)
         self.num_workers = whole_number("num_workers", num_workers, least=0)
         self.pin_memory = pin_memory
@@ -169,6 +184,16 @@ class AtomsDataModule(LightningDataModule):
         read = {name: [self._read(path) for path in paths] for name, paths in self._files.items()}
         sets = divided(read, self._files, self.split, self.split_seed, self.num_train, self.isolated_atoms)
         self.sets = sets
+        self.extras.check(self._found, "the data")
+        refuse_weightless(sets.train)
+        every = list(sets.named().values())
+        self.group_names: list[str] = groups_of(every, self.extras.group_key)
+        """Names of the groups of all sets, in the order of ``group_index``."""
+        self.set_names: list[str] = []
+        """Names of the sets of a mixture, in the order of ``set_index``."""
+        self.batch_fields = self.extras.batch_fields(
+            {name for frames in every for name in frames.weight_names()}, self.group_names
+        )
         self.type_names: list[str] = self._asked_type_names or sets.type_names()
         self.train_set = self._dataset(sets.train)
         self.val_sets = [self._dataset(frames) for frames in sets.val]
@@ -215,6 +240,7 @@ class AtomsDataModule(LightningDataModule):
         """
         frames = self._frames_of(name)
         missing = frames.incomplete_counts()
+        missing |= {entry.field: len(frames) for entry in self.extras.labels if entry.field not in missing}
         return {_FIELDS.get(label, label): (number, len(frames)) for label, number in missing.items()}
 
     def missing_hint(self, name: str, field: str) -> str:
@@ -222,8 +248,10 @@ class AtomsDataModule(LightningDataModule):
 
         Args:
             name: of the set, as in :meth:`missing_labels`.
-            field: ``total_energy``, ``forces`` or ``stress``.
+            field: ``total_energy``, ``forces``, ``stress``, or one of ``data.labels``.
         """
+        if field in {entry.field for entry in self.extras.labels}:
+            return self.extras.hint(field, self._frames_of(name))
         label = next((label for label, name_of_field in _FIELDS.items() if name_of_field == field), field)
         return label_hint(self._frames_of(name), label, self.keys)
 
@@ -290,10 +318,14 @@ class AtomsDataModule(LightningDataModule):
     def describe(self) -> str:
         """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""
         self.setup()
-        return summary(self.sets, self.statistics, self.cutoff)
+        return "\n".join(
+            [summary(self.sets, self.statistics, self.cutoff), *self.extras.describe(self.sets.train, self.group_names)]
+        )
 
     def _read(self, path: Path) -> FrameSet:
-        frames = FrameList(read_frames(path, self.keys))
+        read = read_frames(path, self.keys, require_labels=not self.extras.labels)
+        frames = FrameList(self.extras.read(read, require_labels=True))
+        self._found |= self.extras.found(frames)
         if self.check_units:  # first: positions in nm are neighbours within any distance
             check_units(frames)
         if self.min_distance is not None:
@@ -301,7 +333,8 @@ class AtomsDataModule(LightningDataModule):
         return frames
 
     def _dataset(self, frames: FrameSet) -> AtomsDataset:
-        return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors)
+        fields = self.batch_fields
+        return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors, fields)
 
     def training_sampler(self, rank: int, num_ranks: int) -> GlobalBatchSampler:
         """Sampler of the training frames in the batches of one rank.
@@ -333,7 +366,7 @@ class AtomsDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "pin_memory": self.pin_memory,
             "persistent_workers": self.num_workers > 0,  # they hold the samples that they have made
-            "collate_fn": partial(collate, dtype=self.dtype),
+            "collate_fn": partial(collate, dtype=self.dtype, fields=self.batch_fields),
         }
 
 

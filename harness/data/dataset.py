@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from harness.data.batch_fields import BatchField
 from harness.data.collate import frame_to_sample, type_indices
 from harness.data.frames import as_frame_set
 from harness.data.neighbors import neighbor_list
@@ -27,6 +28,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         cutoff: of the neighbour lists, in Å.
         dtype: of all floating-point fields but ``total_energy``.
         cache_neighbors: whether a sample, with its neighbour list, stays in memory once it has been made.
+        fields: further ones of the samples: labels, inputs, weights, group.
 
     Raises:
         ValueError: if a frame has a symbol that is not among the type names.
@@ -39,12 +41,14 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         cutoff: float,
         dtype: torch.dtype = torch.float32,
         cache_neighbors: bool = True,
+        fields: Sequence[BatchField] = (),
     ) -> None:
         self.frames = as_frame_set(frames)
         self.type_names = list(type_names)
         self.cutoff = cutoff
         self.dtype = dtype
         self.cache_neighbors = cache_neighbors
+        self.fields = tuple(fields)
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._num_edges: NDArray[np.int64] | None = None
         self._refuse_unknown_symbols()  # now rather than in the middle of an epoch
@@ -62,7 +66,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         """Sample of one frame; see :func:`~harness.data.collate.frame_to_sample`. Not to be changed in place."""
         if index in self._samples:
             return self._samples[index]
-        sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype)
+        sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype, self.fields)
         if self.cache_neighbors:
             self._samples[index] = sample
         return sample
