@@ -6,6 +6,8 @@ from harness.data.datamodule import AtomsDataModule, EmbeddedAlloyDataModule
 from harness.data.dataset import AtomsDataset
 from harness.data.embedded import embedded_alloy_file
 from harness.data.loader import LookAheadLoader, ResumableDataLoader, look_ahead
+from harness.data.mixing import Mixing
+from harness.data.mixture import MixtureDataModule
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame, LabelKeys, read_frames
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
@@ -23,6 +25,8 @@ __all__ = [
     "GlobalBatchSampler",
     "LabelKeys",
     "LookAheadLoader",
+    "Mixing",
+    "MixtureDataModule",
     "ResumableDataLoader",
     "TrainingBatchSampler",
     "collate",

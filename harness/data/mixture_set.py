@@ -1,0 +1,130 @@
+"""Frames of several sets as one data set, with the number of the set of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harness.data.dataset import AtomsDataset
+from harness.data.mixture_references import Moves
+from harness.data.reading import Frame
+
+__all__ = ["MixtureDataset", "MixtureFrames"]
+
+
+class MixtureFrames(Sequence[Frame]):
+    """Frames of data sets after one another, their energies on the level of the mixture.
+
+    Args:
+        parts: the data sets.
+        set_indices: number of the set that each belongs to.
+        moves: of the energies.
+    """
+
+    def __init__(self, parts: Sequence[AtomsDataset], set_indices: Sequence[int], moves: Moves) -> None:
+        self._parts, self._set_indices, self._moves = list(parts), list(set_indices), moves
+        self.starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return int(self.starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Frame: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Frame]: ...
+    def __getitem__(self, index: int | slice) -> Frame | list[Frame]:
+        """A frame, or several."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        part, place = self.locate(index)
+        return self._moved(part, self._parts[part].frames[place])
+
+    def __iter__(self) -> Iterator[Frame]:
+        """All frames in order."""
+        for part, dataset in enumerate(self._parts):
+            for frame in dataset.frames:
+                yield self._moved(part, frame)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Part that a frame is in, and its position there.
+
+        Raises:
+            IndexError: there is no such frame.
+        """
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} of {len(self)}")
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return part, index - int(self.starts[part])
+
+    def _moved(self, part: int, frame: Frame) -> Frame:
+        if frame.energy is None:
+            return frame
+        move = self._moves.of_elements(self._set_indices[part], frame.atoms.numbers)
+        return replace(frame, energy=frame.energy - move) if move else frame
+
+
+class MixtureDataset(AtomsDataset):
+    """Samples of several data sets after one another.
+
+    A sample has ``set_index``, int64 ``[1]``, type indices of the mixture, and the energy on its level; ``frame_index``
+    is the position in this data set. Neighbour lists are made, and kept, by the data sets that it is made of.
+
+    Args:
+        parts: the data sets.
+        set_indices: number of the set that each belongs to.
+        type_names: chemical symbols in the order of the type indices.
+        moves: of the energies, see :mod:`harness.data.mixture_references`.
+    """
+
+    def __init__(
+        self, parts: Sequence[AtomsDataset], set_indices: Sequence[int], type_names: Sequence[str], moves: Moves
+    ) -> None:
+        first = parts[0]
+        super().__init__((), type_names, first.cutoff, first.dtype, first.cache_neighbors)
+        self.parts = list(parts)
+        self.set_indices = list(set_indices)
+        self.moves = moves
+        self.frames = MixtureFrames(parts, set_indices, moves)  # type: ignore[assignment]
+        self._types = [_positions(part.type_names, self.type_names) for part in parts]
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample of one frame. Not to be changed in place."""
+        part, place = self.frames.locate(index)  # type: ignore[attr-defined]
+        sample = dict(self.parts[part][place])
+        set_index, types = self.set_indices[part], self._types[part]
+        if types is not None:
+            sample["atom_types"] = types.index_select(0, sample["atom_types"])
+        move = self.moves.of_types(set_index, sample["atom_types"])
+        if move:
+            sample["total_energy"] = sample["total_energy"] - move
+        sample["frame_index"] = torch.tensor([index], dtype=torch.int64)
+        sample["set_index"] = torch.tensor([set_index], dtype=torch.int64)
+        return sample
+
+    def num_atoms(self) -> NDArray[np.int64]:
+        """Number of atoms of each frame, ``[num_frames]``."""
+        return np.concatenate([part.num_atoms() for part in self.parts])
+
+    def num_edges(self) -> NDArray[np.int64]:
+        """Number of edges of each frame, ``[num_frames]``, see :meth:`AtomsDataset.num_edges`."""
+        return np.concatenate([part.num_edges() for part in self.parts])
+
+
+def _positions(names: Sequence[str], among: Sequence[str]) -> Tensor | None:
+    """Positions of type names among those of the mixture; None where they are the same."""
+    if list(names) == list(among):
+        return None
+    return torch.tensor([list(among).index(name) for name in names], dtype=torch.int64)
