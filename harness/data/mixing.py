@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from harness.data.samplers import GlobalBatchSampler
 
-__all__ = ["MixtureBatchSampler", "Mixing", "frames_of_shares", "shares_of"]
+__all__ = ["Mixing", "MixtureBatchSampler", "frames_of_shares", "shares_of"]
 
 _TAIL = 3.0
 """Width of the band around the distribution of a set's sizes in which those of a random part of it are: by the

@@ -1,11 +1,8 @@
-"""Several data sets in one training: a data module made of one for each set, mixed by shares that are set or natural."""
+"""Several data sets in one training: a data module made of one for each set, mixed by their shares."""
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import torch
 from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,39 +20,20 @@ from harness.data.collate import collate
 from harness.data.datamodule import AtomsDataModule
 from harness.data.evaluation import evaluation_loader, sizes_of
 from harness.data.loader import ResumableDataLoader
-from harness.data.mixing import MixtureBatchSampler, Mixing, frames_of_shares, shares_of
+from harness.data.mixing import Mixing, MixtureBatchSampler, frames_of_shares, shares_of
 from harness.data.mixture_references import MixtureStatistics, Moves, References, mixture_statistics
 from harness.data.mixture_set import MixtureDataset
+from harness.data.mixture_settings import about_set, checked_sets, plain, weights_of, with_set
 from harness.data.references import outside_text, undetermined_text
 from harness.data.samplers import TrainingBatchSampler
 from harness.models import reference_energies
 from harness.models.heads import heads_of
 from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
 from harness.support.checks import is_number, whole_number
-from harness.support.text import did_you_mean, reason
 
 __all__ = ["MixtureDataModule"]
 
-_OF_THE_WHOLE = frozenset(
-    {
-        "cutoff",
-        "batch_size",
-        "max_atoms",
-        "max_edges",
-        "balance",
-        "eval_batch_size",
-        "seed",
-        "type_names",
-        "dtype",
-        "num_workers",
-        "pin_memory",
-        "cache_neighbors",
-    }
-)
-"""Arguments of a data module that are those of the mixture, and no set's own."""
 _FILES = ("train", "val", "test")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_EXAMPLE = "'data.sets={bulk: {train: bulk.xyz, weight: 2}, molecules: {train: molecules.xyz, split: {val: 0.1}}}'"
 
 
 class MixtureDataModule(LightningDataModule):
@@ -129,10 +106,10 @@ class MixtureDataModule(LightningDataModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        arguments = _checked_sets(_plain(sets), _plain(options))
+        arguments = checked_sets(plain(sets), plain(options))
         self.set_names: list[str] = list(arguments)
         """Names of the sets; ``set_index`` of a batch counts them."""
-        self._weights = _weights(arguments)
+        self._weights = weights_of(arguments)
         if temperature is not None:
             if not is_number(temperature) or not 0 < temperature < float("inf"):
                 raise ValueError(f"data.temperature must be a positive number, found {temperature!r}")
@@ -147,7 +124,7 @@ class MixtureDataModule(LightningDataModule):
             raise ValueError(f"data.evaluation is 'joined' or 'separate', found {evaluation!r}")
         self.evaluation = evaluation
         own = {name: given.pop("references", None) for name, given in arguments.items()}
-        self._references = References(_plain(references), own)
+        self._references = References(plain(references), own)
         shared: dict[str, Any] = {
             "cutoff": cutoff,
             "batch_size": batch_size,
@@ -165,7 +142,7 @@ class MixtureDataModule(LightningDataModule):
         }
         self.modules: dict[str, AtomsDataModule] = {}
         for name, given in arguments.items():
-            with _about(name):
+            with about_set(name):
                 self.modules[name] = AtomsDataModule(**{**shared, **given})
         first = next(iter(self.modules.values()))
         self.cutoff, self.dtype, self.seed = first.cutoff, first.dtype, first.seed
@@ -193,7 +170,7 @@ class MixtureDataModule(LightningDataModule):
         if self._is_set_up:
             return
         for name, module in self.modules.items():
-            with _about(name):
+            with about_set(name):
                 module.setup(stage)
         modules = list(self.modules.values())
         if self._asked_type_names is None:
@@ -233,11 +210,12 @@ class MixtureDataModule(LightningDataModule):
         for index, (name, module) in enumerate(self.modules.items()):
             own = module.val_sets if kind == "val" else module.test_sets
             named = [name] if len(own) == 1 else [f"{name}.{number}" for number in range(len(own))]
-            found += [(index, full, f"{kind}{number}", each) for number, (full, each) in enumerate(zip(named, own))]
-        if self.evaluation == "separate":
-            groups = [[each] for each in found]
-        else:
-            groups = [found] if found else []
+            found += [
+                (index, full, f"{kind}{number}", each)
+                for number, (full, each) in enumerate(zip(named, own, strict=True))
+            ]
+        joined = [found] if found else []
+        groups = [[each] for each in found] if self.evaluation == "separate" else joined
         for number, group in enumerate(groups):
             self._parts[f"{kind}{number}"] = [(self.set_names[index], own) for index, _, own, _ in group]
         sets = [self._joined([each[0] for each in group], [each[3] for each in group]) for group in groups]
@@ -247,7 +225,7 @@ class MixtureDataModule(LightningDataModule):
     def group_names(self) -> list[str]:
         """Names of the groups of frames of all sets; empty where they have none."""
         self.setup()
-        return list(self.train_set.group_names)
+        return self.train_set.frames.group_names()
 
     # --- batches ---
 
@@ -294,7 +272,7 @@ class MixtureDataModule(LightningDataModule):
             num_ranks,
             seed=self.seed,
             unit=unit,
-            name_of=lambda _: dataset.frames[biggest].location,
+            name_of=lambda _: dataset.frames.location(biggest),
         )
         return MixtureBatchSampler(by_budget, mixing, sizes, largest)
 
@@ -312,32 +290,39 @@ class MixtureDataModule(LightningDataModule):
 
     # --- facts ---
 
+    @property
+    def set_labels(self) -> dict[str, set[str]]:
+        """Fields that frames of each set have labels of, by its name: of the others its frames are left out."""
+        self.setup()
+        found: dict[str, set[str]] = {name: set() for name in self.set_names}
+        for part in self._parts:
+            for set_name, counts in self._missing(part):
+                found[set_name] |= {field for field, (missing, total) in counts.items() if missing < total}
+        return found
+
     def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
         """Number of frames without a label or with gaps in it, and of all frames, by field.
+
+        Frames of sets that do not have the label at all are left out of what is compared with it, and do not count,
+        unless no set has it.
 
         Args:
             name: ``train``, or ``val0``, ``test1`` … for the sets in their order.
         """
-        found: dict[str, tuple[int, int]] = {}
-        for module, own in self._of(name):
-            for field, (missing, total) in module.missing_labels(own).items():
-                before = found.get(field, (0, 0))
-                found[field] = before[0] + missing, before[1] + total
-        return found
+        labels = self.set_labels
+        counted: dict[str, tuple[int, int]] = {}
+        everything: dict[str, tuple[int, int]] = {}
+        for set_name, counts in self._missing(name):
+            for field, pair in counts.items():
+                for sums in (everything, counted) if field in labels[set_name] else (everything,):
+                    before = sums.get(field, (0, 0))
+                    sums[field] = before[0] + pair[0], before[1] + pair[1]
+        return everything | counted
 
-    def labelled_sets(self, name: str) -> dict[str, list[str]]:
-        """Names of the sets that have a label in any frame, by field.
-
-        Args:
-            name: as in :meth:`missing_labels`.
-        """
-        found: dict[str, list[str]] = {}
-        for (set_name, _), (module, own) in zip(self._parts[name], self._of(name), strict=True):
-            for field, (missing, total) in module.missing_labels(own).items():
-                names = found.setdefault(field, [])
-                if missing < total and set_name not in names:
-                    names.append(set_name)
-        return found
+    def _missing(self, name: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+        """Missing labels of the parts of a set, with the names of their sets."""
+        self.setup()
+        return [(set_name, self.modules[set_name].missing_labels(own)) for set_name, own in self._parts[name]]
 
     def missing_hint(self, name: str, field: str) -> str:
         """Sentences on a field that frames of a set lack: what they have in its place, or that it was left out.
@@ -347,11 +332,10 @@ class MixtureDataModule(LightningDataModule):
             field: ``total_energy``, ``forces`` or ``stress``.
         """
         hints = []
-        for (set_name, _), (module, own) in zip(self._parts[name], self._of(name), strict=True):
-            missing, _total = module.missing_labels(own).get(field, (0, 0))
-            if missing:
-                hint = _with_set(module.missing_hint(own, field), set_name)
-                hints.append(f"{set_name}: {missing} frames without. {hint}".strip())
+        for (set_name, counts), (_, own) in zip(self._missing(name), self._parts[name], strict=True):
+            if counts.get(field, (0, 0))[0]:
+                hint = with_set(self.modules[set_name].missing_hint(own, field), set_name)
+                hints.append(f"{set_name}: {counts[field][0]} frames without. {hint}".strip())
         return " ".join(hints)
 
     def labelled_types(self, name: str) -> dict[str, set[str]]:
@@ -361,15 +345,11 @@ class MixtureDataModule(LightningDataModule):
             name: as in :meth:`missing_labels`.
         """
         found: dict[str, set[str]] = {}
-        for module, own in self._of(name):
-            for field, types in module.labelled_types(own).items():
+        self.setup()
+        for set_name, own in self._parts[name]:
+            for field, types in self.modules[set_name].labelled_types(own).items():
                 found.setdefault(field, set()).update(types)
         return found
-
-    def _of(self, name: str) -> list[tuple[AtomsDataModule, str]]:
-        """Modules and names of the sets that a set of the mixture is made of."""
-        self.setup()
-        return [(self.modules[set_name], own) for set_name, own in self._parts[name]]
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide the batches, by name: those of each set, shares, references, types, cutoff."""
@@ -389,8 +369,9 @@ class MixtureDataModule(LightningDataModule):
         """Table of the sets with their frames and shares, then types, neighbours, forces and references."""
         self.setup()
         rows = [("set", "frames", "share", "in an epoch", "times each", "val", "test", "labels")]
+        labels_of = self.set_labels
         for index, (name, module) in enumerate(self.modules.items()):
-            labels = [field for field, sets in self.labelled_sets("train").items() if name in sets]
+            labels = sorted(labels_of[name])
             rows.append(
                 (
                     name,
@@ -409,8 +390,9 @@ class MixtureDataModule(LightningDataModule):
                 *_table(rows),
                 f"an epoch has {self.mixing.epoch_frames} frames, shares are {self._shares_text()}",
                 f"types: {', '.join(self.type_names)}",
-                f"neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom, of the frames as drawn",
-                f"RMS of the force components: {statistics.force_rms:.4f} eV/Å, of the frames as drawn",
+                "of the frames as drawn:",
+                f"  neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom",
+                f"  RMS of the force components: {statistics.force_rms:.4f} eV/Å",
                 *statistics.describe(),
             )
         )
@@ -465,15 +447,12 @@ class MixtureDataModule(LightningDataModule):
             )
         if not is_fitted or self.model_statistics is not None:
             return
-        for name, directions, shifts in self.statistics.undetermined_by_set():
-            module = self.modules[name] if name in self.modules else None
-            types = list(self.statistics.types_of(name))
-            if stage == "fit":
-                text = undetermined_text(directions, shifts, types)
-                if text:
-                    rank_zero_warn(_with_set(f"{name}: {text}", name))
-            for full, dataset in self._evaluation_parts(module):
-                text = outside_text(full, dataset, directions, types)
+        for name, (directions, shifts, types) in self.statistics.open_directions.items():
+            text = undetermined_text(directions, shifts, types)
+            if text and stage == "fit":
+                rank_zero_warn(with_set(f"{name}: {text}", name))
+            for full, frames in self._evaluation_parts(self.modules.get(name)):
+                text = outside_text(full, frames, directions, types)
                 if text and (stage == "fit" or full.startswith("test")):
                     rank_zero_warn(f"{name}, {text}")
 
@@ -505,106 +484,6 @@ def _collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> dic
     batch = collate(samples, dtype)
     batch.setdefault("set_index", torch.zeros(0, dtype=torch.int64))
     return batch
-
-
-def _plain(value: Any) -> Any:
-    """A value without classes of OmegaConf."""
-    if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return value
-
-
-def _arguments_of_sets() -> list[str]:
-    """Names of the arguments that a set may have."""
-    of_module = [name for name in inspect.signature(AtomsDataModule.__init__).parameters if name != "self"]
-    return [*(name for name in of_module if name not in _OF_THE_WHOLE), "weight", "references"]
-
-
-def _checked_sets(sets: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of each set, with those that are given for all.
-
-    Raises:
-        KeyError: an argument that no set has.
-        TypeError: sets that are no mappings.
-        ValueError: no sets, or a name that no key could be made of.
-    """
-    valid = _arguments_of_sets()
-    of_one = ("weight", "references", *_FILES)
-    for name in options:
-        if name not in valid or name in of_one:
-            meant = did_you_mean(name, [each for each in valid if each not in of_one])
-            what = "is of one set" if name in of_one else "is no argument of a mixture or a set"
-            raise KeyError(f"data.{name} {what}. {meant}Files and weights are in data.sets, such as {_EXAMPLE}")
-    if not sets:
-        raise ValueError(f"data.sets is empty; expected at least one named set, such as {_EXAMPLE}")
-    if not isinstance(sets, Mapping):
-        raise TypeError(f"data.sets is a mapping of names to sets, such as {_EXAMPLE}, found {sets!r}")
-    found: dict[str, dict[str, Any]] = {}
-    for key, given in sets.items():
-        name = str(key)
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"data.sets: {name!r} is no name of a set, which becomes part of log keys (forces_mae@{name}); "
-                f"expected letters, digits, and _ . + - within"
-            )
-        if not isinstance(given, Mapping):
-            raise TypeError(f"data.sets.{name} is a mapping such as {{train: {name}.xyz}}, found {given!r}")
-        for argument in given:
-            if argument in valid:
-                continue
-            meant = did_you_mean(argument, valid)
-            whole = f"It is of the whole: data.{argument}. " if argument in _OF_THE_WHOLE else ""
-            raise KeyError(
-                f"data.sets.{name} has {argument!r}, which is no argument of a set. {whole or meant}A set has "
-                f"{', '.join(valid)}"
-            )
-        if not given.get("train"):
-            raise ValueError(
-                f"data.sets.{name} has no training frames; expected train: a file, or a list of files. To evaluate on "
-                f"other frames alone, give them as val or test of a set that is trained on, or use harness-eval"
-            )
-        found[name] = {**options, **given}
-    return found
-
-
-def _weights(arguments: dict[str, dict[str, Any]]) -> list[float] | None:
-    """Weights of the sets, taken out of their arguments; None if no set has one.
-
-    Raises:
-        ValueError: a weight that is not positive.
-    """
-    given = {name: each.pop("weight", None) for name, each in arguments.items()}
-    for name, weight in given.items():
-        if weight is not None and (not is_number(weight) or not 0 < weight < float("inf")):
-            raise ValueError(
-                f"data.sets.{name}.weight must be a positive number, found {weight!r}; a set that is not trained on is "
-                f"left out"
-            )
-    if all(weight is None for weight in given.values()):
-        return None
-    return [1.0 if weight is None else float(weight) for weight in given.values()]
-
-
-@contextmanager
-def _about(name: str) -> Iterator[None]:
-    """Name the set in errors about its arguments and files."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise _same_kind(error)(f"data.sets.{name}: {_with_set(reason(error), name)}") from error
-
-
-def _same_kind(error: Exception) -> type[Exception]:
-    kinds = (FileNotFoundError, KeyError, TypeError, ValueError, OSError)
-    return next(kind for kind in kinds if isinstance(error, kind))
-
-
-def _with_set(text: str, name: str) -> str:
-    """A message in which settings of the data are those of a set: ``data.sets.bulk.keys`` for ``data.keys``."""
-    settings = "|".join(each for each in _arguments_of_sets() if each not in ("weight", "references"))
-    return re.sub(rf"\bdata\.({settings})\b", rf"data.sets.{name}.\1", text)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

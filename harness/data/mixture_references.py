@@ -25,15 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.data.datamodule import AtomsDataModule
-from harness.data.dataset import AtomsDataset
-from harness.data.reading import chemical_symbols
-from harness.data.references import EnergySums, compositions, fit_references
+from harness.data.frames import FrameSet
+from harness.data.references import EnergySums, fit_references
+from harness.data.references import References as FittedReferences
 from harness.data.statistics import DataStatistics
 from harness.models.scale_shift import resolve_shifts
 
 __all__ = ["MixtureStatistics", "Moves", "References", "mixture_statistics"]
 
-_CHUNK = 4096  # frames whose compositions are summed at once
 _DENSE_NUMBERS = 4_000_000  # numbers of atoms of all frames up to which they are kept for the fit: 32 MB
 _ALL = "all sets"
 
@@ -83,45 +82,42 @@ class MixtureStatistics(DataStatistics):
     mixture.
 
     Attributes:
-        set_names: names of the sets.
-        set_shifts: references of the sets in eV, float64 ``[num_sets, num_types]``; those of the mixture where a set
-            does not have a type.
+        set_references: energies in eV by symbol of each set, by its name, of the elements that it has.
         levels: of each type, the name of the set whose reference is that of the mixture; empty where they are fitted to
             all sets, or given.
-        set_types: of each set, the types that it has.
         origins: of each set, how its references were found, in words.
         open_directions: by set, references that its energies leave open: directions ``[num_types_of_set, number]``,
             the references and the types of the set.
     """
 
-    set_names: tuple[str, ...] = ()
-    set_shifts: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    set_references: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     levels: Mapping[str, str] = field(default_factory=dict)
-    set_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
     open_directions: Mapping[str, tuple[Array, list[float], tuple[str, ...]]] = field(default_factory=dict)
 
+    @property
+    def set_shifts(self) -> Tensor:
+        """References of the sets, float64 ``[num_sets, num_types]``; the mixture's where a set does not have a type."""
+        shifts = self.energy_shifts.tolist()
+        rows = [
+            [energies.get(name, shift) for name, shift in zip(self.type_names, shifts, strict=True)]
+            for energies in self.set_references.values()
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
     def describe(self) -> list[str]:
         """Lines about the references of each set and of the mixture."""
+        values = dict(zip(self.type_names, self.energy_shifts.tolist(), strict=True))
+        present = [name for name in self.type_names if any(name in each for each in self.set_references.values())]
+        of_mixture = _listed({name: values[name] for name in present})
         if _ALL in self.origins:
-            shifts = self._text(self.energy_shifts, self.type_names)
-            return [f"energies of the types in eV {self.origins[_ALL]}, common to all sets: {shifts}"]
-        lines = ["references of the sets in eV:"]
-        for name, shifts in zip(self.set_names, self.set_shifts, strict=True):
-            lines.append(f"  {name}: {self._text(shifts, self.set_types[name])}; {self.origins[name]}")
+            return [f"energies of the types in eV {self.origins[_ALL]}, common to all sets: {of_mixture}"]
         levels = ", ".join(f"{each} of {name}" for each, name in self.levels.items()) or "as given"
         return [
-            *lines,
-            f"energies are moved to the references of the mixture ({levels}), for energy_shifts=fit: "
-            f"{self._text(self.energy_shifts, [each for each in self.type_names if self._has(each)])}",
+            "references of the sets in eV:",
+            *(f"  {name}: {_listed(each)}; {self.origins[name]}" for name, each in self.set_references.items()),
+            f"energies are moved to the references of the mixture ({levels}), for energy_shifts=fit: {of_mixture}",
         ]
-
-    def _has(self, type_name: str) -> bool:
-        return any(type_name in types for types in self.set_types.values())
-
-    def _text(self, shifts: Tensor, types: Sequence[str]) -> str:
-        values = dict(zip(self.type_names, shifts.tolist(), strict=True))
-        return ", ".join(f"{name} {values[name]:.4f}" for name in types)
 
     def references_text(self) -> str:
         """All references in a line that two ranks can compare."""
@@ -139,7 +135,7 @@ class Moves:
 
     def __init__(self, statistics: MixtureStatistics) -> None:
         self._of_types = statistics.set_shifts - statistics.energy_shifts
-        numbers = np.zeros((len(statistics.set_names), len(_SYMBOLS)))
+        numbers = np.zeros((len(statistics.set_references), len(_SYMBOLS)))
         numbers[:, [_SYMBOLS.index(name) for name in statistics.type_names]] = self._of_types.numpy()
         self._of_elements = numbers
         self.are_needed = bool((self._of_types != 0).any())
@@ -156,6 +152,14 @@ class Moves:
         if not (self.are_made and self.are_needed):
             return 0.0
         return float(self._of_elements[set_index, atomic_numbers].sum())
+
+    def of_frames(self, set_index: int, frames: FrameSet) -> Array:
+        """Likewise for each of many frames of a set, ``[num_frames]``."""
+        if not (self.are_made and self.are_needed) or not len(frames):
+            return np.zeros(len(frames))
+        compositions = frames.compositions()
+        of_entries = compositions.counts * self._of_elements[set_index, compositions.numbers]
+        return np.add.reduceat(of_entries, compositions.offsets[:-1])  # type: ignore[no-any-return]
 
 
 def mixture_statistics(
@@ -186,27 +190,25 @@ def mixture_statistics(
     names, types = tuple(modules), tuple(type_names)
     own = {name: module.statistics for name, module in modules.items()}
     present = {name: _present(module, types) for name, module in modules.items()}
-    sums, rows = _energy_sums([module.train_set for module in modules.values()], types)
     isolated = _isolated(own, references)
-    fitted = fit_references(sums, types, isolated if references.are_common else None, rows)
+    sets = [module.train_set.frames for module in modules.values()]
+    fitted = _fitted(sets, types, isolated if references.are_common else None)
     level, levels = torch.from_numpy(fitted.energies).clone(), {}
     origins: dict[str, str] = {}
     directions: dict[str, tuple[Array, list[float], tuple[str, ...]]] = {}
+    values: dict[str, dict[str, float]] = {}
     if references.are_common:
-        shifts = level.expand(len(names), -1).clone()
         origins[_ALL] = "of isolated atoms, and by least squares" if isolated else "by least squares"
         directions[_ALL] = (fitted.undetermined, level.tolist(), types)
+        of_types = dict(zip(types, level.tolist(), strict=True))
+        values = {name: {each: of_types[each] for each in present[name]} for name in names}
     else:
-        values: dict[str, dict[str, float]] = {}
         for name, statistics in own.items():
             given = references.of_sets[name]
             values[name], origins[name] = _of_set(name, given, statistics, present[name])
             if given == "fit" and statistics.undetermined is not None:
-                directions[name] = (
-                    np.asarray(statistics.undetermined),
-                    statistics.energy_shifts.tolist(),
-                    tuple(statistics.type_names),
-                )
+                of_types = statistics.energy_shifts.tolist()
+                directions[name] = (np.asarray(statistics.undetermined), of_types, tuple(statistics.type_names))
         for index, each in enumerate(types):
             first = next((name for name in names if each in present[name]), None)
             if first is not None:
@@ -214,14 +216,8 @@ def mixture_statistics(
         if references.to is not None:
             to = _resolved("data.references", references.to, _Named(types, own[names[0]].energy_key))
             level, levels = torch.tensor(to, dtype=torch.float64), {}
-        shifts = level.expand(len(names), -1).clone()
-        for row, name in zip(shifts, names, strict=True):
-            for index, each in enumerate(types):
-                row[index] = values[name].get(each, float(level[index]))
-    squares, components = 0.0, 0.0
-    for drawn, module in zip(passes, modules.values(), strict=True):
-        found, number = _force_squares(module.train_set)
-        squares, components = squares + drawn * found, components + drawn * number
+    forces = np.array([frames.force_squares() for frames in sets])  # [num_sets, 2]
+    squares, components = np.asarray(passes) @ forces
     atoms = np.array([drawn * own[name].num_atoms for drawn, name in zip(passes, names, strict=True)])
     neighbors = np.array([own[name].mean_neighbors for name in names])
     lacking = set.intersection(*(set(each.hints) for each in own.values()))
@@ -236,10 +232,8 @@ def mixture_statistics(
         isolated_atoms=isolated,
         energy_key=own[names[0]].energy_key,
         hints={label: " ".join(f"{name}: {own[name].hints[label]}" for name in names) for label in sorted(lacking)},
-        set_names=names,
-        set_shifts=shifts,
+        set_references=values,
         levels=levels,
-        set_types=present,
         origins=origins,
         open_directions=directions,
     )
@@ -273,7 +267,8 @@ def _of_set(
     if given != "fit":
         found = _resolved(f"data.sets.{name}.references", given, _Named(present, statistics.energy_key))
         return dict(zip(present, found, strict=True)), "as given"
-    values = dict(zip(statistics.type_names, statistics.energy_shifts.tolist(), strict=True))
+    of_types = dict(zip(statistics.type_names, statistics.energy_shifts.tolist(), strict=True))
+    values = {each: of_types[each] for each in present}
     fitted = [each for each in present if each not in statistics.isolated_atoms]
     if len(fitted) == len(present):
         return values, "by least squares"
@@ -282,9 +277,7 @@ def _of_set(
 
 def _present(module: AtomsDataModule, type_names: Sequence[str]) -> tuple[str, ...]:
     """Types that frames of a set have, in the order of the type indices."""
-    symbols = set().union(
-        *(chemical_symbols(each.frames) for each in (module.train_set, *module.val_sets, *module.test_sets))
-    )
+    symbols = set().union(*(each.frames.symbols() for each in (module.train_set, *module.val_sets, *module.test_sets)))
     return tuple(name for name in type_names if name in symbols)
 
 
@@ -309,27 +302,17 @@ def _isolated(own: Mapping[str, DataStatistics], references: References) -> dict
     return found
 
 
-def _energy_sums(datasets: Sequence[AtomsDataset], type_names: Sequence[str]) -> tuple[EnergySums, Any]:
-    """Sums of the labelled frames of all sets, and their compositions and energies if these are few."""
-    sums, rows = EnergySums.empty(len(type_names)), []
-    number = sum(len(dataset) for dataset in datasets)
-    for dataset in datasets:
-        labelled = [frame for frame in dataset.frames if frame.energy is not None]
-        for start in range(0, len(labelled), _CHUNK):
-            part = labelled[start : start + _CHUNK]
-            counts, energies = compositions(part, type_names), np.array([frame.energy for frame in part])
-            sums += EnergySums.of(counts, energies)
-            rows.append((counts, energies))
-    if not rows or number * len(type_names) > _DENSE_NUMBERS:
-        return sums, None
-    return sums, tuple(np.concatenate(column) for column in zip(*rows, strict=True))
+def _fitted(sets: Sequence[FrameSet], type_names: Sequence[str], fixed: Mapping[str, float] | None) -> FittedReferences:
+    """Fit to the energies of all sets."""
+    sums = EnergySums.empty(len(type_names))
+    for frames in sets:
+        sums += frames.energy_sums(type_names)
+    rows = None
+    if sum(map(len, sets)) * len(type_names) <= _DENSE_NUMBERS:
+        columns = zip(*(frames.energy_rows(type_names) for frames in sets), strict=True)
+        rows = tuple(np.concatenate(column) for column in columns)
+    return fit_references(sums, type_names, fixed, rows)  # type: ignore[arg-type]
 
 
-def _force_squares(dataset: AtomsDataset) -> tuple[float, int]:
-    """Sum of the squares of the labelled force components in eV²/Å², and how many they are."""
-    squares, number = 0.0, 0
-    for frame in dataset.frames:
-        if frame.forces is not None:
-            squares += float(np.nansum(frame.forces**2))
-            number += int(np.count_nonzero(~np.isnan(frame.forces)))
-    return squares, number
+def _listed(energies: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {energy:.4f}" for name, energy in energies.items())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,45 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.data.dataset import AtomsDataset
+from harness.data.frames import FrameArrays, FrameSet, JoinedFrames
 from harness.data.mixture_references import Moves
 from harness.data.reading import Frame
 
 __all__ = ["MixtureDataset", "MixtureFrames"]
 
 
-class MixtureFrames(Sequence[Frame]):
+class MixtureFrames(JoinedFrames):
     """Frames of data sets after one another, their energies on the level of the mixture.
 
     Args:
-        parts: the data sets.
+        parts: frames of the data sets.
         set_indices: number of the set that each belongs to.
         moves: of the energies.
     """
 
-    def __init__(self, parts: Sequence[AtomsDataset], set_indices: Sequence[int], moves: Moves) -> None:
-        self._parts, self._set_indices, self._moves = list(parts), list(set_indices), moves
-        self.starts = np.cumsum([0, *map(len, parts)])
-
-    def __len__(self) -> int:
-        """Number of frames."""
-        return int(self.starts[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Frame: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Frame]: ...
-    def __getitem__(self, index: int | slice) -> Frame | list[Frame]:
-        """A frame, or several."""
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        part, place = self.locate(index)
-        return self._moved(part, self._parts[part].frames[place])
-
-    def __iter__(self) -> Iterator[Frame]:
-        """All frames in order."""
-        for part, dataset in enumerate(self._parts):
-            for frame in dataset.frames:
-                yield self._moved(part, frame)
+    def __init__(self, parts: Sequence[FrameSet], set_indices: Sequence[int], moves: Moves) -> None:
+        super().__init__(parts)
+        self._set_indices, self._moves = list(set_indices), moves
+        self._starts = np.cumsum([0, *map(len, parts)])
 
     def locate(self, index: int) -> tuple[int, int]:
         """Part that a frame is in, and its position there.
@@ -58,14 +39,29 @@ class MixtureFrames(Sequence[Frame]):
         Raises:
             IndexError: there is no such frame.
         """
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"frame {index} of {len(self)}")
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return part, index - int(self.starts[part])
+        position = self._checked(index)
+        part = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return part, position - int(self._starts[part])
 
-    def _moved(self, part: int, frame: Frame) -> Frame:
+    def arrays(self, index: int) -> FrameArrays:
+        """Numbers of one frame."""
+        part, place = self.locate(index)
+        found = self.parts[part].arrays(place)
+        if found.energy is None:
+            return found
+        return found._replace(energy=found.energy - self._moves.of_elements(self._set_indices[part], found.numbers))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One of the columns; see :meth:`~harness.data.frames.FrameSet.column`."""
+        found = super().column(name)
+        if name != "energy":
+            return found
+        moved = [self._moves.of_frames(*each) for each in zip(self._set_indices, self.parts, strict=True)]
+        return found - np.concatenate(moved)
+
+    def _frame(self, index: int) -> Frame:
+        part, place = self.locate(index)
+        frame = self.parts[part][place]
         if frame.energy is None:
             return frame
         move = self._moves.of_elements(self._set_indices[part], frame.atoms.numbers)
@@ -89,20 +85,17 @@ class MixtureDataset(AtomsDataset):
         self, parts: Sequence[AtomsDataset], set_indices: Sequence[int], type_names: Sequence[str], moves: Moves
     ) -> None:
         first = parts[0]
-        super().__init__((), type_names, first.cutoff, first.dtype, first.cache_neighbors)
+        frames = MixtureFrames([part.frames for part in parts], set_indices, moves)
+        super().__init__(frames, type_names, first.cutoff, first.dtype, first.cache_neighbors)
         self.parts = list(parts)
         self.set_indices = list(set_indices)
         self.moves = moves
-        self.frames = MixtureFrames(parts, set_indices, moves)  # type: ignore[assignment]
+        self._locate = frames.locate
         self._types = [_positions(part.type_names, self.type_names) for part in parts]
-
-    def __len__(self) -> int:
-        """Number of frames."""
-        return len(self.frames)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Sample of one frame. Not to be changed in place."""
-        part, place = self.frames.locate(index)  # type: ignore[attr-defined]
+        part, place = self._locate(index)
         sample = dict(self.parts[part][place])
         set_index, types = self.set_indices[part], self._types[part]
         if types is not None:
@@ -113,10 +106,6 @@ class MixtureDataset(AtomsDataset):
         sample["frame_index"] = torch.tensor([index], dtype=torch.int64)
         sample["set_index"] = torch.tensor([set_index], dtype=torch.int64)
         return sample
-
-    def num_atoms(self) -> NDArray[np.int64]:
-        """Number of atoms of each frame, ``[num_frames]``."""
-        return np.concatenate([part.num_atoms() for part in self.parts])
 
     def num_edges(self) -> NDArray[np.int64]:
         """Number of edges of each frame, ``[num_frames]``, see :meth:`AtomsDataset.num_edges`."""

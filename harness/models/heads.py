@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["heads_of"]
+from torch import Tensor, nn
+
+__all__ = ["head_of_graphs", "heads_of", "resolve_heads", "shifts_of_heads"]
 
 
 def heads_of(model: nn.Module) -> tuple[str, ...] | None:
@@ -17,3 +20,56 @@ def heads_of(model: nn.Module) -> tuple[str, ...] | None:
         if heads:
             return tuple(str(name) for name in heads)
     return None
+
+
+def head_of_graphs(batch: Mapping[str, Tensor], heads: Sequence[str]) -> Tensor:
+    """Position of each graph's head among the names, int64 ``[num_graphs]``: the field ``set_index`` of the batch.
+
+    Raises:
+        KeyError: the batch has no such field.
+    """
+    if "set_index" not in batch:
+        raise KeyError(
+            f"the model has the heads {', '.join(heads)}, and the batch has no 'set_index' that says which of them a "
+            f"structure is predicted by; expected int64 [num_graphs], as the batches of data=mixture have it"
+        )
+    return batch["set_index"]
+
+
+def resolve_heads(heads: Sequence[str] | str | None, statistics: Any) -> tuple[str, ...]:
+    """Names of the heads that a config asks for; none for None.
+
+    Args:
+        heads: ``sets`` for one for each data set of a mixture, or the names of these sets, or None.
+        statistics: of the training set.
+
+    Raises:
+        ValueError: the data are no mixture, or the names are not those of its sets.
+    """
+    if heads is None:
+        return ()
+    sets = tuple(getattr(statistics, "set_references", None) or ())
+    if not sets:
+        raise ValueError(f"model.heads={heads} is for several data sets (data=mixture), found data of one set.")
+    if heads == "sets":
+        return sets
+    if isinstance(heads, str) or not isinstance(heads, Sequence) or tuple(heads) != sets:
+        raise ValueError(
+            f"model.heads is null, sets, or a list of the names of the sets, [{', '.join(sets)}], found {heads!r}."
+        )
+    return sets
+
+
+def shifts_of_heads(shifts: Sequence[float], heads: Sequence[str], statistics: Any) -> list[list[float]]:
+    """Reference energies of each head in eV, ``[num_heads][num_types]``.
+
+    Args:
+        shifts: in eV by type, for the types that a set does not have.
+        heads: names of the sets.
+        statistics: of the training set, with ``set_references``: eV by symbol of each set.
+    """
+    given = statistics.set_references
+    return [
+        [float(given[head].get(name, shift)) for name, shift in zip(statistics.type_names, shifts, strict=True)]
+        for head in heads
+    ]

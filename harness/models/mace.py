@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.models.force_field import ForceField
 from harness.models.geometry import edge_vectors
+from harness.models.heads import head_of_graphs, resolve_heads, shifts_of_heads
 from harness.models.packages import missing_package
 from harness.models.references import connected_zero
 from harness.models.scale_shift import ScaleShift, TypeStatistics, resolve_scales, resolve_shifts
@@ -30,6 +31,7 @@ class MACEEnergy(nn.Module):
     Args:
         mace: a ``mace.modules.ScaleShiftMACE`` whose atomic energies are zero.
         elements: position of each atom type among the model's ``atomic_numbers``, which MACE wants in order.
+        heads: names of its heads, one for each data set: the batch's ``set_index`` says which a graph has.
 
     Reference:
         I. Batatia et al., "MACE: Higher order equivariant message passing neural networks for fast and accurate force
@@ -39,9 +41,10 @@ class MACEEnergy(nn.Module):
     takes_empty_batches = True
     elements: Tensor
 
-    def __init__(self, mace: nn.Module, elements: Sequence[int]) -> None:
+    def __init__(self, mace: nn.Module, elements: Sequence[int], heads: Sequence[str] = ()) -> None:
         super().__init__()
         self.mace = mace
+        self.set_heads = tuple(heads)
         self.register_buffer("elements", torch.tensor(list(elements), dtype=torch.int64))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -63,6 +66,8 @@ class MACEEnergy(nn.Module):
             "batch": batch["batch"],
             "ptr": torch.cat((counts.new_zeros(1), counts.cumsum(0))),
         }
+        if self.set_heads:
+            inputs["head"] = head_of_graphs(batch, self.set_heads)
         outputs = self.mace(inputs, training=self.training, compute_force=False)
         energies: Tensor = outputs["node_energy"].reshape(-1, 1)
         return energies
@@ -90,6 +95,7 @@ def mace_force_field(
     stress: bool = True,
     dtype: str = "float32",
     seed: int | None = None,
+    heads: Sequence[str] | str | None = None,
     **options: Any,
 ) -> ForceField:
     """MACE with the references and the scale of its training set, and forces and stresses derived from its energies.
@@ -116,6 +122,8 @@ def mace_force_field(
         dtype: of the weights, ``float32`` or ``float64``; a model is built in it, not converted.
         seed: of the initial weights, which then neither depend on the global random state nor change it; None draws
             them from it.
+        heads: ``sets`` for a head for each data set of a mixture: readouts of its own, and the references of that set
+            in place of ``energy_shifts``; or the names of the sets.
         options: further arguments of ``ScaleShiftMACE``, such as ``pair_repulsion``, ``distance_transform``,
             ``cueq_config`` or ``oeq_config``; ``readout_cls`` and ``edge_irreps`` by their names.
 
@@ -129,6 +137,12 @@ def mace_force_field(
     ordered = sorted(numbers)
     scale = resolve_scales(energy_scales, statistics)[0]
     shifts = resolve_shifts(energy_shifts, statistics)
+    names = resolve_heads(heads, statistics)
+    if names and energy_shifts != "fit":
+        raise ValueError(
+            "model.heads takes the references of each head from its set: give them as data.sets.NAME.references in "
+            "place of model.energy_shifts."
+        )
     neighbors = avg_num_neighbors if avg_num_neighbors is not None else statistics.mean_neighbors  # type: ignore[attr-defined]
     own_seed = seed if seed is not None else int(torch.randint(2**31, ()).item())
     with guest(_dtype(dtype)):
@@ -155,19 +169,23 @@ def mace_force_field(
             num_elements=len(ordered),
             hidden_irreps=o3.Irreps([(channels, (order, (-1) ** order)) for order in range(max_L + 1)]),
             MLP_irreps=o3.Irreps(mlp_irreps),
-            atomic_energies=np.zeros(len(ordered)),
+            atomic_energies=np.zeros((len(names), len(ordered)) if names else len(ordered)),
             avg_num_neighbors=float(neighbors),
             atomic_numbers=ordered,
             correlation=correlation,
             gate=_named(modules.gate_dict, gate, "gate"),
             radial_MLP=list(radial_mlp),
-            atomic_inter_scale=scale,
-            atomic_inter_shift=0.0,
+            atomic_inter_scale=[scale] * len(names) if names else scale,
+            atomic_inter_shift=[0.0] * len(names) if names else 0.0,
             # its own default, True, is another model where cuEquivariance is installed, and has no effect elsewhere
-            **{"use_reduced_cg": False, **options},
+            **{"use_reduced_cg": False, **({"heads": list(names)} if names else {}), **options},
         )
-    energy = MACEEnergy(model, [ordered.index(number) for number in numbers])
-    return ForceField(ScaleShift(energy, [1.0] * len(numbers), shifts), derive_stress=stress)
+    energy = MACEEnergy(model, [ordered.index(number) for number in numbers], names)
+    scales = [1.0] * len(numbers)
+    if not names:
+        return ForceField(ScaleShift(energy, scales, shifts), derive_stress=stress)
+    of_heads = shifts_of_heads(shifts, names, statistics)
+    return ForceField(ScaleShift(energy, scales, of_heads, heads=names), derive_stress=stress)
 
 
 def _atomic_number(name: str) -> int:

@@ -12,6 +12,7 @@ import ase.io
 import torch
 from torch import Tensor, nn
 
+from harness.models.heads import head_of_graphs
 from harness.support.checks import is_number
 
 __all__ = [
@@ -48,11 +49,15 @@ class ScaleShift(nn.Module):
     of the order of -1000 eV, where float32 has steps of 0.1 meV: they are kept and added in float64, also after
     ``.float()``, ``.half()`` or ``.to(dtype)``.
 
+    With ``heads`` there are shifts :math:`\mu_{h,t}` for each of them, and ``set_index`` of the batch, int64
+    ``[num_graphs]``, says which head a graph has.
+
     Args:
         energy_model: maps a batch to outputs of order one.
         scales: :math:`\sigma_t` in eV, one per type.
-        shifts: :math:`\mu_t` in eV, one per type.
+        shifts: :math:`\mu_t` in eV, one per type; with heads, such a list for each head.
         trainable_scales: make the scales parameters, which are trained.
+        heads: their names, such as those of the data sets of a mixture; None for a model without.
 
     Raises:
         ValueError: if scales and shifts differ in length, or are not finite, or a scale is zero.
@@ -65,15 +70,20 @@ class ScaleShift(nn.Module):
         self,
         energy_model: nn.Module,
         scales: Sequence[float],
-        shifts: Sequence[float],
+        shifts: Sequence[float] | Sequence[Sequence[float]],
         trainable_scales: bool = False,
+        heads: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if len(scales) != len(shifts):
-            raise ValueError(f"one scale and one shift per type expected, found {len(scales)} and {len(shifts)}")
+        shift = torch.tensor(shifts, dtype=torch.float64)
+        if shift.shape != (len(scales),) if heads is None else shift.shape != (len(heads), len(scales)):
+            per = "" if heads is None else f" for each of the heads {', '.join(heads)}"
+            raise ValueError(
+                f"one scale and one shift per type{per} expected, found {len(scales)} and {list(shift.shape)}"
+            )
         if not all(math.isfinite(scale) and scale != 0 for scale in scales):
             raise ValueError(f"energy scales must be finite and not zero, found {list(scales)}")
-        if not all(math.isfinite(shift) for shift in shifts):
+        if not shift.isfinite().all():
             raise ValueError(f"energy shifts must be finite, found {list(shifts)}")
         self.energy_model = energy_model
         scale = torch.tensor([float(value) for value in scales])
@@ -81,7 +91,9 @@ class ScaleShift(nn.Module):
             self.scales = nn.Parameter(scale)
         else:
             self.register_buffer("scales", scale)
-        self.register_buffer("shifts", torch.tensor([float(value) for value in shifts], dtype=torch.float64))
+        self.register_buffer("shifts", shift)
+        self.set_heads: tuple[str, ...] = tuple(heads or ())
+        """Names of the heads, which ``set_index`` of a batch counts; empty without."""
 
     @property
     def takes_empty_batches(self) -> bool:
@@ -93,7 +105,10 @@ class ScaleShift(nn.Module):
         atom_types = batch["atom_types"]
         outputs: Tensor = self.energy_model(batch).reshape(-1, 1)
         scaled = outputs * self.scales.index_select(0, atom_types).unsqueeze(-1)
-        return scaled.double() + self.shifts.index_select(0, atom_types).unsqueeze(-1)
+        if not self.set_heads:
+            return scaled.double() + self.shifts.index_select(0, atom_types).unsqueeze(-1)
+        head = head_of_graphs(batch, self.set_heads).index_select(0, batch["batch"])
+        return scaled.double() + self.shifts[head, atom_types].unsqueeze(-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaleShift:
         # .float() and its like convert every floating-point buffer; the shifts only follow the device
@@ -108,7 +123,7 @@ def reference_energies(model: nn.Module, type_names: Sequence[str]) -> dict[str,
     """Reference energies in eV by type name: the tensor ``shifts`` of the first part of a model with one for each type.
 
     Returns:
-        None for a model that has none, or splits them over the ranks.
+        None for a model that has none, or some for each of several heads, or splits them over the ranks.
     """
     shifts = _shifts_of(model, len(type_names))
     return None if shifts is None else dict(zip(type_names, shifts.detach().double().flatten().tolist(), strict=True))
@@ -131,7 +146,7 @@ def set_reference_energies(model: nn.Module, energies: Sequence[float]) -> None:
 
 def _shifts_of(model: nn.Module, num_types: int) -> Tensor | None:
     for part in model.modules():
-        shifts = getattr(part, "shifts", None)
+        shifts = None if getattr(part, "set_heads", None) else getattr(part, "shifts", None)
         if isinstance(shifts, Tensor) and type(shifts) in (Tensor, nn.Parameter) and shifts.numel() == num_types:
             return shifts
     return None

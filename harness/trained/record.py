@@ -38,6 +38,7 @@ _STATISTICS = (
     "num_atoms",
     "undetermined",
     "isolated_atoms",
+    "set_references",
 )
 _WITH_UNITS = ("pos", "cell", "total_energy", "atomic_energy", "forces", "stress", "virial")
 _WITHOUT_VERSION = ("harness", "torch", "builtins", "__main__")
