@@ -42,13 +42,15 @@ class HarnessCalculator(Calculator):
         device: of the model, such as ``cuda``; a GPU if there is one, for a path, and where it is, for a model.
         skin: of the neighbour list in Å. A larger one is made anew less often and has more pairs to look at.
         trust: names of packages whose builders a checkpoint may call, see :func:`harness.load_model`.
+        head: of a model with several, such as one for each data set of its training.
 
     Attributes:
         model: the model, whose weights need no gradients.
         neighbors: the neighbour list; ``neighbors.num_lists`` counts how often it was made.
 
     Raises:
-        ValueError: the model has no cutoff or no type names, besides the errors of :func:`harness.load_model`.
+        ValueError: the model has no cutoff, no type names, or no such head, besides the errors of
+            :func:`harness.load_model`.
     """
 
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]  # type: ignore[misc]
@@ -60,6 +62,7 @@ class HarnessCalculator(Calculator):
         *,
         skin: float = 0.5,
         trust: Trust = (),
+        head: str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(model, TrainedModel):
@@ -70,6 +73,7 @@ class HarnessCalculator(Calculator):
         if self.model.cutoff is None or self.model.type_names is None:
             lacks = "cutoff" if self.model.cutoff is None else "type names"
             raise ValueError(f"{self.model.path} has no {lacks}, so the inputs of its model are not known.")
+        self._head = self.model.head_index(head)
         self.neighbors = SkinNeighbors(self.model.cutoff, skin)
         self._index_of = {name: index for index, name in enumerate(self.model.type_names)}
         self._numbers: NDArray[np.int64] | None = None
@@ -117,6 +121,8 @@ class HarnessCalculator(Calculator):
                 "batch": torch.zeros(len(atoms), dtype=torch.int64),
                 "num_atoms": torch.tensor([len(atoms)], dtype=torch.int64),
             }
+            if self._head is not None:
+                made["set_index"] = torch.tensor([self._head], dtype=torch.int64)
             self._of_elements = made
             self._numbers = atoms.numbers.copy()
         self._of_elements = {name: value.to(self.model.device) for name, value in self._of_elements.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.data.budget import EvaluationBudgetSampler
@@ -169,6 +170,7 @@ class EvaluationDataModule(LightningDataModule):
         max_edges: instead: edges in it, at most; makes all neighbour lists beforehand.
         num_workers: processes of each loader.
         pin_memory: whether batches are made in page-locked memory.
+        head: position of the head that predicts all frames, in the field ``set_index``; None for a model without.
 
     Raises:
         TypeError, ValueError: a number is out of range, or not exactly one limit is given.
@@ -186,6 +188,7 @@ class EvaluationDataModule(LightningDataModule):
         max_edges: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        head: int | None = None,
     ) -> None:
         super().__init__()
         limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
@@ -200,13 +203,21 @@ class EvaluationDataModule(LightningDataModule):
         self._options: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": pin_memory,
-            "collate_fn": partial(collate, dtype=dtype),
+            "collate_fn": partial(_collate, dtype=dtype, head=head),
         }
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """This rank's part of each set."""
         ranks = data_parallel_ranks(self.trainer)
         return [evaluation_loader(each, self._limited, self._limit, *ranks, **self._options) for each in self.test_sets]
+
+
+def _collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, head: int | None) -> dict[str, Tensor]:
+    """A batch, with the head of its graphs if there is one."""
+    batch = collate(samples, dtype)
+    if head is not None:
+        batch["set_index"] = torch.full_like(batch["num_atoms"], head)
+    return batch
 
 
 def evaluation_loader(

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.data.budget import BudgetBatchSampler
-from harness.data.collate import collate
+from harness.data.collate import collate, empty_batch
 from harness.data.datamodule import AtomsDataModule
 from harness.data.evaluation import evaluation_loader, sizes_of
 from harness.data.loader import ResumableDataLoader
 from harness.data.mixing import Mixing, MixtureBatchSampler, frames_of_shares, shares_of
 from harness.data.mixture_references import MixtureStatistics, Moves, References, mixture_statistics
-from harness.data.mixture_set import MixtureDataset
+from harness.data.mixture_set import MixtureDataset, MixtureFields
 from harness.data.mixture_settings import about_set, checked_sets, plain, weights_of, with_set
 from harness.data.references import outside_text, undetermined_text
 from harness.data.samplers import TrainingBatchSampler
@@ -183,6 +183,12 @@ class MixtureDataModule(LightningDataModule):
             self.modules, self.type_names, self._references, self.mixing.passes
         )
         self.moves = Moves(self.statistics)
+        self._further = MixtureFields(
+            {name: getattr(module, "batch_fields", ()) for name, module in self.modules.items()},
+            {name: getattr(module, "group_names", ()) for name, module in self.modules.items()},
+        )
+        self.group_names: list[str] = self._further.group_names
+        """Names of the groups of all sets in the order of ``group_index``."""
         self.train_set = self._joined(range(len(modules)), [module.train_set for module in modules])
         self._parts: dict[str, list[tuple[str, str]]] = {"train": [(name, "train") for name in self.set_names]}
         self.val_sets, self.val_names = self._evaluation_sets("val")
@@ -202,7 +208,7 @@ class MixtureDataModule(LightningDataModule):
         return Mixing(tuple(num_frames), tuple(per_epoch), self.seed)
 
     def _joined(self, indices: Sequence[int], datasets: Sequence[Any]) -> MixtureDataset:
-        return MixtureDataset(datasets, indices, self.type_names, self.moves)
+        return MixtureDataset(datasets, indices, self.type_names, self.moves, self._further)
 
     def _evaluation_sets(self, kind: str) -> tuple[list[MixtureDataset], list[str]]:
         """Validation or test sets, and their names; remembers of which sets of the modules they are made."""
@@ -220,12 +226,6 @@ class MixtureDataModule(LightningDataModule):
             self._parts[f"{kind}{number}"] = [(self.set_names[index], own) for index, _, own, _ in group]
         sets = [self._joined([each[0] for each in group], [each[3] for each in group]) for group in groups]
         return sets, ["+".join(each[1] for each in group) for group in groups]
-
-    @property
-    def group_names(self) -> list[str]:
-        """Names of the groups of frames of all sets; empty where they have none."""
-        self.setup()
-        return self.train_set.frames.group_names()
 
     # --- batches ---
 
@@ -285,7 +285,7 @@ class MixtureDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "pin_memory": self.pin_memory,
             "persistent_workers": self.num_workers > 0,
-            "collate_fn": partial(_collate, dtype=self.dtype),
+            "collate_fn": partial(_collate, dtype=self.dtype, further=self._further),
         }
 
     # --- facts ---
@@ -393,7 +393,7 @@ class MixtureDataModule(LightningDataModule):
                 "of the frames as drawn:",
                 f"  neighbours within {self.cutoff:g} Å: {statistics.mean_neighbors:.1f} per atom",
                 f"  RMS of the force components: {statistics.force_rms:.4f} eV/Å",
-                *statistics.describe(),
+                *statistics.describe(self.moves.are_made),
             )
         )
 
@@ -479,11 +479,11 @@ class MixtureDataModule(LightningDataModule):
                 )
 
 
-def _collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch; one of no graphs has a ``set_index``, too."""
-    batch = collate(samples, dtype)
-    batch.setdefault("set_index", torch.zeros(0, dtype=torch.int64))
-    return batch
+def _collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype, further: MixtureFields) -> dict[str, Tensor]:
+    """A batch; one of no graphs has the fields of a mixture, too."""
+    if samples:
+        return collate(samples, dtype)
+    return {**empty_batch(dtype), **further.empty(dtype), "set_index": torch.zeros(0, dtype=torch.int64)}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

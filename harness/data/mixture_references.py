@@ -105,18 +105,23 @@ class MixtureStatistics(DataStatistics):
         ]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def describe(self) -> list[str]:
-        """Lines about the references of each set and of the mixture."""
+    def describe(self, moved: bool = True) -> list[str]:
+        """Lines about the references of each set and of the mixture.
+
+        Args:
+            moved: False where the heads of a model have the references of the sets.
+        """
         values = dict(zip(self.type_names, self.energy_shifts.tolist(), strict=True))
         present = [name for name in self.type_names if any(name in each for each in self.set_references.values())]
         of_mixture = _listed({name: values[name] for name in present})
         if _ALL in self.origins:
             return [f"energies of the types in eV {self.origins[_ALL]}, common to all sets: {of_mixture}"]
         levels = ", ".join(f"{each} of {name}" for each, name in self.levels.items()) or "as given"
+        to = f"energies are moved to the references of the mixture ({levels}), for energy_shifts=fit: {of_mixture}"
         return [
             "references of the sets in eV:",
             *(f"  {name}: {_listed(each)}; {self.origins[name]}" for name, each in self.set_references.items()),
-            f"energies are moved to the references of the mixture ({levels}), for energy_shifts=fit: {of_mixture}",
+            to if moved else "energies stay as they are: each head of the model has the references of its set",
         ]
 
     def references_text(self) -> str:

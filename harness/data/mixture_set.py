@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from harness.data.frames import FrameArrays, FrameSet, JoinedFrames
 from harness.data.mixture_references import Moves
 from harness.data.reading import Frame
 
-__all__ = ["MixtureDataset", "MixtureFrames"]
+__all__ = ["MixtureDataset", "MixtureFields", "MixtureFrames"]
 
 
 class MixtureFrames(JoinedFrames):
@@ -68,6 +68,55 @@ class MixtureFrames(JoinedFrames):
         return replace(frame, energy=frame.energy - move) if move else frame
 
 
+class MixtureFields:
+    """Fields beyond structure, energy, forces and stress that samples of any set have, for those of all sets.
+
+    A field that a set does not have is there with what stands for no value: NaN of a label, 1 of a weight, -1 of a
+    group. Groups of the same name are the same in all sets.
+
+    Args:
+        of_sets: fields of each set, by its name.
+        groups: names of the groups of each set.
+
+    Raises:
+        ValueError: a field has different shapes in two sets.
+    """
+
+    def __init__(self, of_sets: Mapping[str, Sequence[Any]], groups: Mapping[str, Sequence[str]]) -> None:
+        self.group_names = sorted(set().union(*groups.values()))
+        self._all: dict[str, Any] = {}
+        origin: dict[str, str] = {}
+        for name, fields in of_sets.items():
+            for each in fields:
+                before = self._all.setdefault(each.name, each)
+                first = origin.setdefault(each.name, name)
+                if (before.level, before.shape, before.dtype) != (each.level, each.shape, each.dtype):
+                    raise ValueError(
+                        f"the field {each.name!r} is of level {before.level} and shape {list(before.shape)} in the set "
+                        f"{first}, and of level {each.level} and shape {list(each.shape)} in {name}; expected the same "
+                        f"(data.labels, data.inputs)"
+                    )
+        self._absent = [
+            [each for each in self._all.values() if each.name not in {own.name for own in fields}]
+            for fields in of_sets.values()
+        ]
+        # the last entry is that of -1, no group
+        self._groups = [torch.tensor([*map(self.group_names.index, own), -1]) for own in groups.values()]
+
+    def complete(self, sample: dict[str, Tensor], set_index: int, dtype: torch.dtype) -> None:
+        """Add to a sample of a set what it lacks of the fields of all sets."""
+        group = sample.get("group_index")
+        if group is not None:
+            sample["group_index"] = self._groups[set_index][group]
+        for each in self._absent[set_index]:
+            rows = sample["pos"].shape[0] if each.level == "node" else 1
+            sample[each.name] = torch.full((rows, *each.shape), each.fill, dtype=each.dtype or dtype)
+
+    def empty(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Fields of a batch of no graphs."""
+        return {name: each.empty(dtype) for name, each in self._all.items()}
+
+
 class MixtureDataset(AtomsDataset):
     """Samples of several data sets after one another.
 
@@ -79,10 +128,16 @@ class MixtureDataset(AtomsDataset):
         set_indices: number of the set that each belongs to.
         type_names: chemical symbols in the order of the type indices.
         moves: of the energies, see :mod:`harness.data.mixture_references`.
+        further: fields beyond structure, energy, forces and stress, those of the samples of all sets.
     """
 
     def __init__(
-        self, parts: Sequence[AtomsDataset], set_indices: Sequence[int], type_names: Sequence[str], moves: Moves
+        self,
+        parts: Sequence[AtomsDataset],
+        set_indices: Sequence[int],
+        type_names: Sequence[str],
+        moves: Moves,
+        further: MixtureFields,
     ) -> None:
         first = parts[0]
         frames = MixtureFrames([part.frames for part in parts], set_indices, moves)
@@ -90,6 +145,7 @@ class MixtureDataset(AtomsDataset):
         self.parts = list(parts)
         self.set_indices = list(set_indices)
         self.moves = moves
+        self.further = further
         self._locate = frames.locate
         self._types = [_positions(part.type_names, self.type_names) for part in parts]
 
@@ -105,6 +161,7 @@ class MixtureDataset(AtomsDataset):
             sample["total_energy"] = sample["total_energy"] - move
         sample["frame_index"] = torch.tensor([index], dtype=torch.int64)
         sample["set_index"] = torch.tensor([set_index], dtype=torch.int64)
+        self.further.complete(sample, set_index, self.dtype)
         return sample
 
     def num_edges(self) -> NDArray[np.int64]:

@@ -205,6 +205,7 @@ def build(request: Request) -> Evaluation:
     trained = harness.load_model(path, trust=list(config.trust))
     if trained.type_names is None or trained.cutoff is None:
         raise ValueError(f"{path} has no type names or no cutoff, so the batches of its model are not known")
+    head = trained.head_index(config.head)
     record, checkpoint = trained.record, read(path)
     settings: dict[str, Any] = record.get("settings") or {}
     keys, named = label_keys(config, settings)
@@ -227,7 +228,7 @@ def build(request: Request) -> Evaluation:
         frames,
         type_names,
         trained.cutoff, _dtype(dtype), **limits,
-        num_workers=config.data.num_workers, pin_memory=config.data.pin_memory,
+        num_workers=config.data.num_workers, pin_memory=config.data.pin_memory, head=head,
     )  # fmt: skip
 
     _check_device(config.device)
@@ -241,7 +242,7 @@ def build(request: Request) -> Evaluation:
     if config.write is not None:
         predictions = PredictionFile(Path(config.write), every_frame, places, config.prefix)
     model = trainer.precision_plugin.convert_module(trained.model).to(trainer.strategy.root_device)
-    sample, found = _try(model, min(every_frame, key=lambda frame: len(frame.atoms)), data, trainer)
+    sample, found = _try(model, min(every_frame, key=lambda frame: len(frame.atoms)), data, trainer, head)
     metrics, note = _metrics(request, settings, files, found)
     manager = build_manager(metrics, "metrics", type_names)
     if labelled:
@@ -304,10 +305,12 @@ def _sets(
 
 
 def _try(
-    model: torch.nn.Module, frame: Frame, data: EvaluationDataModule, trainer: Trainer
+    model: torch.nn.Module, frame: Frame, data: EvaluationDataModule, trainer: Trainer, head: int | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Sample of a frame, and the predictions of the model for it."""
     sample = frame_to_sample(frame, data.type_names, data.cutoff, 0, data.dtype)
+    if head is not None:
+        sample["set_index"] = torch.tensor([head])
     sample = {name: value.to(trainer.strategy.root_device) for name, value in sample.items()}
     with torch.enable_grad(), trainer.precision_plugin.forward_context():
         found = model.eval()(sample)

@@ -26,6 +26,7 @@ from harness.export.nequip import NequIPFormat
 from harness.export.sevennet import SevenNetFormat
 from harness.export.state_dict import state_dict_file
 from harness.export.structure import example_structure
+from harness.models.heads import heads_of
 from harness.support.files import replacing
 from harness.trained import TrainedCheckpoint
 
@@ -123,14 +124,19 @@ def _export(
     kept = dtype or fmt.only_dtype or weights
     example = example_structure(names, cutoff)
     batch = collate([frame_to_sample(Frame(example), names, cutoff, dtype=torch.float64)])
-    expected = model(batch)
+    # a model with several heads is tried with each of them
+    heads = heads_of(model) or ()
+    batches = [{**batch, "set_index": torch.tensor([index])} for index in range(len(heads))] or [batch]
     with replacing(output) as part:
         _save(fmt.content(model, example, dtype), part)
-        found = fmt.predictions(part, example, batch)
-        differences = {
-            field: float((found[field] - expected[field]).abs().max()) for field in found if field in expected
-        }
-        sizes = {field: float(expected[field].abs().max()) for field in differences}
+        differences: dict[str, float] = {}
+        sizes: dict[str, float] = {}
+        for each in batches:
+            expected, found = model(each), fmt.predictions(part, example, each)
+            for field in (name for name in found if name in expected):
+                difference = float((found[field] - expected[field]).abs().max())
+                differences[field] = max(differences.get(field, 0.0), difference)
+                sizes[field] = max(sizes.get(field, 0.0), float(expected[field].abs().max()))
         _check_predictions(fmt, differences, sizes, max((weights, kept), key=lambda each: torch.finfo(each).eps))
     off = ", ".join(f"{field} by {value:.1e} {field_spec(field).unit}" for field, value in differences.items())
     first, *others = fmt.uses(output, model, kept)

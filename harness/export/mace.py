@@ -14,6 +14,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor, nn
 
 from harness.export.format import Format, parts_of
+from harness.models.heads import heads_of
 from harness.models.mace import MACEEnergy
 from harness.models.packages import missing_package
 from harness.support.guest import guest
@@ -38,16 +39,19 @@ class MACEFormat(Format):
         return mace_module(model, dtype)
 
     def predictions(self, path: Path, example: Atoms, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By ``MACECalculator``."""
-        return mace_predictions(path, example)
+        """By ``MACECalculator``, with the head that the batch names."""
+        return mace_predictions(path, example, int(batch["set_index"]) if "set_index" in batch else None)
 
     def uses(self, file: Path, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """ASE, MACE's own evaluation, LAMMPS."""
         name = str(dtype).removeprefix("torch.")
+        heads = heads_of(model)
+        of_python, of_shell = (f', head="{heads[0]}"', f" --head {heads[0]}") if heads else ("", "")
         return [
-            f'MACECalculator(model_paths="{file}", device="cpu", default_dtype="float64")',
-            f"mace_eval_configs --model {file} --configs structures.xyz --output predicted.xyz --default_dtype {name}",
-            f"mace_create_lammps_model {file}",
+            f'MACECalculator(model_paths="{file}", device="cpu", default_dtype="float64"{of_python})',
+            f"mace_eval_configs --model {file} --configs structures.xyz --output predicted.xyz --default_dtype {name}"
+            f"{of_shell}",
+            f"mace_create_lammps_model {file}{of_shell}",
         ]
 
     def remarks(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -92,8 +96,8 @@ def mace_module(force_field: nn.Module, dtype: torch.dtype | None = None) -> nn.
     elements = energy.elements.cpu()
     with torch.no_grad():
         own = model.atomic_energies_fn.atomic_energies
-        references = torch.empty(len(elements), dtype=torch.float64)
-        references[elements] = outer.shifts.detach().cpu()
+        references = torch.empty(outer.shifts.shape, dtype=torch.float64)
+        references[..., elements] = outer.shifts.detach().cpu()
         model.atomic_energies_fn.atomic_energies = (torch.atleast_2d(own.double()) + references).to(own.dtype)
         scale_shift = model.scale_shift
         scale_shift.scale = torch.atleast_1d(scale_shift.scale.double() * scales[0]).to(own.dtype)
@@ -101,12 +105,13 @@ def mace_module(force_field: nn.Module, dtype: torch.dtype | None = None) -> nn.
     return model.eval()
 
 
-def mace_predictions(path: Path, atoms: Atoms) -> dict[str, Tensor]:
+def mace_predictions(path: Path, atoms: Atoms, head: int | None = None) -> dict[str, Tensor]:
     """Predictions of a ``.model`` file by MACE's calculator in float64, with the shapes of this package.
 
     Args:
         path: of a file that is trusted: it is unpickled.
         atoms: one structure.
+        head: position of the head among those of a model with several.
 
     Raises:
         ModuleNotFoundError: mace-torch is not installed.
@@ -119,7 +124,8 @@ def mace_predictions(path: Path, atoms: Atoms) -> dict[str, Tensor]:
             raise missing_package(error, "MACE", "mace") from error
         # loaded here: the calculator relies on a variable that is only set where mace is imported for the first time
         model = torch.load(path, map_location="cpu", weights_only=False).double()
-        calculator = MACECalculator(models=model, device="cpu", default_dtype="float64")
+        chosen = {} if head is None else {"head": model.heads[head]}
+        calculator = MACECalculator(models=model, device="cpu", default_dtype="float64", **chosen)
         calculator.calculate(atoms)
     found = calculator.results
     return {

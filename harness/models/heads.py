@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["head_of_graphs", "heads_of", "resolve_heads", "shifts_of_heads"]
+__all__ = ["head_of_graphs", "heads_of", "index_of_head", "resolve_heads", "shifts_of_heads"]
 
 
 def heads_of(model: nn.Module) -> tuple[str, ...] | None:
@@ -34,6 +34,27 @@ def head_of_graphs(batch: Mapping[str, Tensor], heads: Sequence[str]) -> Tensor:
             f"structure is predicted by; expected int64 [num_graphs], as the batches of data=mixture have it"
         )
     return batch["set_index"]
+
+
+def index_of_head(heads: Sequence[str], head: str | None, model: str = "the model") -> int | None:
+    """Position of a head among their names; None for no heads.
+
+    Args:
+        heads: names of them.
+        head: the one that is asked for; None is enough where there is one.
+        model: name of the model in the message.
+
+    Raises:
+        ValueError: there are several and none is named, or there is no such head.
+    """
+    if head is None and len(heads) < 2:
+        return 0 if heads else None
+    if head in heads:
+        return list(heads).index(head)  # type: ignore[arg-type]
+    if not heads:
+        raise ValueError(f"{model} has no heads, found head={head}; leave it out.")
+    found = "none was chosen" if head is None else f"found head={head}"
+    raise ValueError(f"{model} has the heads {', '.join(heads)}, {found}; expected head={heads[0]} or another of them.")
 
 
 def resolve_heads(heads: Sequence[str] | str | None, statistics: Any) -> tuple[str, ...]:

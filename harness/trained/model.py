@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.data import Frame, collate, frame_to_sample
 from harness.fields import Batch
+from harness.models.heads import heads_of, index_of_head
 from harness.trained.checkpoint import TrainedCheckpoint
 from harness.trained.targets import Trust
 
@@ -35,6 +36,7 @@ class TrainedModel(nn.Module):
         units: by field, such as ``forces``.
         dtype: of positions and cells in the training; weights have their own.
         energy_shifts: reference energies in eV by type name; None if the model has none.
+        heads: names of the model's heads, one for each data set that it was trained on; empty if it has none.
         record: everything that the checkpoint says of its training, see
             :class:`~harness.job.made_with.MadeWith`.
         path: of the checkpoint.
@@ -48,6 +50,7 @@ class TrainedModel(nn.Module):
         self.units: dict[str, str] = dict(checkpoint.record.get("units") or {})
         self.dtype = _dtype(checkpoint, model)
         self.energy_shifts: dict[str, float] | None = checkpoint.record.get("energy_shifts")
+        self.heads: tuple[str, ...] = heads_of(model) or ()
         self.record: Mapping[str, Any] = checkpoint.record
         self.path = checkpoint.path
 
@@ -63,12 +66,18 @@ class TrainedModel(nn.Module):
             predictions: dict[str, Tensor] = self.model(batch)
         return predictions
 
-    def batch_of(self, structures: Atoms | Sequence[Atoms]) -> dict[str, Tensor]:
+    def batch_of(self, structures: Atoms | Sequence[Atoms], head: str | None = None) -> dict[str, Tensor]:
         """A batch of structures, as those of the training, on the device of the model.
 
+        Args:
+            structures: one or several.
+            head: by which they are predicted, of a model that has several.
+
         Raises:
-            ValueError: an element that the model does not know, or the checkpoint has no type names or no cutoff.
+            ValueError: an element or a head that the model does not know, or the checkpoint has no type names or no
+                cutoff.
         """
+        of_head = self.head_index(head)
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
         for index, atoms in enumerate(frames):
             self.check_elements(atoms, "" if isinstance(structures, Atoms) else f"structure {index}: ")
@@ -78,7 +87,18 @@ class TrainedModel(nn.Module):
             )
         names = self.type_names or []
         samples = [frame_to_sample(Frame(atoms), names, self.cutoff, dtype=self.dtype) for atoms in frames]
-        return {name: value.to(self.device) for name, value in collate(samples, self.dtype).items()}
+        batch = collate(samples, self.dtype)
+        if of_head is not None:
+            batch["set_index"] = torch.full((len(frames),), of_head, dtype=torch.int64)
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def head_index(self, head: str | None) -> int | None:
+        """Position of a head, which the field ``set_index`` of a batch has; None for a model without heads.
+
+        Raises:
+            ValueError: the model has several heads and none of them is named, or no such head.
+        """
+        return index_of_head(self.heads, head, f"the model of {self.path}")
 
     def check_elements(self, atoms: Atoms, where: str = "") -> None:
         """Refuse elements that the model was not trained on.
