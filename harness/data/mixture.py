@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from harness.data.arguments import checked_files
 from harness.data.budget import BudgetBatchSampler
 from harness.data.collate import collate, empty_batch
 from harness.data.datamodule import AtomsDataModule
@@ -141,9 +142,11 @@ class MixtureDataModule(LightningDataModule):
             "cache_neighbors": cache_neighbors,
         }
         self.modules: dict[str, AtomsDataModule] = {}
+        self._files: dict[str, dict[str, list[Path]]] = {}
         for name, given in arguments.items():
             with about_set(name):
                 self.modules[name] = AtomsDataModule(**{**shared, **given})
+                self._files[name] = checked_files(*(given.get(kind) for kind in _FILES))
         first = next(iter(self.modules.values()))
         self.cutoff, self.dtype, self.seed = first.cutoff, first.dtype, first.seed
         limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
@@ -184,11 +187,12 @@ class MixtureDataModule(LightningDataModule):
         )
         self.moves = Moves(self.statistics)
         self._further = MixtureFields(
-            {name: getattr(module, "batch_fields", ()) for name, module in self.modules.items()},
-            {name: getattr(module, "group_names", ()) for name, module in self.modules.items()},
+            {name: module.batch_fields for name, module in self.modules.items()},
+            {name: module.group_names for name, module in self.modules.items()},
         )
         self.group_names: list[str] = self._further.group_names
         """Names of the groups of all sets in the order of ``group_index``."""
+        self.batch_fields = self._further.fields
         self.train_set = self._joined(range(len(modules)), [module.train_set for module in modules])
         self._parts: dict[str, list[tuple[str, str]]] = {"train": [(name, "train") for name in self.set_names]}
         self.val_sets, self.val_names = self._evaluation_sets("val")
@@ -466,9 +470,9 @@ class MixtureDataModule(LightningDataModule):
     def _warn_of_shared_files(self) -> None:
         """Warn of a file that is in two sets."""
         places: dict[Path, dict[str, list[str]]] = {}
-        for name, module in self.modules.items():
-            for kind in _FILES:
-                for path in getattr(module, f"{kind}_files"):
+        for name, files in self._files.items():
+            for kind, paths in files.items():
+                for path in paths:
                     places.setdefault(path.expanduser().resolve(), {}).setdefault(name, []).append(kind)
         for path, by_set in places.items():
             if len(by_set) > 1:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.data.batch_fields import BatchField, GroupField
 from harness.data.dataset import AtomsDataset
 from harness.data.frames import FrameArrays, FrameSet, JoinedFrames
 from harness.data.mixture_references import Moves
@@ -82,13 +83,14 @@ class MixtureFields:
         ValueError: a field has different shapes in two sets.
     """
 
-    def __init__(self, of_sets: Mapping[str, Sequence[Any]], groups: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, of_sets: Mapping[str, Sequence[BatchField]], groups: Mapping[str, Sequence[str]]) -> None:
         self.group_names = sorted(set().union(*groups.values()))
-        self._all: dict[str, Any] = {}
+        self._all: dict[str, BatchField] = {}
         origin: dict[str, str] = {}
         for name, fields in of_sets.items():
             for each in fields:
-                before = self._all.setdefault(each.name, each)
+                own = replace(each, names=tuple(self.group_names)) if isinstance(each, GroupField) else each
+                before = self._all.setdefault(each.name, own)
                 first = origin.setdefault(each.name, name)
                 if (before.level, before.shape, before.dtype) != (each.level, each.shape, each.dtype):
                     raise ValueError(
@@ -101,7 +103,12 @@ class MixtureFields:
             for fields in of_sets.values()
         ]
         # the last entry is that of -1, no group
-        self._groups = [torch.tensor([*map(self.group_names.index, own), -1]) for own in groups.values()]
+        self._groups = [torch.tensor([*map(self.group_names.index, names), -1]) for names in groups.values()]
+
+    @property
+    def fields(self) -> list[BatchField]:
+        """Fields of all sets."""
+        return list(self._all.values())
 
     def complete(self, sample: dict[str, Tensor], set_index: int, dtype: torch.dtype) -> None:
         """Add to a sample of a set what it lacks of the fields of all sets."""
@@ -141,7 +148,7 @@ class MixtureDataset(AtomsDataset):
     ) -> None:
         first = parts[0]
         frames = MixtureFrames([part.frames for part in parts], set_indices, moves)
-        super().__init__(frames, type_names, first.cutoff, first.dtype, first.cache_neighbors)
+        super().__init__(frames, type_names, first.cutoff, first.dtype, first.cache_neighbors, further.fields)
         self.parts = list(parts)
         self.set_indices = list(set_indices)
         self.moves = moves
