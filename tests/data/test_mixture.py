@@ -181,7 +181,7 @@ def test_the_config_makes_the_module(sets):
         data = instantiate(config)
         data.setup()
     assert data.mixing.seed == 3
-    assert data.mixing.per_epoch == (10, 10)  # of metal 9, 3 for validation; of the others 12
+    assert data.mixing.per_epoch == (11, 10)
     assert data.describe().splitlines()[0].split() == [
         *["set", "frames", "share"], "in", "an", "epoch", "times", "each", "val", "test", "labels"
     ]  # fmt: skip
