@@ -34,8 +34,6 @@ from harness.support.checks import is_number, whole_number
 
 __all__ = ["MixtureDataModule"]
 
-_FILES = ("train", "val", "test")
-
 
 class MixtureDataModule(LightningDataModule):
     r"""Training, validation and test batches of several data sets.
@@ -146,7 +144,7 @@ class MixtureDataModule(LightningDataModule):
         for name, given in arguments.items():
             with about_set(name):
                 self.modules[name] = AtomsDataModule(**{**shared, **given})
-                self._files[name] = checked_files(*(given.get(kind) for kind in _FILES))
+                self._files[name] = checked_files(given["train"], given.get("val"), given.get("test"))
         first = next(iter(self.modules.values()))
         self.cutoff, self.dtype, self.seed = first.cutoff, first.dtype, first.seed
         limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
@@ -294,31 +292,35 @@ class MixtureDataModule(LightningDataModule):
 
     # --- facts ---
 
-    @property
-    def set_labels(self) -> dict[str, set[str]]:
-        """Fields that frames of each set have labels of, by its name: of the others its frames are left out."""
-        self.setup()
-        found: dict[str, set[str]] = {name: set() for name in self.set_names}
-        for part in self._parts:
-            for set_name, counts in self._missing(part):
-                found[set_name] |= {field for field, (missing, total) in counts.items() if missing < total}
+    def labelled_sets(self, name: str = "train") -> dict[str, list[str]]:
+        """Names of the sets that have a label in any frame, by field: frames of the others are left out of it.
+
+        Args:
+            name: as in :meth:`missing_labels`.
+        """
+        found: dict[str, list[str]] = {}
+        for set_name, counts in self._missing(name):
+            for field, (missing, total) in counts.items():
+                names = found.setdefault(field, [])
+                if missing < total and set_name not in names:
+                    names.append(set_name)
         return found
 
     def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
         """Number of frames without a label or with gaps in it, and of all frames, by field.
 
-        Frames of sets that do not have the label at all are left out of what is compared with it, and do not count,
-        unless no set has it.
+        Frames of sets that do not have the label in training are left out of what is compared with it, and do not
+        count, unless no set has it.
 
         Args:
             name: ``train``, or ``val0``, ``test1`` … for the sets in their order.
         """
-        labels = self.set_labels
+        labelled = self.labelled_sets()
         counted: dict[str, tuple[int, int]] = {}
         everything: dict[str, tuple[int, int]] = {}
         for set_name, counts in self._missing(name):
             for field, pair in counts.items():
-                for sums in (everything, counted) if field in labels[set_name] else (everything,):
+                for sums in (everything, counted) if set_name in labelled.get(field, ()) else (everything,):
                     before = sums.get(field, (0, 0))
                     sums[field] = before[0] + pair[0], before[1] + pair[1]
         return everything | counted
@@ -359,7 +361,7 @@ class MixtureDataModule(LightningDataModule):
         """Facts that decide the batches, by name: those of each set, shares, references, types, cutoff."""
         self.setup()
         if self._fingerprint is None:
-            found = {}
+            found: dict[str, str] = {}
             for name, module in self.modules.items():
                 own = module.fingerprint()
                 found |= {f"set {name}, {fact}": own[fact] for fact in own if fact not in ("type names", "cutoff")}
@@ -373,9 +375,9 @@ class MixtureDataModule(LightningDataModule):
         """Table of the sets with their frames and shares, then types, neighbours, forces and references."""
         self.setup()
         rows = [("set", "frames", "share", "in an epoch", "times each", "val", "test", "labels")]
-        labels_of = self.set_labels
+        labelled = self.labelled_sets()
         for index, (name, module) in enumerate(self.modules.items()):
-            labels = sorted(labels_of[name])
+            labels = [field for field, sets in labelled.items() if name in sets]
             rows.append(
                 (
                     name,

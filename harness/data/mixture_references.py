@@ -152,7 +152,7 @@ class Moves:
             return 0.0
         return float(self._of_types[set_index].index_select(0, atom_types).sum())
 
-    def of_elements(self, set_index: int, atomic_numbers: NDArray[np.int64]) -> float:
+    def of_elements(self, set_index: int, atomic_numbers: NDArray[np.integer[Any]]) -> float:
         """Likewise, by atomic numbers."""
         if not (self.are_made and self.are_needed):
             return 0.0
@@ -212,8 +212,8 @@ def mixture_statistics(
             given = references.of_sets[name]
             values[name], origins[name] = _of_set(name, given, statistics, present[name])
             if given == "fit" and statistics.undetermined is not None:
-                of_types = statistics.energy_shifts.tolist()
-                directions[name] = (np.asarray(statistics.undetermined), of_types, tuple(statistics.type_names))
+                fit = statistics.energy_shifts.tolist()
+                directions[name] = (np.asarray(statistics.undetermined), fit, tuple(statistics.type_names))
         for index, each in enumerate(types):
             first = next((name for name in names if each in present[name]), None)
             if first is not None:

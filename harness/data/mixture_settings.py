@@ -62,7 +62,7 @@ def checked_sets(sets: Any, options: Mapping[str, Any]) -> dict[str, dict[str, A
         ValueError: no sets, or a name that no key could be made of.
     """
     valid = _arguments_of_sets()
-    of_one = ("weight", "references", *_FILES)
+    of_one = ("weight", "references", "train", "val", "test")
     for name in options:
         if name not in valid or name in of_one:
             meant = did_you_mean(name, [each for each in valid if each not in of_one])
