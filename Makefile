@@ -6,7 +6,8 @@ RANKS ?= 2
 WORKERS ?= 2
 MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
   tests/jobs/test_other_models_jobs.py tests/trained/test_load_model.py tests/calculators/test_calculator.py \
-  tests/export/test_export.py tests/jobs/test_recipes.py tests/models/test_conversion.py
+  tests/export/test_export.py tests/jobs/test_recipes.py tests/models/test_conversion.py \
+  tests/trained/test_heads.py
 EXTRA_OF_sevennet := torchmd,
 STRICT := fields.py schedules.py distributed support metrics presets.py testing
 

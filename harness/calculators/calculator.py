@@ -42,7 +42,8 @@ class HarnessCalculator(Calculator):
         device: of the model, such as ``cuda``; a GPU if there is one, for a path, and where it is, for a model.
         skin: of the neighbour list in Å. A larger one is made anew less often and has more pairs to look at.
         trust: names of packages whose builders a checkpoint may call, see :func:`harness.load_model`.
-        head: of a model with several, such as one for each data set of its training.
+        head: one of the data sets of a mixture, whose energies are predicted, see
+            :meth:`~harness.trained.TrainedModel.choose`. One that was loaded has it from there, unless it has heads.
 
     Attributes:
         model: the model, whose weights need no gradients.
@@ -68,7 +69,8 @@ class HarnessCalculator(Calculator):
         if isinstance(model, TrainedModel):
             self.model = model if device is None else model.to(device)
         else:
-            self.model = load_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), trust=trust)
+            where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self.model = load_model(model, where, trust=trust, head=head)
         self.model.eval().requires_grad_(False)
         if self.model.cutoff is None or self.model.type_names is None:
             lacks = "cutoff" if self.model.cutoff is None else "type names"

@@ -96,6 +96,11 @@ class MixtureStatistics(DataStatistics):
     open_directions: Mapping[str, tuple[Array, list[float], tuple[str, ...]]] = field(default_factory=dict)
 
     @property
+    def mixture_references(self) -> dict[str, float]:
+        """References in eV by symbol that the energies of all sets are moved to."""
+        return dict(zip(self.type_names, self.energy_shifts.tolist(), strict=True))
+
+    @property
     def set_shifts(self) -> Tensor:
         """References of the sets, float64 ``[num_sets, num_types]``; the mixture's where a set does not have a type."""
         shifts = self.energy_shifts.tolist()

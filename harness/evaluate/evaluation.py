@@ -202,10 +202,10 @@ def build(request: Request) -> Evaluation:
     """
     config, path = request.config, request.checkpoint
     config.output_dir = str(Path(config.output_dir).expanduser().absolute())
-    trained = harness.load_model(path, trust=list(config.trust))
+    trained = harness.load_model(path, trust=list(config.trust), head=config.head)
     if trained.type_names is None or trained.cutoff is None:
         raise ValueError(f"{path} has no type names or no cutoff, so the batches of its model are not known")
-    head = trained.head_index(config.head)
+    head = trained.head_index()
     record, checkpoint = trained.record, read(path)
     settings: dict[str, Any] = record.get("settings") or {}
     keys, named = label_keys(config, settings)

@@ -52,7 +52,10 @@ def index_of_head(heads: Sequence[str], head: str | None, model: str = "the mode
     if head in heads:
         return list(heads).index(head)  # type: ignore[arg-type]
     if not heads:
-        raise ValueError(f"{model} has no heads, found head={head}; leave it out.")
+        raise ValueError(
+            f"{model} has no heads, found head={head}; leave it out, or load the model with it, for energies of one of "
+            f"its data sets: harness.load_model(path, head={head!r})."
+        )
     found = "none was chosen" if head is None else f"found head={head}"
     raise ValueError(f"{model} has the heads {', '.join(heads)}, {found}; expected head={heads[0]} or another of them.")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harness.data import Frame, collate, frame_to_sample
 from harness.fields import Batch
+from harness.models import reference_energies, set_reference_energies
 from harness.models.heads import heads_of, index_of_head
 from harness.trained.checkpoint import TrainedCheckpoint
 from harness.trained.targets import Trust
@@ -37,6 +38,7 @@ class TrainedModel(nn.Module):
         dtype: of positions and cells in the training; weights have their own.
         energy_shifts: reference energies in eV by type name; None if the model has none.
         heads: names of the model's heads, one for each data set that it was trained on; empty if it has none.
+        head: the data set whose energies it predicts; None if that was not chosen.
         record: everything that the checkpoint says of its training, see
             :class:`~harness.job.made_with.MadeWith`.
         path: of the checkpoint.
@@ -51,6 +53,7 @@ class TrainedModel(nn.Module):
         self.dtype = _dtype(checkpoint, model)
         self.energy_shifts: dict[str, float] | None = checkpoint.record.get("energy_shifts")
         self.heads: tuple[str, ...] = heads_of(model) or ()
+        self.head: str | None = None
         self.record: Mapping[str, Any] = checkpoint.record
         self.path = checkpoint.path
 
@@ -71,7 +74,7 @@ class TrainedModel(nn.Module):
 
         Args:
             structures: one or several.
-            head: by which they are predicted, of a model that has several.
+            head: by which they are predicted, of a model that has several; :attr:`head` if None.
 
         Raises:
             ValueError: an element or a head that the model does not know, or the checkpoint has no type names or no
@@ -92,13 +95,53 @@ class TrainedModel(nn.Module):
             batch["set_index"] = torch.full((len(frames),), of_head, dtype=torch.int64)
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def head_index(self, head: str | None) -> int | None:
+    def head_index(self, head: str | None = None) -> int | None:
         """Position of a head, which the field ``set_index`` of a batch has; None for a model without heads.
+
+        Args:
+            head: its name; :attr:`head` if None.
 
         Raises:
             ValueError: the model has several heads and none of them is named, or no such head.
         """
-        return index_of_head(self.heads, head, f"the model of {self.path}")
+        chosen = self.head if head is None else head
+        if not self.heads and chosen == self.head:
+            return None
+        return index_of_head(self.heads, chosen, f"the model of {self.path}")
+
+    def choose(self, head: str) -> None:
+        r"""Predict the energies of one of the data sets that the model was trained on.
+
+        Of a model with heads it is the head of that name. Another one gets the references of the set,
+        :math:`\mu_t + \mu_{s,t} - \mu^0_t`, where :math:`\mu^0_t` are those that all energies were moved to in the
+        training, see :mod:`harness.data.mixture_references`. Forces and stresses stay.
+
+        Raises:
+            ValueError: there is no such head or set, or the model has no references that could be changed.
+        """
+        if self.heads:
+            index_of_head(self.heads, head, f"the model of {self.path}")
+        else:
+            self._move_to(head)
+        self.head = head
+
+    def _move_to(self, name: str) -> None:
+        statistics = self.record.get("statistics") or {}
+        sets = statistics.get("set_references") or {}
+        if name not in sets:
+            known = (
+                f"expected one of {', '.join(sets)}" if sets else "it was trained on one data set alone; leave it out"
+            )
+            raise ValueError(f"head={name} is no data set of the training of {self.path}, {known}.")
+        if self.head is not None:
+            raise ValueError(f"the model of {self.path} predicts energies of {self.head} already: load it again.")
+        names, to = self.type_names or [], statistics["mixture_references"]
+        found = reference_energies(self.model, names)
+        if found is None:
+            raise ValueError(f"head={name}: the model of {self.path} has no references of types that could be changed.")
+        moved = {each: energy + sets[name].get(each, to[each]) - to[each] for each, energy in found.items()}
+        set_reference_energies(self.model, list(moved.values()))
+        self.energy_shifts = moved
 
     def check_elements(self, atoms: Atoms, where: str = "") -> None:
         """Refuse elements that the model was not trained on.
@@ -126,6 +169,7 @@ def load_model(
     *,
     trust: Trust = (),
     changes: Mapping[str, Any] | None = None,
+    head: str | None = None,
 ) -> TrainedModel:
     """The model of a checkpoint, in evaluation mode, from the file alone: no config and no data are needed.
 
@@ -142,17 +186,20 @@ def load_model(
         map_location: device of the model; the CPU if None.
         trust: names of packages, modules or builders that may be imported and called, such as ``"my_models"``.
         changes: arguments of the builder that replace those of the training, such as ``{"stress": False}``.
+        head: one of the data sets of a mixture, whose energies are predicted, see :meth:`TrainedModel.choose`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: a package that the model needs is not installed; its extra is named.
         ValueError: the file is no checkpoint, is damaged, or lacks what a model is rebuilt from; its builder is not
-            trusted; or its weights do not fit.
+            trusted; its weights do not fit; or there is no such head.
     """
     checkpoint = TrainedCheckpoint.read(path)
     # NequIP's compilation is one of training steps, of several structures
     eager = {"compile_mode": "eager"} if checkpoint.architecture.get("compile_mode") == "compile" else {}
     model = TrainedModel(checkpoint.build(trust, {**eager, **(changes or {})}), checkpoint).eval()
+    if head is not None:
+        model.choose(head)
     return model if map_location is None else model.to(map_location)
 
 

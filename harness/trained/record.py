@@ -39,6 +39,7 @@ _STATISTICS = (
     "undetermined",
     "isolated_atoms",
     "set_references",
+    "mixture_references",
 )
 _WITH_UNITS = ("pos", "cell", "total_energy", "atomic_energy", "forces", "stress", "virial")
 _WITHOUT_VERSION = ("harness", "torch", "builtins", "__main__")

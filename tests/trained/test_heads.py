@@ -1,0 +1,134 @@
+"""Models of several data sets, rebuilt from a checkpoint: energies of each set, by its references or by its head."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from support.bad_input import composed
+from support.mixtures import write_sets
+from support.other_models import INSTALLED
+from support.trained import SMALL
+
+import harness
+from harness.calculators import HarnessCalculator
+from harness.evaluate import main as evaluate
+from harness.export import main as export
+from harness.export.mace import mace_predictions
+from harness.job import execute, prepare
+
+needs_mace = pytest.mark.skipif("mace" not in INSTALLED, reason="mace is not installed")
+
+
+def trained(folder: Path, *overrides: str, model: str = "schnet") -> tuple[Path, Atoms, Path]:
+    """Checkpoint of an epoch on metals and molecules, a molecule with its labels, and the file that it is from."""
+    sets = write_sets(folder)
+    options = [f"model={model}", *(f"model.{option}" for option in SMALL[model]), *overrides]
+    common = ["cutoff=3.5", "max_epochs=1", "logger=none", "trainer.accelerator=cpu", "precision=float64", "test=false"]
+    data = ["data=mixture", f"data.sets={json.dumps(sets)}".replace('"', ""), "data.batch_size=12"]
+    config = composed([*data, *common, *options, "callbacks.parity=null", f"output_dir={folder / 'run'}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        execute(prepare(config))
+    file = Path(sets["molecules"]["train"])
+    return folder / "run" / "checkpoints" / "last.ckpt", ase.io.read(file, index=0), file
+
+
+@pytest.fixture(scope="module")
+def of_schnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Atoms, Path]:
+    return trained(tmp_path_factory.mktemp("schnet"))
+
+
+def energy(model: harness.TrainedModel, atoms: Atoms, **options: Any) -> float:
+    return float(model(model.batch_of(atoms, **options))["total_energy"])
+
+
+def test_energies_are_those_of_the_set_that_was_chosen(of_schnet: tuple[Path, Atoms, Path]) -> None:
+    checkpoint, atoms, _ = of_schnet
+    plain, chosen = harness.load_model(checkpoint), harness.load_model(checkpoint, head="molecules")
+    sets = plain.record["statistics"]["set_references"]
+    json.dumps(sets)  # plain data
+    assert (plain.heads, plain.head, chosen.head) == ((), None, "molecules")
+    symbols = atoms.get_chemical_symbols()
+    difference = sum(sets["molecules"][each] - plain.energy_shifts[each] for each in symbols)
+    assert abs(difference) > 1000
+    assert energy(chosen, atoms) == pytest.approx(energy(plain, atoms) + difference, abs=1e-8)
+    assert abs(energy(chosen, atoms) - atoms.get_potential_energy()) < 30
+    atoms.calc = HarnessCalculator(checkpoint, head="molecules")
+    assert atoms.get_potential_energy() == pytest.approx(energy(chosen, atoms), abs=1e-9)
+
+
+def test_an_evaluation_is_of_the_set_that_was_chosen(of_schnet: tuple[Path, Atoms, Path], tmp_path: Path) -> None:
+    checkpoint, _, file = of_schnet
+    errors = {}
+    for head in ("null", "molecules"):
+        evaluate([str(checkpoint), str(file), f"head={head}", f"output_dir={tmp_path / head}", "parity=false"])
+        with (tmp_path / head / "evaluation.csv").open() as table:
+            rows = [row for row in csv.DictReader(table) if row["component"] == "per_atom_energy_mae"]
+        errors[head] = float(rows[0]["value"])
+    assert errors["molecules"] < 10
+    assert errors["null"] > 100
+
+
+def test_a_set_that_there_is_not(of_schnet: tuple[Path, Atoms, Path]) -> None:
+    checkpoint, _, _ = of_schnet
+    with pytest.raises(ValueError, match=r"head=bulk is no data set of the training.*expected one of metal, molecules"):
+        harness.load_model(checkpoint, head="bulk")
+    with pytest.raises(
+        ValueError, match=r"has no heads, found head=metal; leave it out.*load_model\(path, head='metal'\)"
+    ):
+        HarnessCalculator(harness.load_model(checkpoint), head="metal")
+
+
+@needs_mace
+def test_heads_of_mace_have_the_references_of_their_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, atoms, _ = trained(tmp_path, "model.heads=sets", model="mace")
+    assert "each head of the model has the references of its set" in capsys.readouterr().out
+    model = harness.load_model(checkpoint)
+    assert model.heads == ("metal", "molecules")
+    references = model.record["statistics"]["set_references"]["molecules"]
+    level = sum(references[each] for each in atoms.get_chemical_symbols())
+    assert abs(energy(model, atoms, head="molecules") - level) < 30  # energies were not moved
+    assert abs(energy(model, atoms, head="metal") - energy(model, atoms, head="molecules")) > 1000
+    with pytest.raises(ValueError, match="has the heads metal, molecules, none was chosen"):
+        energy(model, atoms)
+    assert energy(harness.load_model(checkpoint, head="molecules"), atoms) == energy(model, atoms, head="molecules")
+    found = {}
+    for head in model.heads:
+        atoms.calc = HarnessCalculator(model, head=head)
+        found[head] = atoms.get_potential_energy()
+        assert found[head] == pytest.approx(energy(model, atoms, head=head), abs=1e-9)
+    # forces of a graph are those of its head, also beside graphs of the other
+    both = model.batch_of([atoms, atoms], head="metal")
+    both["set_index"] = torch.tensor([0, 1])
+    forces = model(both)["forces"].reshape(2, -1, 3).numpy()
+    assert np.abs(forces[0] - forces[1]).max() > 1e-6
+    np.testing.assert_allclose(forces[1], atoms.get_forces(), atol=1e-10)
+
+    export([str(checkpoint), "--to", "mace", "-o", str(tmp_path / "two.model")])  # tried with both heads
+    assert 'head="metal"' in capsys.readouterr().out
+    for index, head in enumerate(model.heads):
+        predicted = mace_predictions(tmp_path / "two.model", atoms, index)
+        assert float(predicted["total_energy"]) == pytest.approx(found[head], abs=1e-8)
+
+
+@needs_mace
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.heads=[metal]"], r"model\.heads is null, sets, or a list of the names.*\[metal, molecules\]"),
+        (["model.heads=sets", "model.energy_shifts={H: 1, C: 1, O: 1, Cu: 1}"], r"data\.sets\.NAME\.references"),
+        (["model.heads=sets", "data.references=common"], r"data\.references=common is for a model with the same"),
+    ],
+)
+def test_heads_that_do_not_go_with_the_data_in_mace(overrides: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=words):
+        trained(tmp_path, *overrides, model="mace")
