@@ -24,7 +24,7 @@ from harness.data.loader import ResumableDataLoader
 from harness.data.mixing import Mixing, MixtureBatchSampler, frames_of_shares, shares_of
 from harness.data.mixture_references import MixtureStatistics, Moves, References, mixture_statistics
 from harness.data.mixture_set import MixtureDataset, MixtureFields
-from harness.data.mixture_settings import about_set, checked_sets, plain, weights_of, with_set
+from harness.data.mixture_settings import about_set, checked_sets, data_module, plain, weights_of, with_set
 from harness.data.references import outside_text, undetermined_text
 from harness.data.samplers import TrainingBatchSampler
 from harness.models import reference_energies
@@ -105,7 +105,8 @@ class MixtureDataModule(LightningDataModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        arguments = checked_sets(plain(sets), plain(options))
+        options = plain(options)
+        arguments = checked_sets(plain(sets), options)
         self.set_names: list[str] = list(arguments)
         """Names of the sets; ``set_index`` of a batch counts them."""
         self._weights = weights_of(arguments)
@@ -143,7 +144,7 @@ class MixtureDataModule(LightningDataModule):
         self._files: dict[str, dict[str, list[Path]]] = {}
         for name, given in arguments.items():
             with about_set(name):
-                self.modules[name] = AtomsDataModule(**{**shared, **given})
+                self.modules[name] = data_module(shared, options, given)
                 self._files[name] = checked_files(given["train"], given.get("val"), given.get("test"))
         first = next(iter(self.modules.values()))
         self.cutoff, self.dtype, self.seed = first.cutoff, first.dtype, first.seed

@@ -156,6 +156,9 @@ class MixtureDataset(AtomsDataset):
         self._locate = frames.locate
         self._types = [_positions(part.type_names, self.type_names) for part in parts]
 
+    def _refuse_unknown_symbols(self) -> None:
+        """Nothing: the data sets that it is made of have done it, and the compositions of all would be a large copy."""
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Sample of one frame. Not to be changed in place."""
         part, place = self._locate(index)

@@ -14,7 +14,7 @@ from harness.data.datamodule import AtomsDataModule
 from harness.support.checks import is_number
 from harness.support.text import did_you_mean, reason
 
-__all__ = ["about_set", "checked_sets", "plain", "weights_of", "with_set"]
+__all__ = ["about_set", "checked_sets", "data_module", "plain", "weights_of", "with_set"]
 
 _OF_THE_WHOLE = frozenset(
     {
@@ -54,7 +54,7 @@ def _arguments_of_sets() -> list[str]:
 
 
 def checked_sets(sets: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of each set, with those that are given for all.
+    """Arguments of each set, by its name; they and those for all sets are looked at.
 
     Raises:
         KeyError: an argument that no set has.
@@ -96,7 +96,7 @@ def checked_sets(sets: Any, options: Mapping[str, Any]) -> dict[str, dict[str, A
                 f"data.sets.{name} has no training frames; expected train: a file, or a list of files. To evaluate on "
                 f"other frames alone, give them as val or test of a set that is trained on, or use harness-eval"
             )
-        found[name] = {**options, **given}
+        found[name] = dict(given)
     return found
 
 
@@ -136,3 +136,14 @@ def with_set(text: str, name: str) -> str:
     """A message in which settings of the data are those of a set: ``data.sets.bulk.keys`` for ``data.keys``."""
     settings = "|".join(each for each in _arguments_of_sets() if each not in ("weight", "references"))
     return re.sub(rf"\bdata\.({settings})\b", rf"data.sets.{name}.\1", text)
+
+
+def data_module(shared: Mapping[str, Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> AtomsDataModule:
+    """Data module of a set.
+
+    Args:
+        shared: arguments of the whole.
+        options: arguments of every set that does not have them.
+        given: arguments of the set.
+    """
+    return AtomsDataModule(**{**shared, **options, **given})
