@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.data.dealing import EpochPlan, ascending_order
 from harness.data.samplers import GlobalBatchSampler
 
 __all__ = ["Mixing", "MixtureBatchSampler", "frames_of_shares", "shares_of"]
@@ -27,8 +28,6 @@ __all__ = ["Mixing", "MixtureBatchSampler", "frames_of_shares", "shares_of"]
 _TAIL = 3.0
 """Width of the band around the distribution of a set's sizes in which those of a random part of it are: by the
 inequality of Dvoretzky, Kiefer, Wolfowitz and Massart, outside of it with a probability of exp(-2 · 3²) = 2e-8."""
-_RADIX = 2**16
-"""Numbers below this are sorted by NumPy in a time that is proportional to how many they are."""
 
 
 def shares_of(
@@ -110,17 +109,23 @@ class Mixing:
         """Mean number of times that a frame of each set comes in an epoch."""
         return [drawn / number for drawn, number in zip(self.per_epoch, self.num_frames, strict=True)]
 
-    def frames(self, epoch: int) -> NDArray[np.int64]:
-        """Frames of an epoch, int64 ``[epoch_frames]``: set by set, not mixed yet."""
-        parts, start = [], 0
+    def frames(self, epoch: int) -> NDArray[np.integer[Any]]:
+        """Frames of an epoch, ``[epoch_frames]``: set by set, not mixed yet."""
+        parts: list[NDArray[np.integer[Any]]] = []
+        start = 0
+        kind = np.int32 if sum(self.num_frames) < 2**31 else np.int64
         for index, (number, drawn) in enumerate(zip(self.num_frames, self.per_epoch, strict=True)):
             whole, rest = divmod(drawn, number)
-            parts.append(start + np.tile(np.arange(number), whole))
-            parts += [start + part for part in self._parts_of_passes(index, number, epoch * rest, (epoch + 1) * rest)]
+            parts.append(np.tile(np.arange(start, start + number, dtype=kind), whole))
+            parts += [
+                start + part for part in self._parts_of_passes(index, number, epoch * rest, (epoch + 1) * rest, kind)
+            ]
             start += number
         return np.concatenate(parts)
 
-    def _parts_of_passes(self, index: int, number: int, start: int, stop: int) -> list[NDArray[np.int64]]:
+    def _parts_of_passes(
+        self, index: int, number: int, start: int, stop: int, kind: Any
+    ) -> list[NDArray[np.integer[Any]]]:
         """Frames ``start`` to ``stop`` of the permutations of a set after one another."""
         parts = []
         while start < stop:
@@ -128,7 +133,7 @@ class Mixing:
             last = min(number, first + stop - start)
             # four numbers: with fewer, NumPy fills up with zeros, and these were the numbers of other generators
             generator = np.random.default_rng([self.seed, 1 + index, number_of_pass, 1])
-            parts.append(generator.permutation(number)[first:last])
+            parts.append(generator.permutation(np.arange(number, dtype=kind))[first:last])
             start += last - first
         return parts
 
@@ -152,7 +157,7 @@ class Mixing:
         found = np.concatenate(parts)
         return found[_descending(found)]
 
-    def by_size(self, epoch: int, sizes: NDArray[np.int64], largest: NDArray[np.int64]) -> NDArray[np.int64]:
+    def by_size(self, epoch: int, sizes: NDArray[np.int64], largest: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
         """Frames of an epoch from large to small, those of one size in a random order.
 
         Args:
@@ -166,11 +171,13 @@ class Mixing:
             return frames
         return self._mixed_by_size(self._capped(self.frames(epoch), sizes), epoch, sizes)
 
-    def _mixed_by_size(self, frames: NDArray[np.int64], epoch: int, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _mixed_by_size(
+        self, frames: NDArray[np.integer[Any]], epoch: int, sizes: NDArray[np.int64]
+    ) -> NDArray[np.integer[Any]]:
         mixed = frames[np.random.default_rng([self.seed, 0, epoch, 1]).permutation(len(frames))]
         return mixed[_descending(sizes[mixed])]
 
-    def _capped(self, frames: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _capped(self, frames: NDArray[np.integer[Any]], sizes: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
         """The frames of an epoch, set by set, those that come once more at ranks of at least :func:`_first_ranks`."""
         start = stop = 0
         for number, drawn in zip(self.num_frames, self.per_epoch, strict=True):
@@ -185,10 +192,9 @@ class Mixing:
         return frames
 
 
-def _descending(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _descending(sizes: NDArray[np.int64]) -> NDArray[np.integer[Any]]:
     """Order from large to small; equal ones stay in theirs."""
-    below = sizes.max(initial=0) - sizes
-    return np.argsort(below.astype(np.uint16) if below.max(initial=0) < _RADIX else below, kind="stable")
+    return ascending_order(-sizes)
 
 
 def _first_ranks(number: int, rest: int) -> NDArray[np.int64]:
@@ -241,14 +247,14 @@ class MixtureBatchSampler(GlobalBatchSampler):
         found: int = self.places.batch_size  # type: ignore[attr-defined]
         return found
 
-    def global_batches(self) -> list[NDArray[np.int64]]:
-        """Frames of all global batches of this epoch, in order; the same on any number of ranks."""
+    def plan(self, epoch: int) -> EpochPlan:
+        """Frames of all global batches of an epoch, in order; the same on any number of ranks."""
         if self.largest is None or self.sizes is None:
-            frames = self.mixing.frames(self.epoch)
+            frames = self.mixing.frames(epoch)
         else:
-            frames = self.mixing.by_size(self.epoch, self.sizes, self.largest)
-        self.places.epoch = self.epoch
-        return [frames[batch] for batch in self.places.global_batches()]
+            frames = self.mixing.by_size(epoch, self.sizes, self.largest)
+        places = self.places.plan(epoch)
+        return EpochPlan(frames[places.samples], places.ends)
 
     def _order(self) -> dict[str, Any]:
         """Arguments on which the global batches of an epoch depend, by name."""
