@@ -300,11 +300,9 @@ class MixtureDataModule(LightningDataModule):
             name: as in :meth:`missing_labels`.
         """
         found: dict[str, list[str]] = {}
-        for set_name, counts in self._missing(name):
+        for set_name, counts in self.missing_labels_by_set(name).items():
             for field, (missing, total) in counts.items():
-                names = found.setdefault(field, [])
-                if missing < total and set_name not in names:
-                    names.append(set_name)
+                found.setdefault(field, []).extend([set_name] if missing < total else [])
         return found
 
     def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
@@ -319,17 +317,27 @@ class MixtureDataModule(LightningDataModule):
         labelled = self.labelled_sets()
         counted: dict[str, tuple[int, int]] = {}
         everything: dict[str, tuple[int, int]] = {}
-        for set_name, counts in self._missing(name):
+        for set_name, counts in self.missing_labels_by_set(name).items():
             for field, pair in counts.items():
                 for sums in (everything, counted) if set_name in labelled.get(field, ()) else (everything,):
                     before = sums.get(field, (0, 0))
                     sums[field] = before[0] + pair[0], before[1] + pair[1]
         return everything | counted
 
-    def _missing(self, name: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-        """Missing labels of the parts of a set, with the names of their sets."""
+    def missing_labels_by_set(self, name: str) -> dict[str, dict[str, tuple[int, int]]]:
+        """Likewise for each of the data sets by its name, all frames of it counting.
+
+        Args:
+            name: as in :meth:`missing_labels`.
+        """
         self.setup()
-        return [(set_name, self.modules[set_name].missing_labels(own)) for set_name, own in self._parts[name]]
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for set_name, own in self._parts[name]:
+            counts = found.setdefault(set_name, {})
+            for field, (missing, total) in self.modules[set_name].missing_labels(own).items():
+                before = counts.get(field, (0, 0))
+                counts[field] = before[0] + missing, before[1] + total
+        return found
 
     def missing_hint(self, name: str, field: str) -> str:
         """Sentences on a field that frames of a set lack: what they have in its place, or that it was left out.
@@ -339,10 +347,12 @@ class MixtureDataModule(LightningDataModule):
             field: ``total_energy``, ``forces`` or ``stress``.
         """
         hints = []
-        for (set_name, counts), (_, own) in zip(self._missing(name), self._parts[name], strict=True):
-            if counts.get(field, (0, 0))[0]:
+        by_set = self.missing_labels_by_set(name)
+        for set_name, own in dict(self._parts[name]).items():
+            missing = by_set[set_name].get(field, (0, 0))[0]
+            if missing:
                 hint = with_set(self.modules[set_name].missing_hint(own, field), set_name)
-                hints.append(f"{set_name}: {counts[field][0]} frames without. {hint}".strip())
+                hints.append(f"{set_name}: {missing} frames without. {hint}".strip())
         return " ".join(hints)
 
     def labelled_types(self, name: str) -> dict[str, set[str]]:
@@ -455,13 +465,14 @@ class MixtureDataModule(LightningDataModule):
         if not is_fitted or self.model_statistics is not None:
             return
         for name, (directions, shifts, types) in self.statistics.open_directions.items():
-            text = undetermined_text(directions, shifts, types)
-            if text and stage == "fit":
-                rank_zero_warn(with_set(f"{name}: {text}", name))
+            told = [undetermined_text(directions, shifts, types)] if stage == "fit" else []
             for full, frames in self._evaluation_parts(self.modules.get(name)):
-                text = outside_text(full, frames, directions, types)
-                if text and (stage == "fit" or full.startswith("test")):
-                    rank_zero_warn(f"{name}, {text}")
+                if stage == "fit" or full.startswith("test"):
+                    told.append(outside_text(full, frames, directions, types))
+            for text in filter(None, told):
+                if name in self.modules:
+                    text = with_set(text, name).replace("model.energy_shifts", f"data.sets.{name}.references")
+                rank_zero_warn(f"{name}, {text}")
 
     def _evaluation_parts(self, module: AtomsDataModule | None) -> Iterator[tuple[str, Any]]:
         """Frames of the validation and test sets of a module, or of the mixture, by their names in messages."""

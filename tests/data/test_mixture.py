@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from support.mixtures import write_sets
 
 from harness.data import MixtureDataModule, collate
+from harness.models import schnet_force_field
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TYPES = ["H", "C", "O", "Cu"]
@@ -140,6 +142,8 @@ def test_labels_that_a_set_lacks_are_no_missing_labels_of_the_others(data):
     assert data.labelled_sets() == {"total_energy": both, "forces": both, "stress": ["metal"]}
     assert data.missing_labels("train")["stress"] == (0, 9)
     assert data.missing_labels("train")["forces"] == (0, 21)
+    by_set = data.missing_labels_by_set("train")
+    assert (by_set["metal"]["stress"], by_set["molecules"]["stress"]) == ((0, 9), (12, 12))
     assert data.missing_hint("train", "stress").startswith("molecules: 12 frames without.")
     assert "data.sets.molecules.keys.stress" in data.missing_hint("train", "stress")
     assert data.labelled_types("train")["forces"] == set(TYPES)
@@ -198,6 +202,24 @@ def test_facts_that_ranks_compare_are_of_every_set(sets, data):
     other = mixture(sets, {"metal": {"weight": 2}}).fingerprint()
     assert facts.keys() == other.keys()
     assert {name for name in facts if facts[name] != other[name]} == {"frames of the sets in an epoch"}
+
+
+def test_a_model_with_other_references_than_the_targets_is_told(sets, data):
+    sizes = {"hidden_channels": 4, "num_filters": 4, "num_interactions": 1, "num_gaussians": 4}
+    trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*barebones.*|.*do not determine.*|.*arbitrary reference.*")
+        data.check_job(trainer, schnet_force_field(data.statistics, cutoff=3.5, **sizes), "fit")
+    other = dict(zip(TYPES, data.statistics.energy_shifts.tolist(), strict=True)) | {"O": -2000.0}
+    model = schnet_force_field(data.statistics, cutoff=3.5, energy_shifts=other, **sizes)
+    with pytest.warns(UserWarning, match=r"O has -2000\.0000 eV in the model and -399\.\d+ eV in the data"):
+        data.check_job(trainer, model, "fit")
+    undetermined = mixture({"alone": {"train": sets["molecules"]["train"]}, "metal": sets["metal"]}, num_train=2)
+    with pytest.warns(
+        UserWarning, match=r"alone, the training energies do not determine.*data\.sets\.alone\.references=FILE"
+    ):
+        undetermined.check_job(trainer, schnet_force_field(undetermined.statistics, cutoff=3.5, **sizes), "fit")
 
 
 def test_a_file_in_two_sets_is_told(sets):
