@@ -87,6 +87,7 @@ def test_energies_are_moved_to_the_references_of_the_mixture(data):
         moved = atoms.get_potential_energy() - sum(references[name][each] - common[each] for each in symbols)
         assert frame.energy == pytest.approx(moved, abs=1e-9)
         assert float(batch["total_energy"][index]) == pytest.approx(moved, abs=1e-9)
+        assert data.train_set.frames.arrays(index).energy == pytest.approx(moved, abs=1e-9)
         # what is left is what the references of the set leave: EMT's energies, and no level
         assert abs(moved - sum(common[each] for each in symbols)) < 20
     np.testing.assert_allclose(data.train_set.frames.column("energy"), batch["total_energy"][:, 0], atol=1e-9)
