@@ -13,7 +13,7 @@ from harness.data.frames import FrameSet
 from harness.data.groups import GROUP_KEY, group_fields, group_of, refuse_unknown_group_key
 from harness.data.labels import FieldEntry, entries_of
 from harness.data.reading import Frame, available_keys, information
-from harness.data.weights import WEIGHTS, Weighting, value_text, weight_fields
+from harness.data.weights import WEIGHTS, Weighting, WeightKeys, value_text, weight_fields
 from harness.support.configs import unwrapped
 from harness.support.text import did_you_mean
 
@@ -146,19 +146,35 @@ class Extras:
         by_key = {key: frozenset(each) for key, each in values.items()}
         return Found(frozenset(fields), frozenset(keys), by_key, frozenset(available))
 
-    def check(self, found: Found, where: str, asked: Collection[str] | None = None) -> None:
-        """Refuse names that no frame of the data has; an input with a default may be in none.
+    def check(self, found: Found, where: str) -> None:
+        """Refuse names of labels, weights and groups that no frame of the data has.
+
+        An input with a default may be in none.
 
         Args:
             found: in all files.
             where: the files, for the message.
-            asked: names of the labels that must be there; all of them if None.
+
+        Raises:
+            KeyError: with what the frames have, and the name that may be meant.
+        """
+        self.check_labels(found, where, [entry.field for entry in self.labels])
+        self.weighting.refuse_unknown(found.keys, found.values, found.available)
+        refuse_unknown_group_key(self.group_key, self.group_key in found.keys, found.available)
+
+    def check_labels(self, found: Found, where: str, asked: Collection[str]) -> None:
+        """Refuse labels that no frame of the data has.
+
+        Args:
+            found: in all files.
+            where: the files, for the message.
+            asked: fields of the labels that must be there.
 
         Raises:
             KeyError: with what the frames have, and the name that may be meant.
         """
         for entry in self.labels:
-            if entry.field in found.fields or (asked is not None and entry.field not in asked):
+            if entry.field in found.fields or entry.field not in asked:
                 continue
             if entry.key in found.available:
                 raise KeyError(f"{entry.setting}: the key {entry.key!r} is NaN in all frames of {where}")
@@ -166,8 +182,6 @@ class Extras:
                 f"{entry.setting}: no frame of {where} has the key {entry.key!r}. {_meant(entry, found)}The frames "
                 f"have {sorted(found.available)}"
             )
-        self.weighting.refuse_unknown(found.keys, found.values, found.available)
-        refuse_unknown_group_key(self.group_key, self.group_key in found.keys, found.available)
 
     def batch_fields(self, weights: Collection[str], groups: Collection[str]) -> tuple[BatchField, ...]:
         """Fields of the batches of all sets of a data module.
@@ -178,9 +192,9 @@ class Extras:
         """
         return (*(entry.batch_field() for entry in self.entries), *weight_fields(weights), *group_fields(groups))
 
-    def input_fields(self) -> tuple[BatchField, ...]:
-        """Fields of the model's inputs alone: those of a structure without labels."""
-        return tuple(entry.batch_field() for entry in self.inputs)
+    def inputs_alone(self) -> Extras:
+        """The inputs of the model, without labels, weights and groups: what a structure needs for a prediction."""
+        return Extras(self.inputs, Weighting(WeightKeys(None, None, None, None)))
 
     def describe(self, frames: FrameSet, groups: Sequence[str]) -> list[str]:
         """Lines on inputs, weights and groups of the training frames, those of which there are any.
