@@ -21,7 +21,7 @@ from harness.support.files import replacing
 __all__ = ["PredictionFile", "WritingFailedError", "with_predictions"]
 
 Prediction = dict[str, np.ndarray]
-"""``energy``, ``forces``, ``stress`` and further fields that a model predicts; float64, one row or one for each atom."""
+"""Energy, forces, stress and further fields that a model predicts; float64, one row, or one for each atom."""
 
 _FIELDS = {"energy": "total_energy", "forces": "forces", "stress": "stress"}
 _ATOMS_AT_ONCE = 100_000
