@@ -110,20 +110,20 @@ class Weighting:
         for name, key in self.keys.changed().items():
             if key not in keys:
                 raise KeyError(
-                    f"data.keys.{name}={key}: no frame has it. {did_you_mean(key, available)}The frames have "
+                    f"data.keys.{name}={key}: no frame has it. {did_you_mean(key, sorted(available))}The frames have "
                     f"{sorted(available)}"
                 )
         for key, factor_of in self.factors.items():
             there = values.get(key, ())
             if not there:
                 raise KeyError(
-                    f"data.weights.{key}: no frame has {key!r}. {did_you_mean(key, available)}The frames have "
+                    f"data.weights.{key}: no frame has {key!r}. {did_you_mean(key, sorted(available))}The frames have "
                     f"{sorted(available)}"
                 )
             for value in factor_of:
                 if value not in there:
                     raise KeyError(
-                        f"data.weights.{key}.{value}: no frame has {key}={value}. {did_you_mean(value, there)}Values "
+                        f"data.weights.{key}.{value}: no frame has {key}={value}. {did_you_mean(value, sorted(there))}Values "
                         f"of {key} are {sorted(there)[:20]}"
                     )
 
