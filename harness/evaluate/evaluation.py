@@ -318,6 +318,7 @@ def _try(
     model: torch.nn.Module, frame: Frame, data: EvaluationDataModule, trainer: Trainer
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Sample of a frame, and the predictions of the model for it."""
+    frame = replace(frame, group=None)  # it may be an isolated atom, which is in no set and in no group
     sample = frame_to_sample(frame, data.type_names, data.cutoff, 0, data.dtype, data.batch_fields)
     sample = {name: value.to(trainer.strategy.root_device) for name, value in sample.items()}
     with torch.enable_grad(), trainer.precision_plugin.forward_context():
