@@ -1,8 +1,8 @@
 """Write clusters of one to three water molecules with energies, forces and dipoles: python water.py water.xyz
 
 The model is flexible SPC water (Y. Wu, H. L. Tepper and G. A. Voth, J. Chem. Phys. 124, 024503 (2006)), whose hydrogen
-charges here grow with their bond length, by an invented 0.2 e/Å. Every fifth frame has no dipole, as if some calculations
-had not printed it; a frame's number of molecules is its config_type.
+charges here grow with their bond length, by an invented 0.2 e/Å. Every fifth frame has no dipole, as if some
+calculations had not printed it; the number of molecules is the config_type of a frame.
 """
 
 from __future__ import annotations

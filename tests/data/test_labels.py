@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from support.spawning import spawn
 from torch import Tensor, nn
 
 import harness
+from harness.calculators import HarnessCalculator
 from harness.data import AtomsDataModule, Frame, collate, empty_batch, frame_to_sample
 from harness.data.extras import Extras
 from harness.data.labels import READY_LABELS
 from harness.fields import PerAtomModifier, field_spec
+from harness.job.dry_step import check_first_batch
 from harness.module import ForceFieldModule
+from harness.trained import TrainedModel
+from harness.trained.checkpoint import TrainedCheckpoint
 
 NAMES = ("H2O", "CO2", "NH3", "H2O", "CH4", "CO2", "NH3", "H2O", "CH4", "H2O", "CO2", "NH3")
 TYPES = ["H", "C", "N", "O"]
@@ -301,3 +306,53 @@ def test_two_ranks_train_as_one(file: Path, accumulate: int) -> None:
     for found in spawn(2, train, file, accumulate):
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-11)
         assert found["values"] == pytest.approx(alone["values"], rel=1e-9, abs=1e-11, nan_ok=True)
+
+
+# ---- models with inputs
+
+
+def trained_charges(inputs: Any) -> TrainedModel:
+    extras = Extras.from_config(inputs=inputs)
+    record = {"extras": extras.plain(), "cutoff": 3.0, "dtype": "float64"}
+    return TrainedModel(Charges(), TrainedCheckpoint(Path("some.ckpt"), record, {}, False, TYPES, 0, 0)).eval()
+
+
+def test_a_loaded_model_and_its_calculator_get_the_inputs() -> None:
+    model = trained_charges({"total_charge": {"key": "q"}})
+    atoms = molecule("H2O")
+    cation = atoms.copy()
+    cation.info["q"] = 1
+    batch = model.batch_of([atoms, cation])
+    assert batch["total_charge"].tolist() == [[0], [1]]
+    charges = model(batch)["charges"].detach().reshape(2, 3)
+    torch.testing.assert_close(charges[1] - charges[0], torch.full((3,), 1 / 3, dtype=torch.float64))
+    atoms.calc = HarnessCalculator(model)
+    np.testing.assert_allclose(atoms.get_charges(), charges[0], rtol=1e-12)
+    atoms.info["q"] = 1  # the structure is the same: ASE alone would return what it has
+    np.testing.assert_allclose(atoms.get_charges(), charges[1], rtol=1e-12)
+    atoms.info["q"] = 0.5
+    with pytest.raises(
+        ValueError, match=r"H2O, frame 0: the input total_charge \('q'\) must be integers, found \[0.5\]"
+    ):
+        atoms.get_charges()
+
+
+def test_an_input_without_a_default_has_to_be_there() -> None:
+    with pytest.raises(ValueError, match="structures, frame 0 has no 'q', the input total_charge of the model"):
+        trained_charges({"total_charge": {"key": "q", "default": None}}).batch_of(molecule("H2O"))
+
+
+class Echo(Charges):
+    """Hands the label of the dipole on with its batch."""
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**super().forward(batch), "dipole": batch["dipole"]}
+
+
+def test_a_label_that_the_model_hands_on_is_no_prediction(file: Path) -> None:
+    data = data_of(file, labels=ALL_LABELS, inputs=["total_charge"], type_names=TYPES)
+    for model, refused in ((Charges(), False), (Echo(), True)):
+        loss = harness.MetricsManager(DIPOLES, type_names=TYPES)
+        module = ForceFieldModule(model, loss=loss, val_metrics=loss, type_names=TYPES)
+        with pytest.raises(ValueError, match="'dipole' is the label of that name") if refused else nullcontext():
+            check_first_batch(module, data, trainer(), train=True)
