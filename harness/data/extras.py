@@ -42,7 +42,7 @@ class Found:
     fitting: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def __or__(self, other: Found) -> Found:
-        """What the frames of both have."""
+        """Names and values that the frames of either have."""
         return Found(
             self.fields | other.fields,
             self.keys | other.keys,
