@@ -407,7 +407,8 @@ class WeightedComponents(ComponentMapping, nn.Module):
             tuple(
                 weight
                 for entry in self._order
-                for weight in weights.get(entry.name) or [1.0] * entry.num_slots(self.type_names)
+                for weight in entry.num_parts
+                * (weights.get(entry.name) or entry.set_coeffs or (1.0,) * entry.num_slots(self.type_names))
             ),
         )
 

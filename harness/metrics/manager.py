@@ -8,7 +8,7 @@ same evaluation of the accumulated row.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from harness.fields import Batch
 from harness.metrics.accumulation import Window, check_linear
 from harness.metrics.adapters import GatheredAdapter, Part, detached
 from harness.metrics.coefficients import Normalisation, WeightedComponents
-from harness.metrics.components import WEIGHTED_SUM, check_type_names, parse_entries
+from harness.metrics.components import WEIGHTED_SUM, parse_entries
 from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
 from harness.metrics.row import Row, merge_rows_over_ranks
+from harness.metrics.splits import DataNames
 from harness.metrics.values import Values
 from harness.schedules import Interval, Schedule, check_interval
 
@@ -55,7 +56,17 @@ class MetricsManager(WeightedComponents):
               have data. Fields of nodes only.
             * ``per_type_coeffs``: ``{type: weight}`` for this average, one positive weight for each type.
             * ``ignore_nan``: leave out elements whose target is NaN.
+            * ``weights``: a frame of weight w counts as w frames (true, by default), w times in the sum alone
+              (``in_sums``), or once (false).
+            * ``sets``: names of the data sets whose frames count; all that have the label if not given.
+            * ``per_set``, ``per_group``: one value for each set or group of frames beside that of the whole, reported
+              as ``{name}@{set}`` and ``{name}@{group}``.
+            * ``per_set_coeffs``: ``{set: weight}``; the component is the weighted mean of its values of the sets.
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
+        group_names: names of the groups of frames, in the order of ``group_index``; needed by ``per_group``.
+        set_names: names of the data sets, in the order of ``set_index``; needed by ``sets`` and ``per_set``.
+        set_labels: fields that each set has labels of, by its name. Frames of a set without a label are left out of
+            the components that compare with it.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
         schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at
             every ``step``, with fractions of epochs.
@@ -80,17 +91,21 @@ class MetricsManager(WeightedComponents):
         metrics: Sequence[Mapping[str, Any]],
         type_names: Sequence[str] | None = None,
         *,
+        group_names: Sequence[str] | None = None,
+        set_names: Sequence[str] | None = None,
+        set_labels: Mapping[str, Collection[str]] | None = None,
         schedule: Schedule | None = None,
         schedule_interval: Interval = "epoch",
         coefficients: Normalisation = "normalised",
         sync_on_step: bool = False,
     ) -> None:
-        names = check_type_names(type_names)
+        names = DataNames.of(type_names, group_names, set_names, set_labels)
         if not isinstance(sync_on_step, bool):
             raise TypeError(f"`sync_on_step` is true or false, found {sync_on_step!r}.")
         components = parse_entries(metrics, names)
         layout = Layout(list(components.values()), names)
-        super().__init__(components, layout.components, names, coefficients)
+        super().__init__(components, layout.components, names.types, coefficients)
+        self.names = names
         self.sync_on_step = sync_on_step
         self.process_group: ProcessGroup | None = None
         """The ranks that share a batch, if a strategy splits the world; None for all."""
@@ -247,6 +262,7 @@ class MetricsManager(WeightedComponents):
             self.coefficients.weighted,
             evaluated.counts,
             layout.counted,
+            layout.by_group,
         )
 
     def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
