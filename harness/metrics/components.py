@@ -31,8 +31,8 @@ __all__ = [
 WEIGHTED_SUM = "weighted_sum"
 
 Weights = Literal["everywhere", "in_sums", "nowhere"]
-"""``everywhere``: a frame of weight w counts as w frames do. ``in_sums``: its errors count w times and itself once, as in
-MACE. ``nowhere``: every frame counts once."""
+"""``everywhere``: a frame of weight w counts as w frames do. ``in_sums``: its errors count w times and its number of
+elements once, as in MACE. ``nowhere``: every frame counts once."""
 
 _KEYS = (
     "metric",
@@ -323,8 +323,8 @@ def _check_weights(given: object, name: str) -> Weights:
         return "everywhere"
     if not isinstance(given, bool | str) or given not in _WEIGHTS:
         raise ValueError(
-            f"Component {name!r}: `weights` is true (a frame of weight w counts as w frames), in_sums (in sums, and not "
-            f"in the number that they are divided by) or false, found {given!r}."
+            f"Component {name!r}: `weights` is true (a frame of weight w counts as w frames), in_sums (w times in "
+            f"sums, once in the number that they are divided by) or false, found {given!r}."
         )
     return _WEIGHTS[given]
 

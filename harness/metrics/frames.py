@@ -117,8 +117,8 @@ class FramesOfBatch:
         of_rows = self._known[spread]
         if of_rows.shape != reference.shape[:1]:
             raise ValueError(
-                f"There are weights or indices of {len(of_frames)} frames for {len(of_rows)} rows of the level {level}, "
-                f"but a field of this level has shape {list(reference.shape)}; expected one row for each."
+                f"The batch has weights or indices of {len(of_frames)} frames, with {len(of_rows)} rows of the level "
+                f"{level}, but a field of it has shape {list(reference.shape)}; expected one row for each."
             )
         return of_rows
 
@@ -159,7 +159,7 @@ def check_frames(target: Batch, numbers: Mapping[str, int]) -> None:
 
 def _check_weights(name: str, weights: Tensor) -> None:
     lowest, highest = _range(weights)
-    if not (0 <= lowest and highest < math.inf):
+    if not (lowest >= 0 and highest < math.inf):
         raise ValueError(
             f"{name!r} has weights from {lowest:g} to {highest:g}; the weight of a frame is finite and not negative. "
             f"Look at data.weights and at the weights in the files."

@@ -6,7 +6,7 @@ have no place in the row). A component has one *slot*, or one for each atom type
 split by set or group, as many for each part follow those of the whole. With S slots of sums the row is
 ``sums [S] | counts [S] | numbers of adapters`` and ``maxima | maxima of adapters``.
 
-Whole and parts are *averages* of their slots. Values are those of the averages, the components' first, and of the slots.
+Whole and parts are *averages* of their slots. Values are those of the averages, the components' first, and of slots.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from harness.metrics.accumulation import Window, check_linear
 from harness.metrics.adapters import GatheredAdapter, Part, detached
 from harness.metrics.coefficients import Normalisation, WeightedComponents
 from harness.metrics.components import WEIGHTED_SUM, parse_entries
+from harness.metrics.errors import ErrorMetric
 from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
 from harness.metrics.row import Row, merge_rows_over_ranks
@@ -65,8 +66,8 @@ class MetricsManager(WeightedComponents):
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
         group_names: names of the groups of frames, in the order of ``group_index``; needed by ``per_group``.
         set_names: names of the data sets, in the order of ``set_index``; needed by ``sets`` and ``per_set``.
-        set_labels: fields that each set has labels of, by its name. Frames of a set without a label are left out of
-            the components that compare with it.
+        labelled_sets: names of the sets that have a label, by its field. Frames of the other sets are left out of the
+            components that compare with it.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
         schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at
             every ``step``, with fractions of epochs.
@@ -93,13 +94,13 @@ class MetricsManager(WeightedComponents):
         *,
         group_names: Sequence[str] | None = None,
         set_names: Sequence[str] | None = None,
-        set_labels: Mapping[str, Collection[str]] | None = None,
+        labelled_sets: Mapping[str, Collection[str]] | None = None,
         schedule: Schedule | None = None,
         schedule_interval: Interval = "epoch",
         coefficients: Normalisation = "normalised",
         sync_on_step: bool = False,
     ) -> None:
-        names = DataNames.of(type_names, group_names, set_names, set_labels)
+        names = DataNames.of(type_names, group_names, set_names, labelled_sets)
         if not isinstance(sync_on_step, bool):
             raise TypeError(f"`sync_on_step` is true or false, found {sync_on_step!r}.")
         components = parse_entries(metrics, names)
@@ -139,6 +140,28 @@ class MetricsManager(WeightedComponents):
         """Names of everything that is reported: components, per-type values, and the weighted sum if there is one."""
         names = [self._layout.names[index] for index in self._layout.order]
         return [*names, WEIGHTED_SUM] if self.do_weighted_sum else names
+
+    def keep_by_group(self) -> None:
+        """Keep the errors of every component by group too, for tables; without groups nothing changes.
+
+        Metrics of other packages are kept by group only where ``per_group`` asks for it, since each group costs an
+        update of its own. Names of values do not change.
+
+        Raises:
+            RuntimeError: a batch has been accumulated.
+        """
+        if not self.names.groups:
+            return
+        if self._local is not None or self._merged is not None:
+            raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
+        for name, entry in self._components.items():
+            is_split = any(split.by == "group" for split in entry.splits)
+            if isinstance(entry.metric, ErrorMetric) and not is_split:
+                split = self.names.split_by_group(name, is_shown=False)
+                self._components[name] = replace(entry, splits=(*entry.splits, split))
+        self._layout = Layout(list(self._components.values()), self.names)
+        self._reader = BatchReader(self._layout.components, self._layout.merged, self.names)
+        self.order_as(self._layout.components)
 
     # --- a step ---
 

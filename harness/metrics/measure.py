@@ -140,7 +140,7 @@ class BatchReader:
         for reading in self._readings:
             pair = self._read(reading, preds, target, pairs)
             elements, counted = self._elements(reading, *pair, types, frames)
-            parts = self._parts(reading, elements.detach(), frames)
+            parts = self._parts(reading, elements.detach(), frames) if reading.splits else []
             cut = elements if all(map(coefficients.is_trained, reading.positions)) else elements.detach()
             count: list[Tensor] = []
             if reading.is_counted:
@@ -199,7 +199,9 @@ class BatchReader:
             reference = cast(Any, reading.modifier).target_of(target)
             counted = self._elements(reading, None, reference, types, frames)[1]
             parts = self._parts(reading, counted, frames)
-            counts |= dict.fromkeys(weighted, [each.counts() for each in (counted, *parts)])
+            numbers = [each.counts() for each in (counted, *parts)]
+            for position in weighted:
+                counts[position] = numbers
         device = next(iter(counts.values()))[0].device if counts else _device_of(target)
         pieces = []
         for position, entry in enumerate(self._components[: self._num_sums]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.support.checks import is_number
@@ -57,13 +57,13 @@ class DataNames:
         types: of the atom types.
         groups: of the groups of frames.
         sets: of the data sets of a mixture.
-        labels: fields that each set has labels of, in the order of ``sets``; None where it is not known.
+        labelled_sets: sets that have labels of a field, by its name; fields that are not there are not known.
     """
 
     types: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
-    labels: tuple[frozenset[str], ...] | None = None
+    labelled_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -71,22 +71,22 @@ class DataNames:
         type_names: Sequence[str] | None = None,
         group_names: Sequence[str] | None = None,
         set_names: Sequence[str] | None = None,
-        set_labels: Mapping[str, Collection[str]] | None = None,
+        labelled_sets: Mapping[str, Collection[str]] | None = None,
     ) -> DataNames:
         """Checked names; those that are not given are empty.
 
         Raises:
             TypeError, ValueError: no list of distinct strings, or labels of a set that there is not.
         """
-        sets, labels = check_names(set_names, "set_names"), None
-        if set_labels is not None and sets:
-            wrong = set(set_labels).symmetric_difference(sets)
-            if wrong:
-                raise ValueError(
-                    f"`set_labels` has the labels of each set, for {', '.join(sets)}; found {', '.join(set_labels)}."
-                )
-            labels = tuple(frozenset(set_labels[name]) for name in sets)
-        return cls(check_names(type_names, "type_names"), check_names(group_names, "group_names"), sets, labels)
+        sets = check_names(set_names, "set_names")
+        labelled = {label: tuple(names) for label, names in (labelled_sets or {}).items()}
+        unknown = {name for names in labelled.values() for name in names}.difference(sets)
+        if unknown:
+            raise ValueError(
+                f"`labelled_sets` maps fields to names of sets, of {', '.join(sets) or 'which there are none'}; found "
+                f"{', '.join(sorted(map(repr, unknown)))}."
+            )
+        return cls(check_names(type_names, "type_names"), check_names(group_names, "group_names"), sets, labelled)
 
     def split_by_group(self, component: str, is_shown: bool = True) -> Split:
         """One part for each group.
@@ -153,9 +153,8 @@ def chosen_sets(given: Any, names: DataNames, component: str, label: str | None)
         TypeError: no list.
         ValueError: an unknown set, or one without the label.
     """
-    having = None
-    if label is not None and names.labels is not None:
-        having = tuple(index for index, labels in enumerate(names.labels) if label in labels)
+    labelled = names.labelled_sets.get(label or "")
+    having = None if labelled is None else tuple(at for at, name in enumerate(names.sets) if name in labelled)
     if given is None:
         return having if having and len(having) < len(names.sets) else None
     names.need_sets(component, "sets")

@@ -43,7 +43,7 @@ class Values:
     Attributes:
         names: names of the reported values, in the order of ``reported``.
         order: the order in which users see them.
-        reported: float64 ``[num_values]``: components, values of their parts, then of slots; NaN where there is no data.
+        reported: float64 ``[num_values]``: components, values of their parts, values of slots; NaN without data.
         weighted_sum: float64 scalar, or None if no component has a coefficient.
         has_data: bool ``[num_values]``.
         coeffs: float64 ``[num_components]``: the coefficients that made ``weighted_sum``; 0 outside of it.
@@ -117,7 +117,7 @@ class Evaluated:
 
     Attributes:
         components: float64 ``[num_components]`` in the layout's order; 0 where there is no data.
-        reported: float64 ``[num_values]``: components, values of their parts, then of slots; NaN where there is no data.
+        reported: float64 ``[num_values]``: components, values of their parts, values of slots; NaN without data.
         has_data: bool ``[num_values]``.
         counts: float64 ``[num_slots]``: number of elements in each slot of sums.
     """
