@@ -112,7 +112,7 @@ def nonfinite_components(manager: MetricsManager, values: Values) -> dict[str, d
     }
     coeffs = values.coeffs.tolist()
     names = [values.names[at] for at in values.weighted if coeffs[at] != 0 and values.names[at] in wrong]
-    keys = {name: (name, *manager.entries[name].type_keys(manager.type_names)) for name in names}
+    keys = {name: (name, *manager.entries[name].slot_keys(manager.type_names)) for name in names}
     return {name: {key: wrong[key] for key in keys[name] if key in wrong} for name in names}
 
 

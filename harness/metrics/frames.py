@@ -67,7 +67,7 @@ class FramesOfBatch:
             level: of the rows.
             reference: tensor with these rows.
         """
-        names = [name for name in (_WEIGHT, WEIGHTS_OF_LABELS.get(label or "")) if name in self._target]
+        names = [name for name in (_WEIGHT, WEIGHTS_OF_LABELS.get(label or "", "")) if name in self._target]
         if not names:
             return None
         key = ("weights", *names)

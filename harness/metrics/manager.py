@@ -150,15 +150,18 @@ class MetricsManager(WeightedComponents):
         Raises:
             RuntimeError: a batch has been accumulated.
         """
-        if not self.names.groups:
+        whole = [
+            (name, entry)
+            for name, entry in self._components.items()
+            if isinstance(entry.metric, ErrorMetric) and not any(split.by == "group" for split in entry.splits)
+        ]
+        if not self.names.groups or not whole:
             return
         if self._local is not None or self._merged is not None:
             raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
-        for name, entry in self._components.items():
-            is_split = any(split.by == "group" for split in entry.splits)
-            if isinstance(entry.metric, ErrorMetric) and not is_split:
-                split = self.names.split_by_group(name, is_shown=False)
-                self._components[name] = replace(entry, splits=(*entry.splits, split))
+        for name, entry in whole:
+            split = self.names.split_by_group(name, is_shown=False)
+            self._components[name] = replace(entry, splits=(*entry.splits, split))
         self._layout = Layout(list(self._components.values()), self.names)
         self._reader = BatchReader(self._layout.components, self._layout.merged, self.names)
         self.order_as(self._layout.components)

@@ -107,9 +107,9 @@ class BatchReader:
         self._whole_batches = [position for position, entry in enumerate(components) if entry.field is None]
         self._gathered = [position for position in range(len(kinds), len(components)) if position not in merged]
         self._checked_types = self._checked_frames = False
-        numbers = {"set": len(names.sets), "group": len(names.groups)}
-        used = {split.by for reading in self._readings for split in reading.splits}
+        used: set[str] = {split.by for reading in self._readings for split in reading.splits}
         used |= {"set" for reading in self._readings if reading.sets is not None}
+        numbers = {"set": len(names.sets), "group": len(names.groups)}
         self._told_apart = {by: number for by, number in numbers.items() if by in used}
 
     def _find_readings(self) -> list[Reading]:
