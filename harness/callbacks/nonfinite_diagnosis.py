@@ -138,6 +138,9 @@ def find_nonfinite_fields(
         entry = manager.entries[name]
         for label, level, prediction, target in _pairs(entry.field, preds, batch):
             counts = ~target.isnan() if entry.ignore_nan else torch.ones_like(target, dtype=torch.bool)
+            rows = None if entry.field is None else manager.counted_rows(name, batch, target)
+            if rows is not None:
+                counts = counts & rows.reshape(-1, *[1] * (target.dim() - 1))
             sides = {"labels": target, "predictions": prediction}
             if isinstance(entry.metric, ErrorMetric):
                 masked = (torch.where(counts, each, 0.0) for each in (prediction, target))

@@ -203,6 +203,16 @@ class MetricsManager(WeightedComponents):
         """
         return self._reader.count(target, self.coefficients)
 
+    def counted_rows(self, name: str, target: Batch, reference: Tensor) -> Tensor | None:
+        """Mask of the rows of a component's field whose frames count by their set and weight; None if all do.
+
+        Args:
+            name: of the component, which has a field.
+            target: labels by field name.
+            reference: the label of the field, ``[rows, ...]``.
+        """
+        return self._reader.counted_rows(self._components[name], target, reference)
+
     # --- a step of several micro-batches ---
 
     def check_accumulation(self) -> None:

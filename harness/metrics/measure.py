@@ -238,6 +238,22 @@ class BatchReader:
                 )
         return pairs[key]
 
+    def counted_rows(self, entry: MetricEntry, target: Batch, reference: Tensor) -> Tensor | None:
+        """Mask of the rows of a component's field whose frames count by set and weight; None if all do.
+
+        Args:
+            entry: the component, with a field.
+            target: of a batch.
+            reference: labels of the field, ``[rows, ...]``.
+        """
+        reading, frames, rows = Reading.of(entry), FramesOfBatch(target, target, self._indices), None
+        if reading.sets is not None:
+            rows = frames.are_of(reading.sets, len(self._names.sets), reading.level, reference, entry.name)
+        weights = None if reading.weights == "nowhere" else frames.weights(reading.label, reading.level, reference)
+        if weights is None:
+            return rows
+        return weights > 0 if rows is None else rows & (weights > 0)
+
     def _elements(
         self,
         reading: Reading,
