@@ -47,7 +47,7 @@ class FrameIndices:
 
 
 class FramesOfBatch:
-    """What the frames of one batch say of themselves, for the rows of its fields; each is looked up once.
+    """Weights, sets and groups of the frames of one batch, for the rows of its fields; each is looked up once.
 
     Args:
         preds: predictions, whose batch may be asked for what the target lacks.

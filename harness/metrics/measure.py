@@ -76,7 +76,7 @@ class Reading:
 
     @property
     def key(self) -> object:
-        """What components have in common that share it."""
+        """Key that is the same for components that share it."""
         what = self.ignore_nan, self.per_type, self.weights, self.sets, self.mean_over, self.splits
         return modifier_key(self.modifier), *what
 

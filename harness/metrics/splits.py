@@ -17,7 +17,7 @@ from harness.support.text import did_you_mean
 __all__ = ["DataNames", "Split", "check_names", "chosen_sets", "set_coeffs"]
 
 Kind = Literal["set", "group"]
-"""What frames are told apart by: ``set_index`` or ``group_index`` of a batch."""
+"""Index that tells frames apart: ``set_index`` or ``group_index`` of a batch."""
 
 
 @dataclass(frozen=True)
