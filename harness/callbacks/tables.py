@@ -159,7 +159,8 @@ def print_above_bar(trainer: Trainer, console: Console, *what: Any) -> None:
     for each in what:
         console.print(each, highlight=False, soft_wrap=isinstance(each, str))
     text = cast(io.StringIO, console.file).getvalue().rstrip()
-    bar = trainer.progress_bar_callback
+    # a bar prints while it is drawn, which that of a test is no longer in the end
+    bar = trainer.progress_bar_callback if trainer.state.fn == "fit" else None
     (print if bar is None else bar.print)(f"\n{text}")
 
 

@@ -17,7 +17,7 @@ from support.configs import composed
 from support.grouped import GroupedAlloyDataModule
 
 import harness
-from harness.callbacks import PerGroupReport
+from harness.callbacks import LossProgressBar, PerGroupReport
 from harness.callbacks.per_group import _Groups
 from harness.job.build import build_module
 from harness.metrics import Report
@@ -57,7 +57,8 @@ def test_groups_are_shown_and_change_nothing(
     reports = {}
     for name, callbacks in (("with", [report]), ("without", [])):
         module = module_of(data)
-        fit = trainer(tmp_path, callbacks=callbacks, max_epochs=2)
+        bar = LossProgressBar(["weighted_sum"])  # which has ended when the test's tables are printed
+        fit = trainer(tmp_path, callbacks=[bar, *callbacks], max_epochs=2, enable_progress_bar=True)
         fit.fit(module, datamodule=data)
         if name == "with":
             shown = capsys.readouterr().out
