@@ -182,10 +182,10 @@ def read_frames(
     frames = [_frame(atoms, names, str(file), index) for index, atoms in enumerate(structures)]
     for frame in frames:
         if require_labels and not frame.is_labelled:
-            available = available_labels([frame])
+            under = available_labels([frame])
             raise ValueError(
-                f"{frame.location}: no label under the keys {names}; the frame has {sorted(available)}. "
-                f"{suggested_keys(available, names)}Give the keys that the file uses, or remove the frame"
+                f"{frame.location}: no label under the keys {names}; the frame has {sorted(under)}. "
+                f"{suggested_keys(under, names)}Give the keys that the file uses, or remove the frame"
             )
     return frames
 
