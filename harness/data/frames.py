@@ -424,7 +424,8 @@ def as_frame_set(frames: Iterable[Frame]) -> FrameSet:
 
 
 def _frame_like(found: Any) -> Frame:
-    return Frame(found.atoms, **{name: getattr(found, name, None) for name in LABELS})
+    energy, forces, stress = (getattr(found, name, None) for name in LABELS)
+    return Frame(found.atoms, energy, forces, stress)
 
 
 def absent_column(name: str, num_frames: int) -> NDArray[Any]:

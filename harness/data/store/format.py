@@ -88,7 +88,7 @@ class RecordHeader(NamedTuple):
 
     Attributes:
         present: bit k is set if the frame has the field k.
-        index: number of the frame in its file.
+        number: of the frame in its file.
         num_atoms: of the frame.
         origin: its file, a position in the ``origins`` of the file of records.
         group: its group, a position in the ``groups`` of the file of records; -1 without one.
@@ -96,7 +96,7 @@ class RecordHeader(NamedTuple):
     """
 
     present: int
-    index: int
+    number: int
     num_atoms: int
     origin: int
     group: int
@@ -237,7 +237,7 @@ def frame_of(found: Mapping[str, NDArray[Any]], header: RecordHeader, origin: st
     return Frame(
         Atoms(numbers=arrays.numbers, positions=arrays.positions, cell=arrays.cell, pbc=arrays.pbc),
         arrays.energy, arrays.forces, arrays.stress,
-        origin=origin, index=header.index, stress_left_out="stress_left_out" in found,
+        origin=origin, index=header.number, stress_left_out="stress_left_out" in found,
         extras=arrays.extras, weights=arrays.weights, group=group,
     )  # fmt: skip
 
