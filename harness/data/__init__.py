@@ -9,9 +9,9 @@ from harness.data.loader import LookAheadLoader, ResumableDataLoader, look_ahead
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame, LabelKeys, read_frames
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
+from harness.data.statistics import DataStatistics, training_statistics
 from harness.data.store import StoredFrames, build_store
 from harness.data.store_datamodule import StoreDataModule
-from harness.data.statistics import DataStatistics, training_statistics
 
 __all__ = [
     "AtomsDataModule",

@@ -43,10 +43,10 @@ from harness.data.repeats import repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
 from harness.data.sets import divided
 from harness.data.statistics import DataStatistics, training_statistics
-from harness.data.weights import refuse_weightless
 from harness.data.store import BuildSettings, StoredFrames, is_store
 from harness.data.store.building import found_of
 from harness.data.store.cache import cached_store, is_large, num_bytes
+from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
 from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
 from harness.support.checks import whole_number
