@@ -190,7 +190,10 @@ class _Build:
             self._refuse_unknown_keys(facts, of_all)
             self.settings.extras.check(of_all, ", ".join(source.path for source in self.sources[:3]))
             digests = {number: digest for part in facts for number, digest in part["digests"].items()}
-            sources = [asdict(source) | {"sha256": digests[str(number)]} for number, source in enumerate(self.sources)]
+            sources = [
+                asdict(source) | {"absolute": os.path.abspath(source.path), "sha256": digests[str(number)]}
+                for number, source in enumerate(self.sources)
+            ]
             store = join_parts(
                 self.folder,
                 len(self.units),

@@ -13,7 +13,7 @@ from typing import Any
 
 import ase.io
 from ase import Atoms
-from ase.io.formats import UnknownFileTypeError, filetype
+from ase.io.formats import UnknownFileTypeError, filetype, get_ioformat
 
 from harness.data.reading import structures_of
 
@@ -125,7 +125,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 def _is_readable(file: Path) -> bool:
     try:
-        filetype(str(file))
+        get_ioformat(filetype(str(file)))
     except (UnknownFileTypeError, OSError, UnicodeDecodeError):
         return False
     return True

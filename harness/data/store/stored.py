@@ -126,8 +126,9 @@ class StoredFrames(FrameSet):
         offsets = self._mapped("offset")
         start, is_last = int(offsets[index]), index + 1 == self._ends[number + 1]
         end = self._parts[number]["bytes"] if is_last else int(offsets[index + 1])
-        record = bytearray(max(0, end - start))
-        read = os.preadv(self._file(number), [record], start)
+        is_there = 0 <= start < end <= self._parts[number]["bytes"]
+        record = bytearray(end - start if is_there else 0)
+        read = os.preadv(self._file(number), [record], start) if is_there else 0
         header = header_of(record) if read == len(record) else None
         if header is None:
             raise ValueError(

@@ -49,7 +49,7 @@ def write_part(
         number: of the part, which is its place among the others.
         frames: structures and labels.
         cutoffs: in Å, for which the numbers of edges are counted.
-        facts: further facts to keep in the manifest's list of parts.
+        facts: further facts that the build needs when all parts are there.
     """
     columns_folder, records_folder = folder / "parts" / f"{number:05d}", folder / "records"
     unfinished = columns_folder.with_name(f"{number:05d}.part")
@@ -142,7 +142,7 @@ def join_parts(folder: Path, num_parts: int, facts: Mapping[str, Any]) -> Stored
     for part in parts:
         for name, might_be in part["available"].items():
             available.setdefault(name, set()).update(might_be)
-    own = ("columns", "available", "origins", "format", "version", "checksum")
+    kept = ("frames", "file", "bytes", "crc32", "fields", "groups", "origins")
     manifest = {
         "made_by": f"harness {harness.__version__}",
         "num_frames": sum(part["frames"] for part in parts),
@@ -152,7 +152,7 @@ def join_parts(folder: Path, num_parts: int, facts: Mapping[str, Any]) -> Stored
         "available": {name: sorted(might_be) for name, might_be in available.items()},
         "columns": saved,
         "digest": _digest(columns_folder),
-        "parts": [{name: value for name, value in part.items() if name not in own} for part in parts],
+        "parts": [{name: part[name] for name in kept} for part in parts],
         **facts,
     }
     # the manifest as it will be read, in which tuples are lists
