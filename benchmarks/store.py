@@ -20,9 +20,9 @@ resident memory. ``damage``: a flipped bit in the middle of the largest file is 
 
 ``start`` makes stores of synthetic frames of 24 to 32 atoms by the writer itself (10 000 different ones, over and over)
 and starts ``harness-train data=store`` on 2 ranks. ``first step`` is the time from the command to the end of the first
-step of rank 0, once by the clock and once of its processor; the imports alone are told too. Memory is that of rank 0 after ``--steps`` steps: ``own``, and
-``resident`` with pages of files. ``build`` measures ``harness-data build`` on an extended XYZ file beside
-``ase.io.read`` of it.
+step of rank 0, once by the clock and once of its processor; the imports alone are told too. Memory is that of rank 0
+after ``--steps`` steps: ``own``, and ``resident`` with pages of files. ``build`` measures ``harness-data build`` on an
+extended XYZ file beside ``ase.io.read`` of it.
 """
 
 from __future__ import annotations
@@ -460,9 +460,8 @@ def start(sizes: list[int], steps: int, folder: Path, options: list[str]) -> Non
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     imports = time.perf_counter() - begin
-    print(
-        f"imports alone: {imports:.1f} s, {float(done.stdout):.1f} s of the processor; {steps} steps of 8 frames on 2 ranks"
-    )
+    print(f"imports alone: {imports:.1f} s, {float(done.stdout):.1f} s of the processor")
+    print(f"{steps} steps of 8 frames on 2 ranks")
     print("frames      store MiB   first step s   of the processor s   own MiB   resident MiB   largest MiB")
     found: dict[int, tuple[float, list[float]]] = {}
     for size in sizes:
@@ -495,10 +494,8 @@ def start(sizes: list[int], steps: int, folder: Path, options: list[str]) -> Non
         own, resident, largest = measured["last"]
         found[size] = measured["seconds"], measured["last"]
         disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
-        print(
-            f"{size:<10} {disk:10.1f} {measured['seconds']:14.1f} {measured['processor']:20.1f} {own:9.0f} {resident:14.0f} {largest:13.0f}",
-            flush=True,
-        )
+        times = f"{measured['seconds']:14.1f} {measured['processor']:20.1f}"
+        print(f"{size:<10} {disk:10.1f} {times} {own:9.0f} {resident:14.0f} {largest:13.0f}", flush=True)
         shutil.rmtree(path)
     if len(sizes) > 1:
         small, large = min(sizes), max(sizes)

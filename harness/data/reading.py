@@ -163,6 +163,11 @@ def read_frames(
     """
     names = LabelKeys.from_mapping(keys)
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(
+            f"{file} is a folder, expected a file of structures. Stores are for trainings, by data=store, and are built "
+            f"of files and folders by harness-data build"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"no file of structures at {file}; relative paths start at {Path.cwd()}")
     if file.stat().st_size == 0:

@@ -165,7 +165,8 @@ class _Build:
         file = self.folder / _PLAN
         if file.is_file():
             plan = json.loads(file.read_text())
-            differing = [name for name in begun if plan.get(name) != begun[name]]
+            before = {**plan, "settings": _loosened(plan["settings"], begun["settings"])}
+            differing = [name for name in begun if before.get(name) != begun[name]]
             if differing:
                 raise ValueError(
                     f"{self.folder} is an unfinished build of other {' and '.join(differing)}. Give the command "
@@ -257,6 +258,17 @@ class _Build:
                 frames = store.subset(np.flatnonzero(origins == code))
                 check_lengths(frames)
                 check_work(frames)
+
+
+def _loosened(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a build was begun with, without those of its checks that are looser now: its parts have passed."""
+    found = dict(before)
+    if before["check_units"]:
+        found["check_units"] = now["check_units"]
+    distance = now["min_distance"]
+    if before["min_distance"] is not None and (distance is None or distance <= before["min_distance"]):
+        found["min_distance"] = distance
+    return found
 
 
 def _begin(parent: int) -> None:

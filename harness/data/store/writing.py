@@ -194,7 +194,7 @@ def name_store(store: StoredFrames, path: Path) -> None:
     folder = store.path
     entries = {name: entry for name, entry in store.manifest.items() if name not in ("format", "version", "checksum")}
     write_text_whole(folder / MANIFEST, manifest_text(entries))
-    shutil.rmtree(folder / "parts")
+    shutil.rmtree(folder / "parts", ignore_errors=True)
     sync_folder(folder)
     os.replace(folder, path)
     sync_folder(path.parent)
