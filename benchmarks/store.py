@@ -36,6 +36,7 @@ sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.absp
 import argparse
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -139,7 +140,7 @@ class Records(Format):
         found, start = {}, 0
         for name, (level, dtype, shape) in SHAPES.items():
             whole = (size, *shape) if level == "node" else shape
-            count = int(np.prod(whole))
+            count = math.prod(whole)
             found[name] = np.frombuffer(record, dtype, count, start).reshape(whole)
             start += found[name].nbytes
         return found
@@ -362,7 +363,7 @@ def formats(num_frames: int, num_reads: int, only: list[str]) -> None:
             if missing:
                 print(f"{name:10} {', '.join(missing)} is not installed")
             continue
-        reads = min(num_reads, num_frames, 500 if name in ("zarr", "parquet") else num_reads)
+        reads = min(num_reads, num_frames, 100 if name in ("zarr", "parquet") else num_reads)
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             start = time.process_time()

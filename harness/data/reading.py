@@ -165,8 +165,8 @@ def read_frames(
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(
-            f"{file} is a folder, expected a file of structures. Stores are for trainings, by data=store, and are built "
-            f"of files and folders by harness-data build"
+            f"{file} is a folder, expected a file of structures. Stores are for trainings, by data=store, and are "
+            f"built of files and folders by harness-data build"
         )
     if not file.is_file():
         raise FileNotFoundError(f"no file of structures at {file}; relative paths start at {Path.cwd()}")

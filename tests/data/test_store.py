@@ -301,10 +301,10 @@ def test_a_build_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KiB."""
+    """A file system of 2 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a small file system")
     yield place
@@ -314,7 +314,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.usefixtures("small_parts")
 def test_a_full_disk_is_one_message_and_loses_nothing(folder: Path, small_disk: Path) -> None:
     other = small_disk / "other"
-    other.write_bytes(bytes(300_000))
+    other.write_bytes(bytes(1_600_000))
     with pytest.raises(OSError, match=r"no space is left for .*a\.store\.building.*Nothing is lost.*goes on"):
         build_store(small_disk / "a.store", [folder / "train.xyz"], SETTINGS)
     assert not (small_disk / "a.store").exists()

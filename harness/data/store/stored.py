@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class StoredFrames(FrameSet):
         self._parts = self.manifest["parts"]
         self._ends = np.cumsum([0, *(part["frames"] for part in self._parts)])
         self._fields = [[RecordField.from_json(field) for field in part["fields"]] for part in self._parts]
-        self._columns: dict[str, NDArray[Any]] = {}
+        self._checked_columns: set[str] = set()
         self._files: dict[int, int] = {}
         for name, facts in self._all_files():
             self._check_size(name, facts["bytes"])
@@ -98,7 +99,7 @@ class StoredFrames(FrameSet):
 
     def __getstate__(self) -> dict[str, Any]:
         # files are opened by each process, and memory maps would be sent as a whole
-        return {**self.__dict__, "_columns": {}, "_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_offsets"} | {"_files": {}}
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
@@ -123,9 +124,8 @@ class StoredFrames(FrameSet):
     def _record(self, index: int) -> tuple[dict[str, NDArray[Any]], RecordHeader, int]:
         """Quantities and header of a frame, and the number of its file of records."""
         number = int(np.searchsorted(self._ends, index, side="right")) - 1
-        offsets = self._mapped("offset")
-        start, is_last = int(offsets[index]), index + 1 == self._ends[number + 1]
-        end = self._parts[number]["bytes"] if is_last else int(offsets[index + 1])
+        start, is_last = int(self._offsets[index]), index + 1 == self._ends[number + 1]
+        end = self._parts[number]["bytes"] if is_last else int(self._offsets[index + 1])
         is_there = 0 <= start < end <= self._parts[number]["bytes"]
         record = bytearray(end - start if is_there else 0)
         read = os.preadv(self._file(number), [record], start) if is_there else 0
@@ -147,20 +147,24 @@ class StoredFrames(FrameSet):
         """Numbers of one frame."""
         return arrays_of(self._record(self._checked(index))[0])
 
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        """Where the record of each frame starts in its file."""
+        return self._mapped("offset")
+
     def _mapped(self, name: str) -> NDArray[Any]:
-        """A column as it is on disk."""
-        if name not in self._columns:
-            array = np.load(self.path / "columns" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            self._columns[name] = np.asarray(array)  # of the same pages, and indexed four times as fast
-        return self._columns[name]
+        """A column as it is on disk; its pages are memory of this process as long as the array is in use."""
+        array = np.load(self.path / "columns" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return np.asarray(array)  # of the same pages, and indexed four times as fast
 
     def _stored(self, name: str) -> NDArray[Any]:
-        """A column, checked if this process asks for it first."""
-        if name not in self._columns:
+        """A column, checked when this process asks for it first."""
+        if name not in self._checked_columns:
             file = self.path / "columns" / f"{name}.npy"
             self._check_size(f"columns/{name}.npy", self.manifest["columns"][name]["bytes"])
             if checksum_of(file) != self.manifest["columns"][name]["crc32"]:
                 raise ValueError(f"{file} is damaged: its checksum does not fit. {anew(self.path)}")
+            self._checked_columns.add(name)
         return self._mapped(name)
 
     def column(self, name: str) -> NDArray[Any]:
