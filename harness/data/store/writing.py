@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import harness
 from harness.data.facts import LABELS, WEIGHTS, Compositions, columns_of
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame, available_labels
@@ -144,7 +144,7 @@ def join_parts(folder: Path, num_parts: int, facts: Mapping[str, Any]) -> Stored
             available.setdefault(name, set()).update(might_be)
     kept = ("frames", "file", "bytes", "crc32", "fields", "groups", "origins")
     manifest = {
-        "made_by": f"harness {harness.__version__}",
+        "made_by": _package(),
         "num_frames": sum(part["frames"] for part in parts),
         "labels": [*LABELS, *sorted(set(labels) - set(LABELS))],
         "groups": groups,
@@ -179,6 +179,14 @@ def _joined(
     if name != COMPOSITION_COLUMNS[0]:
         return np.concatenate(arrays)
     return np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(array) for array in arrays)]))
+
+
+def _package() -> str:
+    """Name and version of this package, as it is installed."""
+    try:
+        return f"potential-harness {importlib.metadata.version('potential-harness')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "potential-harness from its sources"
 
 
 def _digest(columns: Path) -> str:
