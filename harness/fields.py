@@ -166,7 +166,8 @@ def field_spec(name: str) -> FieldSpec:
     except KeyError:
         raise KeyError(
             f"Unknown field {name!r}. Known fields: {', '.join(sorted(_REGISTRY))}. "
-            f"A field of your own: harness.register_field({name!r}, level='graph'|'node'|'edge', unit=...)."
+            f"A label of your files: data.labels={{{name}: {{level: ...}}}}; a field of your own: "
+            f"harness.register_field({name!r}, level='graph'|'node'|'edge', unit=...)."
         ) from None
 
 

@@ -10,6 +10,8 @@ those of these arguments that their signatures show:
 - ``per_atom_energy``: divide energies by the number of atoms, (eV/atom)², instead of eV².
 - ``per_type_forces_coeffs``: ``{type: weight}``; the force error becomes the weighted mean over the atom types.
 - ``type_names``: names of the atom types.
+- ``group_names``, ``set_names``, ``labelled_sets``: of groups and sets of frames, as
+  :class:`~harness.metrics.MetricsManager` takes them.
 - ``ignore_nan``: ``{field: true}`` leaves out NaN labels of a field.
 - ``extra_metrics``: further components, as :class:`~harness.metrics.MetricsManager` takes them.
 - ``schedule``: drives coefficients by epoch, see :mod:`harness.schedules`.
@@ -22,7 +24,7 @@ The fields are ``total_energy``, ``forces`` and ``stress``, as far as the functi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from harness.fields import FieldModifier, PerAtomModifier
@@ -48,6 +50,8 @@ __all__ = [
 
 Coeffs = Mapping[str, float | None]
 Extra = Sequence[Mapping[str, Any]]
+Names = Sequence[str] | None
+LabelledSets = Mapping[str, Collection[str]] | None
 
 _ERRORS: dict[str, type[ErrorMetric]] = {
     "rmse": RootMeanSquaredError,
@@ -73,12 +77,16 @@ def EnergyForceLoss(
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
     coefficients: Normalisation = "normalised",
+    group_names: Names = None,
+    set_names: Names = None,
+    labelled_sets: LabelledSets = None,
 ) -> MetricsManager:
     """Loss of energy and forces: ``per_atom_energy_mse`` (or ``total_energy_mse``) and ``forces_mse``."""
     metrics = _errors_of_loss(
         ("total_energy", "forces"), coeffs, ignore_nan, extra_metrics, per_atom_energy, per_type_forces_coeffs
     )
-    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+    frames = {"group_names": group_names, "set_names": set_names, "labelled_sets": labelled_sets}
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients, frames)
 
 
 def EnergyForceStressLoss(
@@ -91,12 +99,16 @@ def EnergyForceStressLoss(
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
     coefficients: Normalisation = "normalised",
+    group_names: Names = None,
+    set_names: Names = None,
+    labelled_sets: LabelledSets = None,
 ) -> MetricsManager:
     """Loss of energy, forces and stress: as :func:`EnergyForceLoss`, and ``stress_mse``."""
     metrics = _errors_of_loss(
         ("total_energy", "forces", "stress"), coeffs, ignore_nan, extra_metrics, per_atom_energy, per_type_forces_coeffs
     )
-    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+    frames = {"group_names": group_names, "set_names": set_names, "labelled_sets": labelled_sets}
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients, frames)
 
 
 def EnergyOnlyLoss(
@@ -108,13 +120,17 @@ def EnergyOnlyLoss(
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
     coefficients: Normalisation = "normalised",
+    group_names: Names = None,
+    set_names: Names = None,
+    labelled_sets: LabelledSets = None,
 ) -> MetricsManager:
     """Loss of the energy alone: ``per_atom_energy_mse`` (or ``total_energy_mse``).
 
     The coefficient matters only beside extra metrics that have one.
     """
     metrics = _errors_of_loss(("total_energy",), coeffs, ignore_nan, extra_metrics, per_atom_energy)
-    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+    frames = {"group_names": group_names, "set_names": set_names, "labelled_sets": labelled_sets}
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients, frames)
 
 
 def EnergyForceMetrics(
@@ -125,13 +141,17 @@ def EnergyForceMetrics(
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
     coefficients: Normalisation = "normalised",
+    group_names: Names = None,
+    set_names: Names = None,
+    labelled_sets: LabelledSets = None,
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_``, ``per_atom_energy_`` and ``forces_``.
 
     Units: eV, eV/atom, eV/Å.
     """
     metrics = _errors_to_monitor(("total_energy", "per_atom_energy", "forces"), coeffs, ignore_nan, extra_metrics)
-    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+    frames = {"group_names": group_names, "set_names": set_names, "labelled_sets": labelled_sets}
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients, frames)
 
 
 def EnergyForceStressMetrics(
@@ -142,10 +162,14 @@ def EnergyForceStressMetrics(
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
     coefficients: Normalisation = "normalised",
+    group_names: Names = None,
+    set_names: Names = None,
+    labelled_sets: LabelledSets = None,
 ) -> MetricsManager:
     """Errors of energy, forces and stress: as :func:`EnergyForceMetrics`, and those of ``stress_`` in eV/Å³."""
     metrics = _errors_to_monitor(tuple(_MONITORED), coeffs, ignore_nan, extra_metrics)
-    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+    frames = {"group_names": group_names, "set_names": set_names, "labelled_sets": labelled_sets}
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients, frames)
 
 
 def EnergyOnlyMetrics(
@@ -156,10 +180,14 @@ def EnergyOnlyMetrics(
     schedule: Schedule | None = None,
     schedule_interval: Interval = "epoch",
     coefficients: Normalisation = "normalised",
+    group_names: Names = None,
+    set_names: Names = None,
+    labelled_sets: LabelledSets = None,
 ) -> MetricsManager:
     """Errors ``rmse``, ``mae`` and ``maxabserr`` of ``total_energy_`` (eV) and ``per_atom_energy_`` (eV/atom)."""
     metrics = _errors_to_monitor(("total_energy", "per_atom_energy"), coeffs, ignore_nan, extra_metrics)
-    return _manager(metrics, type_names, schedule, schedule_interval, coefficients)
+    frames = {"group_names": group_names, "set_names": set_names, "labelled_sets": labelled_sets}
+    return _manager(metrics, type_names, schedule, schedule_interval, coefficients, frames)
 
 
 def _manager(
@@ -168,9 +196,15 @@ def _manager(
     schedule: Schedule | None,
     schedule_interval: Interval,
     coefficients: Normalisation,
+    frames: Mapping[str, Any],
 ) -> MetricsManager:
     return MetricsManager(
-        metrics, type_names, schedule=schedule, schedule_interval=schedule_interval, coefficients=coefficients
+        metrics,
+        type_names,
+        schedule=schedule,
+        schedule_interval=schedule_interval,
+        coefficients=coefficients,
+        **frames,
     )
 
 

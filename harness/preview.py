@@ -31,6 +31,7 @@ from rich.table import Table
 
 from harness.config.explain import BAD_INPUT, HINT, explain, message
 from harness.config.resolvers import config_folder
+from harness.data.labels import entries_of
 from harness.job import follow_schedule, read_schedule
 from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
@@ -111,6 +112,8 @@ class _Preview:
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
+        for entry in entries_of((config.data or {}).get("labels")):  # components may read them
+            entry.register()
         self.notes: list[str] = []
         """Remarks under the table."""
         self.module = ForceFieldModule(
@@ -119,6 +122,7 @@ class _Preview:
             optimizer=take_out(config.optimizer, "groups")[0] if config.optimizer else None,
             lr_scheduler=instantiate(config.lr_scheduler) if config.lr_scheduler else None,
             type_names=self._type_names,
+            **self._names_of_frames,
         )
         if config.schedule:
             follow_schedule(self.loss, *read_schedule(config.schedule))
@@ -176,6 +180,15 @@ class _Preview:
     def _type_names(self) -> list[str] | None:
         given = (self.config.data or {}).get("type_names")
         return list(given) if given else getattr(self._data, "type_names", None)
+
+    @property
+    def _names_of_frames(self) -> dict[str, Any]:
+        """Names of groups and sets, of a loss that asks for them: the data are read for them."""
+        keys = ("sets", "per_set", "per_set_coeffs", "per_group")
+        entries = [*(self.config.loss.get("extra_metrics") or ()), *(self.config.loss.get("metrics") or ())]
+        if not any(entry.get(key) for entry in entries for key in keys):
+            return {}
+        return {name: getattr(self._data, name, None) for name in ("group_names", "set_names")}
 
     def _num_epochs(self) -> int:
         number = self.config.max_epochs

@@ -10,6 +10,7 @@ from harness.callbacks.learning_rate import UsedLearningRates
 from harness.callbacks.nequip import LinearLossCoefficientScheduler, LossCoefficientMonitor, LossCoefficientScheduler
 from harness.callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from harness.callbacks.parity import ParityPlot
+from harness.callbacks.per_group import PerGroupReport
 from harness.callbacks.per_type import PerTypeReport
 from harness.callbacks.progress import LossProgressBar
 from harness.callbacks.resume import ResumeCheckpoint
@@ -30,6 +31,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "ParityPlot",
+    "PerGroupReport",
     "PerTypeReport",
     "Preempted",
     "ResumeCheckpoint",

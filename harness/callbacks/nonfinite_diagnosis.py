@@ -112,7 +112,7 @@ def nonfinite_components(manager: MetricsManager, values: Values) -> dict[str, d
     }
     coeffs = values.coeffs.tolist()
     names = [values.names[at] for at in values.weighted if coeffs[at] != 0 and values.names[at] in wrong]
-    keys = {name: (name, *manager.entries[name].type_keys(manager.type_names)) for name in names}
+    keys = {name: (name, *manager.entries[name].slot_keys(manager.type_names)) for name in names}
     return {name: {key: wrong[key] for key in keys[name] if key in wrong} for name in names}
 
 
@@ -138,6 +138,9 @@ def find_nonfinite_fields(
         entry = manager.entries[name]
         for label, level, prediction, target in _pairs(entry.field, preds, batch):
             counts = ~target.isnan() if entry.ignore_nan else torch.ones_like(target, dtype=torch.bool)
+            rows = None if entry.field is None else manager.counted_rows(name, batch, target)
+            if rows is not None:
+                counts = counts & rows.reshape(-1, *[1] * (target.dim() - 1))
             sides = {"labels": target, "predictions": prediction}
             if isinstance(entry.metric, ErrorMetric):
                 masked = (torch.where(counts, each, 0.0) for each in (prediction, target))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
+from lightning.pytorch import Trainer
+from rich.console import Console
 from rich.table import Table
 
 from harness.fields import PerAtomModifier, PlainField, field_spec
@@ -21,8 +26,19 @@ from harness.metrics import (
     modifier_key,
 )
 
-__all__ = ["COLUMNS", "atoms_behind", "component_unit", "is_better", "values_table"]
+__all__ = [
+    "COLUMNS",
+    "atoms_behind",
+    "component_unit",
+    "is_better",
+    "number_text",
+    "output_console",
+    "print_above_bar",
+    "values_table",
+]
 
+_WIDTH = 140
+"""Width of a log file in characters."""
 COLUMNS = ("value", "best", "epoch", "types", "unit")
 """Columns of a table, beside the names of the components."""
 
@@ -62,15 +78,15 @@ def values_table(
     def row(name: str, by_type: Sequence[str], unit: str) -> None:
         least, epoch = (best or {}).get(name, (math.nan, None))
         cells = {
-            "value": _number(values.get(name)),
-            "best": _number(least),
+            "value": number_text(values.get(name)),
+            "best": number_text(least),
             "epoch": "-" if epoch is None else str(epoch),
         }
         line = [name, *(cells[each] for each in chosen), *by_type, *([unit] if "unit" in columns else [])]
         table.add_row(*line, style="green" if values.get(name) == least else None)
 
     for entry in manager.entries.values():
-        by_type = [_number(values.get(key)) for key in entry.type_keys(shown)] or [""] * len(shown)
+        by_type = [number_text(values.get(key)) for key in entry.type_keys(shown)] or [""] * len(shown)
         row(entry.name, by_type, component_unit(entry))
     if WEIGHTED_SUM in values:
         table.add_section()
@@ -126,7 +142,30 @@ def atoms_behind(manager: MetricsManager, report: Report) -> dict[str, list[floa
     return {entry.name: known.get((modifier_key(field), entry.ignore_nan), unknown) for entry, field in read}
 
 
-def _number(value: float | None) -> str:
+def output_console() -> Console:
+    """Console that renders for standard output, into a text; a log file has room for every column."""
+    terminal = sys.stdout.isatty()
+    return Console(file=io.StringIO(), force_terminal=terminal, width=None if terminal else _WIDTH)
+
+
+def print_above_bar(trainer: Trainer, console: Console, *what: Any) -> None:
+    """Print above the progress bar, which draws itself anew below.
+
+    Args:
+        trainer: with the progress bar.
+        console: of :func:`output_console`.
+        what: texts and tables.
+    """
+    for each in what:
+        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
+    text = cast(io.StringIO, console.file).getvalue().rstrip()
+    # a bar prints while it is drawn, which that of a test is no longer in the end
+    bar = trainer.progress_bar_callback if trainer.state.fn == "fit" else None
+    (print if bar is None else bar.print)(f"\n{text}")
+
+
+def number_text(value: float | None) -> str:
+    """Five digits of a value; a dash where there is none."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.5g}"

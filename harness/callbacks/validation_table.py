@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.measure import Measurement
 
-from harness.callbacks.tables import COLUMNS, is_better, values_table
+from harness.callbacks.tables import COLUMNS, is_better, output_console, print_above_bar, values_table
 from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.module import ForceFieldModule, logged_step
 from harness.support.checks import whole_number
@@ -20,8 +17,6 @@ from harness.support.log_keys import TRAIN_LOSS, stage_of_set
 
 __all__ = ["ValidationTable"]
 
-_WIDTH = 140
-"""Width of a log file in characters, with room for every column."""
 _WIDEST = 1000
 
 
@@ -59,7 +54,7 @@ class ValidationTable(Callback):
         if trainer.sanity_checking or not isinstance(pl_module, ForceFieldModule):
             return
         prints = (trainer.current_epoch + 1) % self.every_n_epochs == 0 and trainer.is_global_zero
-        console, tables = _console(), []
+        console, tables = output_console(), []
         for index, manager in enumerate(pl_module.val_metrics):
             stage = stage_of_set("val", index)
             if not isinstance(manager, MetricsManager) or stage not in pl_module.reports:
@@ -76,7 +71,7 @@ class ValidationTable(Callback):
                     table = values_table(title, manager, values, best, self.columns, max_types=0)
                 tables.append(table)
         if tables:
-            _print(trainer, console, _heading(trainer, pl_module), *tables)
+            print_above_bar(trainer, console, _heading(trainer, pl_module), *tables)
 
     def state_dict(self) -> dict[str, Any]:
         """The best values so far."""
@@ -100,18 +95,3 @@ def _heading(trainer: Trainer, module: ForceFieldModule) -> str:
     weighted = {name: coeff for name, coeff in report.coeffs.items() if coeff}
     terms = " + ".join(f"{coeff:.3g} * {report.values[name]:.3g} ({name})" for name, coeff in weighted.items())
     return f"{text}: training {WEIGHTED_SUM} {report.values.get(WEIGHTED_SUM, math.nan):.5g} = {terms}"
-
-
-def _console() -> Console:
-    """Console that renders for standard output, into a text."""
-    terminal = sys.stdout.isatty()
-    return Console(file=io.StringIO(), force_terminal=terminal, width=None if terminal else _WIDTH)
-
-
-def _print(trainer: Trainer, console: Console, *what: Any) -> None:
-    """Print above the progress bar, which draws itself anew below."""
-    for each in what:
-        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
-    text = cast(io.StringIO, console.file).getvalue().rstrip()
-    bar = trainer.progress_bar_callback
-    (print if bar is None else bar.print)(f"\n{text}")

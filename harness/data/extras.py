@@ -13,13 +13,14 @@ from harness.data.frames import FrameSet
 from harness.data.groups import GROUP_KEY, group_fields, group_of, refuse_unknown_group_key
 from harness.data.labels import FieldEntry, entries_of
 from harness.data.reading import Frame, available_keys, information
-from harness.data.weights import WEIGHTS, Weighting, value_text, weight_fields
+from harness.data.weights import WEIGHTS, Weighting, WeightKeys, value_text, weight_fields
 from harness.support.configs import unwrapped
 from harness.support.text import did_you_mean
 
 __all__ = ["Extras", "Found", "split_keys"]
 
 _SHOWN = 10  # groups by name
+_LOOKED_AT = 20  # frames, for names that are meant instead of one that is not there
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,23 @@ class Found:
         keys: names of weights and of the group that any frame has.
         values: of each key of ``data.weights``.
         available: everything that the first thousand frames have.
+        fitting: names of numbers of the right shape in the first frames, by the field of a label.
     """
 
     fields: frozenset[str] = frozenset()
     keys: frozenset[str] = frozenset()
     values: Mapping[str, frozenset[str]] = field(default_factory=dict)
     available: frozenset[str] = frozenset()
+    fitting: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def __or__(self, other: Found) -> Found:
-        """What the frames of both have."""
-        names = {*self.values, *other.values}
-        nothing: frozenset[str] = frozenset()
+        """Names and values that the frames of either have."""
         return Found(
             self.fields | other.fields,
             self.keys | other.keys,
-            {name: self.values.get(name, nothing) | other.values.get(name, nothing) for name in names},
+            _merged(self.values, other.values),
             self.available | other.available,
+            _merged(self.fitting, other.fitting),
         )
 
 
@@ -144,21 +146,47 @@ class Extras:
                     found.add(text)
         available = available_keys([frame.atoms for frame in frames[:1000]])  # a file is like its beginning
         by_key = {key: frozenset(each) for key, each in values.items()}
-        return Found(frozenset(fields), frozenset(keys), by_key, frozenset(available))
+        fitting = {
+            entry.field: frozenset(
+                name
+                for frame in frames[:_LOOKED_AT]
+                for name in available_keys([frame.atoms])
+                if entry.fits(frame, name)
+            )
+            for entry in self.labels
+            if entry.field not in fields
+        }
+        return Found(frozenset(fields), frozenset(keys), by_key, frozenset(available), fitting)
 
-    def check(self, found: Found, where: str, asked: Collection[str] | None = None) -> None:
-        """Refuse names that no frame of the data has; an input with a default may be in none.
+    def check(self, found: Found, where: str) -> None:
+        """Refuse names of labels, weights and groups that no frame of the data has.
+
+        An input with a default may be in none.
 
         Args:
             found: in all files.
             where: the files, for the message.
-            asked: names of the labels that must be there; all of them if None.
+
+        Raises:
+            KeyError: with what the frames have, and the name that may be meant.
+        """
+        self.check_labels(found, where, [entry.field for entry in self.labels])
+        self.weighting.refuse_unknown(found.keys, found.values, found.available)
+        refuse_unknown_group_key(self.group_key, self.group_key in found.keys, found.available)
+
+    def check_labels(self, found: Found, where: str, asked: Collection[str]) -> None:
+        """Refuse labels that no frame of the data has.
+
+        Args:
+            found: in all files.
+            where: the files, for the message.
+            asked: fields of the labels that must be there.
 
         Raises:
             KeyError: with what the frames have, and the name that may be meant.
         """
         for entry in self.labels:
-            if entry.field in found.fields or (asked is not None and entry.field not in asked):
+            if entry.field in found.fields or entry.field not in asked:
                 continue
             if entry.key in found.available:
                 raise KeyError(f"{entry.setting}: the key {entry.key!r} is NaN in all frames of {where}")
@@ -166,8 +194,6 @@ class Extras:
                 f"{entry.setting}: no frame of {where} has the key {entry.key!r}. {_meant(entry, found)}The frames "
                 f"have {sorted(found.available)}"
             )
-        self.weighting.refuse_unknown(found.keys, found.values, found.available)
-        refuse_unknown_group_key(self.group_key, self.group_key in found.keys, found.available)
 
     def batch_fields(self, weights: Collection[str], groups: Collection[str]) -> tuple[BatchField, ...]:
         """Fields of the batches of all sets of a data module.
@@ -178,9 +204,9 @@ class Extras:
         """
         return (*(entry.batch_field() for entry in self.entries), *weight_fields(weights), *group_fields(groups))
 
-    def input_fields(self) -> tuple[BatchField, ...]:
-        """Fields of the model's inputs alone: those of a structure without labels."""
-        return tuple(entry.batch_field() for entry in self.inputs)
+    def inputs_alone(self) -> Extras:
+        """The inputs of the model, without labels, weights and groups: what a structure needs for a prediction."""
+        return Extras(self.inputs, Weighting(WeightKeys(None, None, None, None)))
 
     def describe(self, frames: FrameSet, groups: Sequence[str]) -> list[str]:
         """Lines on inputs, weights and groups of the training frames, those of which there are any.
@@ -214,11 +240,9 @@ class Extras:
         entry = next((entry for entry in self.labels if entry.field == name), None)
         if entry is None or frames.label_counts().get(name):
             return ""
-        found = Found(available=frozenset(frames.available()))
         return (
-            f"It is looked for under {entry.key!r} ({entry.setting}.key); the frames have {sorted(found.available)}. "
-            f"{_meant(entry, found)}"
-        ).strip()
+            f"It is looked for under {entry.key!r} ({entry.setting}.key); the frames have {sorted(frames.available())}."
+        )
 
     def plain(self) -> dict[str, Any]:
         """Labels, inputs, weights and the key of groups as plain data, for the record in a checkpoint."""
@@ -253,10 +277,15 @@ def split_keys(keys: Any) -> tuple[Any, dict[str, Any] | None]:
     return {name: key for name, key in keys.items() if name not in WEIGHTS}, of_weights or None
 
 
+def _merged(one: Mapping[str, frozenset[str]], other: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    nothing: frozenset[str] = frozenset()
+    return {name: one.get(name, nothing) | other.get(name, nothing) for name in {*one, *other}}
+
+
 def _meant(entry: FieldEntry, found: Found) -> str:
     """Question whether another key was meant: one that is like the key or the field."""
     for name in (entry.key, entry.field, entry.field.rstrip("s")):
-        question = did_you_mean(name, sorted(found.available))
+        question = did_you_mean(name, sorted(found.fitting.get(entry.field, ())))
         if question:
             return question.replace("Did you mean ", f"Did you mean {entry.setting}.key=")
     return ""

@@ -413,8 +413,19 @@ class JoinedFrames(FrameSet):
 
 
 def as_frame_set(frames: Iterable[Frame]) -> FrameSet:
-    """The frames themselves if they are a set, and a set of them in memory otherwise."""
-    return frames if isinstance(frames, FrameSet) else FrameList(frames)
+    """The frames themselves if they are a set, and a set of them in memory otherwise.
+
+    Args:
+        frames: or other objects with ``atoms`` and, perhaps, labels of the names of a frame's.
+    """
+    if isinstance(frames, FrameSet):
+        return frames
+    return FrameList(frame if isinstance(frame, Frame) else _frame_like(frame) for frame in frames)
+
+
+def _frame_like(found: Any) -> Frame:
+    energy, forces, stress = (getattr(found, name, None) for name in LABELS)
+    return Frame(found.atoms, energy, forces, stress)
 
 
 def absent_column(name: str, num_frames: int) -> NDArray[Any]:

@@ -75,8 +75,9 @@ def refuse_unknown_group_key(key: str | None, is_there: bool, available: Collect
     """
     if key is None or is_there or key == GROUP_KEY:
         return
+    names = sorted(available)
     raise KeyError(
-        f"data.group_key={key}: no frame has it. {did_you_mean(key, available)}The frames have {sorted(available)}; "
+        f"data.group_key={key}: no frame has it. {did_you_mean(key, names)}The frames have {names}; "
         f"data.group_key=null makes no groups"
     )
 

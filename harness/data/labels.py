@@ -99,11 +99,12 @@ class FieldEntry:
             numbers = np.array(value, dtype=np.float64)
         except (TypeError, ValueError):
             raise ValueError(f"{what} must be numbers, found {value!r}") from None
-        expected = (len(frame.atoms), *self.shape) if self.level == "node" else self.shape
+        expected = self._shape_in(frame)
         if not _same_order(numbers.shape, expected, self.level):
+            here = f", which is {list(expected)} here" if self.level == "node" else ""
             raise ValueError(
-                f"{what} must have shape {label_shape_text(self.level, self.shape)}, which is {list(expected)} here, "
-                f"found {list(numbers.shape)}. Is {self.setting}.key the right name, and its level and shape?"
+                f"{what} must have shape {label_shape_text(self.level, self.shape)}{here}, found "
+                f"{list(numbers.shape)}. Is {self.setting}.key the right name, and its level and shape?"
             )
         numbers = numbers.reshape(expected)
         if self.is_input:
@@ -111,6 +112,17 @@ class FieldEntry:
         if np.isinf(numbers).any():
             raise ValueError(f"{what} has infinite values; write NaN where it is unknown")
         return None if np.isnan(numbers).all() else numbers
+
+    def fits(self, frame: Frame, name: str) -> bool:
+        """True if a frame has numbers of the right shape under a name."""
+        try:
+            shape = np.array(information(frame.atoms, name), dtype=np.float64).shape
+        except (TypeError, ValueError):
+            return False
+        return _same_order(shape, self._shape_in(frame), self.level)
+
+    def _shape_in(self, frame: Frame) -> tuple[int, ...]:
+        return (len(frame.atoms), *self.shape) if self.level == "node" else self.shape
 
     def _of_input(self, numbers: NDArray[np.float64], what: str) -> NDArray[Any]:
         if not np.isfinite(numbers).all():

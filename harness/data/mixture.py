@@ -192,6 +192,8 @@ class MixtureDataModule(LightningDataModule):
         self.group_names: list[str] = self._further.group_names
         """Names of the groups of all sets in the order of ``group_index``."""
         self.batch_fields = self._further.fields
+        self.extras = max((module.extras for module in modules), key=lambda extras: len(extras.entries))
+        """Further labels and inputs, of the set that has most of them."""
         self.train_set = self._joined(range(len(modules)), [module.train_set for module in modules])
         self._parts: dict[str, list[tuple[str, str]]] = {"train": [(name, "train") for name in self.set_names]}
         self.val_sets, self.val_names = self._evaluation_sets("val")

@@ -10,7 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from harness.data.arguments import paths_of
 from harness.data.datamodule import AtomsDataModule
+from harness.data.store import is_store
+from harness.data.store_datamodule import OF_THE_BUILD, StoreDataModule
 from harness.support.checks import is_number
 from harness.support.text import did_you_mean, reason
 
@@ -139,11 +142,14 @@ def with_set(text: str, name: str) -> str:
 
 
 def data_module(shared: Mapping[str, Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> AtomsDataModule:
-    """Data module of a set.
+    """Data module of a set: of stores, if its training frames are in one, or else of files.
 
     Args:
         shared: arguments of the whole.
-        options: arguments of every set that does not have them.
+        options: arguments of every set that does not have them; those that a store's build has decided are left out.
         given: arguments of the set.
     """
-    return AtomsDataModule(**{**shared, **options, **given})
+    if not any(is_store(path.expanduser()) for path in paths_of(given["train"])):
+        return AtomsDataModule(**{**shared, **options, **given})
+    of_training = {name: value for name, value in options.items() if name not in OF_THE_BUILD}
+    return StoreDataModule(**{**shared, **of_training, **given})

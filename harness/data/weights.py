@@ -107,24 +107,23 @@ class Weighting:
         Raises:
             KeyError: a key or value that no frame has.
         """
+        names = sorted(available)
         for name, key in self.keys.changed().items():
             if key not in keys:
                 raise KeyError(
-                    f"data.keys.{name}={key}: no frame has it. {did_you_mean(key, available)}The frames have "
-                    f"{sorted(available)}"
+                    f"data.keys.{name}={key}: no frame has it. {did_you_mean(key, names)}The frames have {names}"
                 )
         for key, factor_of in self.factors.items():
-            there = values.get(key, ())
+            there = sorted(values.get(key, ()))
             if not there:
                 raise KeyError(
-                    f"data.weights.{key}: no frame has {key!r}. {did_you_mean(key, available)}The frames have "
-                    f"{sorted(available)}"
+                    f"data.weights.{key}: no frame has {key!r}. {did_you_mean(key, names)}The frames have {names}"
                 )
             for value in factor_of:
                 if value not in there:
                     raise KeyError(
                         f"data.weights.{key}.{value}: no frame has {key}={value}. {did_you_mean(value, there)}Values "
-                        f"of {key} are {sorted(there)[:20]}"
+                        f"of {key} are {there[:20]}"
                     )
 
     def plain(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _PRESETS = {
 }
 """Ready-made metrics and the fields that their ``ignore_nan`` takes."""
 _ERRORS = {"rmse": "RootMeanSquaredError", "mae": "MeanAbsoluteError", "maxabserr": "MaximumAbsoluteError"}
+_OF_PARTS = ("per_set", "per_set_coeffs", "per_group")
 _OWN = re.compile(r"harness\.(?:\w+\.)*(\w+)")
 _TORCHMETRICS = ("torchmetrics.regression.", "torchmetrics.aggregation")
 """Modules of torchmetrics whose metrics a checkpoint may name; others read files or fetch models."""
@@ -73,7 +74,22 @@ def metrics_of_training(settings: Mapping[str, Any]) -> tuple[dict[str, Any] | N
             f"the test metrics of the training are of {strangers[0]}, which a checkpoint alone does not make run: the "
             f"usual ones are taken"
         )
-    return {name: value for name, value in found.items() if not name.startswith("schedule")}, ""
+    return _of_all_frames({name: value for name, value in found.items() if not name.startswith("schedule")}), ""
+
+
+def _of_all_frames(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Config without what tells frames apart by a set or group of the training, which files have not.
+
+    Components of some sets alone are left out; None if nothing is left.
+    """
+    for name in ("extra_metrics", "metrics"):
+        entries = config.get(name)
+        if isinstance(entries, list):
+            kept = [entry for entry in entries if not entry.get("sets")]
+            if name == "metrics" and not kept:
+                return None
+            config[name] = [{key: entry[key] for key in entry if key not in _OF_PARTS} for entry in kept]
+    return config
 
 
 def default_metrics(
@@ -98,7 +114,7 @@ def default_metrics(
     target = str(config["_target_"]).rpartition(".")[2]
     if target not in _PRESETS:
         return dict(config)
-    added = []
+    added: list[dict[str, Any]] = []
     extra = config.get("extra_metrics") or []
     if "stress" in known and "stress" not in (*_PRESETS[target], *(entry.get("field") for entry in extra)):
         added += [_entry(f"stress_{short}", "stress", name) for short, name in _ERRORS.items()]
@@ -107,6 +123,8 @@ def default_metrics(
             {**_entry(f"forces_{short}_per_type", "forces", _ERRORS[short]), "per_type": True}
             for short in ("rmse", "mae")
         ]
+    further = sorted(known - {"total_energy", "forces", "stress", *map(_field_of, extra)})
+    added += [_entry(f"{field}_{short}", field, name) for field in further for short, name in _ERRORS.items()]
     return {**config, "extra_metrics": [*extra, *added]}
 
 
@@ -125,6 +143,12 @@ def ignoring_missing_labels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entry(name: str, field: str, metric: str) -> dict[str, Any]:
     return {"name": name, "field": field, "metric": {"_target_": f"harness.{metric}"}}
+
+
+def _field_of(entry: Mapping[str, Any]) -> str | None:
+    """Field of a component of a config that it reads as it is."""
+    field = entry.get("field")
+    return field if isinstance(field, str) else None
 
 
 def _targets(config: Any) -> list[str]:

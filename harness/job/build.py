@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -132,9 +133,10 @@ def build_module(config: DictConfig, datamodule: LightningDataModule, statistics
         statistics: of the training set that the model is built of; those of ``datamodule`` if None.
     """
     type_names = getattr(datamodule, "type_names", None)
+    set_names = list(getattr(datamodule, "set_names", None) or ()) or None
     statistics = getattr(datamodule, "statistics", None) if statistics is None else statistics
     names = None if type_names is None else list(type_names)
-    model = build_section(config.model, {"statistics": statistics, "type_names": names})
+    model = build_section(config.model, {"statistics": statistics, "type_names": names, "set_names": set_names})
     module = ForceFieldModule(
         model=model,
         loss=config.loss,
@@ -146,11 +148,19 @@ def build_module(config: DictConfig, datamodule: LightningDataModule, statistics
         type_names=type_names,
         num_val_sets=len(getattr(datamodule, "val_sets", [None])),
         num_test_sets=len(getattr(datamodule, "test_sets", [None])),
+        group_names=getattr(datamodule, "group_names", None),
+        set_names=set_names,
+        labelled_sets=_labelled_sets(datamodule),
     )
     freeze(module.model, config.get("freeze") or [])
     if config.schedule:
         follow_schedule(module.loss, *read_schedule(config.schedule))
     return module
+
+
+def _labelled_sets(datamodule: LightningDataModule) -> Mapping[str, Collection[str]] | None:
+    """Data sets of a mixture that have a label in any training frame, by field; None for other data."""
+    return datamodule.labelled_sets("train") if hasattr(datamodule, "labelled_sets") else None
 
 
 def read_schedule(section: DictConfig) -> tuple[Schedule, Interval]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.data import AtomsDataset, collate
+from harness.data.batch_fields import ExtraField
 from harness.data.facts import LABELS, MISSING
 from harness.distributed import launched_ranks
 from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
@@ -182,7 +183,8 @@ def _smallest(dataset: AtomsDataset) -> list[int]:
     """Indices of the smallest frames, those with all labels and with more than one atom first."""
     frames = dataset.frames
     sizes = frames.column("num_atoms")
-    missing = sum((frames.column(f"state_{label}") == MISSING).astype(np.int64) for label in LABELS)
+    labels = [*LABELS, *(each.name for each in dataset.fields if isinstance(each, ExtraField))]
+    missing = sum((frames.column(f"state_{label}") == MISSING).astype(np.int64) for label in labels)
     order = np.lexsort((sizes, missing, sizes < 2))
     return sorted(order[:_NUM_FRAMES].tolist())
 
@@ -283,6 +285,12 @@ def _forward(
             )
         for field in sorted(set().union(*map(fields_read, managers)) & predictions.keys()):
             value = predictions[field]
+            if isinstance(value, Tensor) and value is batch.get(field):
+                raise ValueError(
+                    f"The prediction {field!r} is the label of that name, which the model hands on with the batch; "
+                    f"expected a prediction of its own: its errors would be 0. Take the loss and metrics of it out, or "
+                    f"choose a model that predicts it."
+                )
             if isinstance(value, Tensor) and not value.is_floating_point():
                 raise TypeError(f"The prediction {field!r} has dtype {value.dtype}; expected a floating-point one.")
             if isinstance(value, Tensor) and not value.isfinite().all():

@@ -70,6 +70,9 @@ RULES = (
     Rule("model.*", "refused", "refused"),
     Rule("data.dtype", "named", "named"),
     Rule("data.keys.*", "named", "named"),
+    Rule("data.labels*", "named", "named"),
+    Rule("data.inputs*", "named", "named"),
+    Rule("data.weights*", "named", "named"),
     Rule("trainer.precision", "named", "named"),
     Rule("matmul_precision", "named", "named"),
 )

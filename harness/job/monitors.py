@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 
 from harness.metrics import MetricsManager
-from harness.metrics.components import WEIGHTED_SUM
+from harness.metrics.components import WEIGHTED_SUM, MetricEntry, label_of
 from harness.module import ForceFieldModule
 from harness.support.lightning_private import saves_at_end_of_epoch, stops_at_end_of_epoch
 from harness.support.log_keys import TRAIN_LOSS, TRAINING_STAGES, LogKeys
@@ -28,7 +28,7 @@ from harness.support.warn import OneWarning, is_rank_zero
 if TYPE_CHECKING:
     from harness.job.build import Job
 
-__all__ = ["MonitorError", "MonitorGuard", "check_monitors", "monitored"]
+__all__ = ["MonitorError", "MonitorGuard", "check_monitors", "missing_labels", "monitored"]
 
 
 def monitored(config: DictConfig, callbacks: list[Callback]) -> dict[str, str]:
@@ -82,13 +82,13 @@ def _check_data(job: Job, where: str, key: str, keys: LogKeys, name: str) -> Non
     if not isinstance(manager, MetricsManager) or data_set is None:
         return
     entry = next(
-        (each for each in manager.entries.values() if name in (each.name, *each.type_keys(manager.type_names))), None
+        (each for each in manager.entries.values() if name in (each.name, *each.value_keys(manager.type_names))), None
     )
-    label = getattr(entry.field, "target_field", None) or getattr(entry.field, "field", None) if entry else None
+    label = label_of(entry.field) if entry else None
     if entry is None or label is None:
         return
     instead = f"Monitor a value that has data, such as {keys.key(WEIGHTED_SUM)}."
-    missing, total = _ask(job.datamodule, "missing_labels", data_set).get(label, (0, 1))
+    missing, total = missing_labels(job.datamodule, data_set, manager, entry).get(label, (0, 1))
     if missing == total:
         raise ValueError(
             f"{where} is {key}, which would be NaN: none of the {total} frames of {data_set} has {label}. Are the "
@@ -100,7 +100,7 @@ def _check_data(job: Job, where: str, key: str, keys: LogKeys, name: str) -> Non
             f"gaps in it, and the component does not leave them out. Give it ignore_nan: true. {instead}"
         )
     labelled = _ask(job.datamodule, "labelled_types", data_set).get(label)
-    if labelled is None or name == entry.name:
+    if labelled is None or name not in entry.type_keys(manager.type_names):
         return
     type_name = dict(zip(entry.type_keys(manager.type_names), manager.type_names, strict=True))[name]
     if type_name not in labelled:
@@ -108,6 +108,28 @@ def _check_data(job: Job, where: str, key: str, keys: LogKeys, name: str) -> Non
             f"{where} is {key}, which would be NaN: no frame of {data_set} has {label} of {type_name}; there are "
             f"{label} of {', '.join(sorted(labelled))}. Put frames with {type_name} into {data_set}. {instead}"
         )
+
+
+def missing_labels(
+    datamodule: Any, data_set: str, manager: MetricsManager, entry: MetricEntry
+) -> Mapping[str, tuple[int, int]]:
+    """Number of frames without a label or with gaps in it, and of all frames that a component counts, by field.
+
+    Args:
+        datamodule: of a mixture if it has a method ``missing_labels_by_set``, which answers for each set by its name.
+        data_set: ``train``, ``val0``, …
+        manager: with the names of the sets.
+        entry: the component.
+    """
+    if entry.sets is None or not hasattr(datamodule, "missing_labels_by_set"):
+        return _ask(datamodule, "missing_labels", data_set)
+    chosen = [manager.names.sets[index] for index in entry.sets]
+    by_set = datamodule.missing_labels_by_set(data_set)
+    found: dict[str, tuple[int, int]] = {}
+    for label, (missing, total) in (item for name in chosen if name in by_set for item in by_set[name].items()):
+        before = found.get(label, (0, 0))
+        found[label] = before[0] + missing, before[1] + total
+    return found
 
 
 def _set_of(stage: str) -> str | None:

@@ -8,7 +8,7 @@ then tries a small step.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
 from harness.job.going_on import check_continuation
 from harness.job.match import ACCEPTED, Start, compare
-from harness.job.monitors import check_monitors
+from harness.job.monitors import check_monitors, missing_labels
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.models.conversion import KINDS, kind_of
@@ -323,8 +323,11 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
     managers: list[tuple[str, MetricsManager, str]] = [("loss", module.loss, "train")]
     managers += [("val_metrics", manager, f"val{index}") for index, manager in enumerate(module.val_metrics)]  # type: ignore[misc]
     for what, manager, data_set in managers:
-        for name, (missing, total) in datamodule.missing_labels(data_set).items():
-            for entry in manager.entries.values():
+        known: dict[object, Mapping[str, tuple[int, int]]] = {}  # large sets are not asked twice
+        for entry in manager.entries.values():
+            if entry.sets not in known:
+                known[entry.sets] = missing_labels(datamodule, data_set, manager, entry)
+            for name, (missing, total) in known[entry.sets].items():
                 reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
                 if name not in reads or entry.name not in manager.ever_weighted or not missing:
                     continue
@@ -339,9 +342,15 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
                 if not entry.ignore_nan:
                     raise ValueError(
                         f"{what}: {missing} of the {total} frames of {data_set} have no {name}, which component "
-                        f"{entry.name!r} would turn into NaN. {hint + ' ' if hint else ''}Leave them out with "
-                        f"{'loss' if what == 'loss' else 'metrics'}.ignore_nan.{name}=true."
+                        f"{entry.name!r} would turn into NaN. {hint + ' ' if hint else ''}{_leave_out(what, name)}"
                     )
+
+
+def _leave_out(what: str, label: str) -> str:
+    """Sentence on how a loss or metrics leave out a label that is missing."""
+    if label in ("total_energy", "forces", "stress"):
+        return f"Leave them out with {'loss' if what == 'loss' else 'metrics'}.ignore_nan.{label}=true."
+    return "Leave ignore_nan: false out of the component: labels of data.labels are left out where they are missing."
 
 
 def _check_accumulation(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:

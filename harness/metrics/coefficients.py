@@ -330,6 +330,11 @@ class WeightedComponents(ComponentMapping, nn.Module):
         weighting.prepare([entry.name for entry in self._order])
         self.weighting = weighting
 
+    def order_as(self, components: Sequence[MetricEntry]) -> None:
+        """Take up the same components in the order of another row, with other slots."""
+        self._order = tuple(components)
+        self.coefficients = self._snapshot()
+
     # --- checkpoints ---
 
     def _coefficient_state(self) -> dict[str, Any]:
@@ -407,7 +412,8 @@ class WeightedComponents(ComponentMapping, nn.Module):
             tuple(
                 weight
                 for entry in self._order
-                for weight in weights.get(entry.name) or [1.0] * entry.num_slots(self.type_names)
+                for weight in entry.num_parts
+                * (weights.get(entry.name) or entry.set_coeffs or (1.0,) * entry.num_slots(self.type_names))
             ),
         )
 

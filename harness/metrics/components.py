@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torchmetrics import Metric
 
 from harness.fields import FieldModifier, as_modifier, registered_fields
 from harness.metrics.errors import ErrorMetric, MeanSquaredError
+from harness.metrics.splits import DataNames, Split, chosen_sets, set_coeffs
 from harness.metrics.torchmetrics_private import default_states, is_composition
 from harness.support.checks import is_number
 from harness.support.text import did_you_mean
@@ -21,14 +22,33 @@ __all__ = [
     "ComponentMapping",
     "MetricEntry",
     "WeightedEntry",
+    "Weights",
     "check_coeff",
-    "check_type_names",
+    "label_of",
     "parse_entries",
 ]
 
 WEIGHTED_SUM = "weighted_sum"
 
-_KEYS = ("metric", "field", "coeff", "name", "per_type", "per_type_coeffs", "ignore_nan")
+Weights = Literal["everywhere", "in_sums", "nowhere"]
+"""``everywhere``: a frame of weight w counts as w frames do. ``in_sums``: its errors count w times and its number of
+elements once, as in MACE. ``nowhere``: every frame counts once."""
+
+_KEYS = (
+    "metric",
+    "field",
+    "coeff",
+    "name",
+    "per_type",
+    "per_type_coeffs",
+    "ignore_nan",
+    "weights",
+    "sets",
+    "per_set",
+    "per_set_coeffs",
+    "per_group",
+)
+_WEIGHTS: dict[Any, Weights] = {True: "everywhere", "in_sums": "in_sums", False: "nowhere"}
 _EVERY_METRIC_HAS = frozenset(vars(MeanSquaredError()))
 
 
@@ -44,6 +64,11 @@ class MetricEntry:
         per_type_coeffs: weights of the types in the order of ``type_names``; None for equal ones.
         ignore_nan: elements whose target is NaN are left out.
         given_coeff: coefficient as it was given; None if the component is not in the weighted sum.
+        weights: where the weights of frames count.
+        sets: indices of the data sets whose frames count; None for all frames.
+        mean_over: parts that the component is the weighted mean of, by ``set_coeffs``; None if it is no such mean.
+        set_coeffs: weights of these parts.
+        splits: parts with values of their own, beside that of the whole.
     """
 
     name: str
@@ -53,14 +78,36 @@ class MetricEntry:
     per_type_coeffs: tuple[float, ...] | None = None
     ignore_nan: bool = False
     given_coeff: float | None = None
+    weights: Weights = "everywhere"
+    sets: tuple[int, ...] | None = None
+    mean_over: Split | None = None
+    set_coeffs: tuple[float, ...] | None = None
+    splits: tuple[Split, ...] = ()
+
+    @property
+    def num_parts(self) -> int:
+        """Number of the whole and the parts that it is split into, each with slots of its own."""
+        return 1 + sum(len(split.names) for split in self.splits)
 
     def num_slots(self, type_names: Sequence[str]) -> int:
-        """Number of values that the component is the mean of: the number of types, or 1."""
-        return len(type_names) if self.per_type else 1
+        """Number of values that the component is the mean of: the number of types or of sets, or 1."""
+        return len(self.mean_over.names) if self.mean_over else len(type_names) if self.per_type else 1
 
     def type_keys(self, type_names: Sequence[str]) -> list[str]:
         """Names of the component's per-type values, in the order of the types; none if it is not per type."""
         return [f"{self.name}_{type_name}" for type_name in type_names] if self.per_type else []
+
+    def slot_keys(self, type_names: Sequence[str]) -> list[str]:
+        """Names of the values that the component is the mean of, of types or sets; none if it is no such mean."""
+        return self.mean_over.keys(self.name) if self.mean_over else self.type_keys(type_names)
+
+    def part_keys(self) -> list[str]:
+        """Names of the reported values of sets and groups beside the whole, in the order of the parts."""
+        return [key for split in self.splits for key in split.keys(self.name)]
+
+    def value_keys(self, type_names: Sequence[str]) -> list[str]:
+        """Names of all values that are reported beside the component's own: of types, sets and groups."""
+        return [*self.slot_keys(type_names), *self.part_keys()]
 
     def describe(self) -> str:
         """Describe the component's part of a row; only rows of equal descriptions are merged."""
@@ -78,6 +125,10 @@ class MetricEntry:
         return (
             f"{self.name}: {type(metric).__name__}{parameters} of {field}"
             f"{' per type' if self.per_type else ''}{' ignoring NaN' if self.ignore_nan else ''}"
+            f"{'' if self.weights == 'everywhere' else f' weights {self.weights}'}"
+            f"{'' if self.sets is None else f' of sets {list(self.sets)}'}"
+            f"{'' if self.mean_over is None else f' mean over sets {list(self.mean_over.names)}'}"
+            f"{''.join(f' by {split.by} {list(split.names)}' for split in self.splits)}"
         )
 
 
@@ -140,7 +191,13 @@ def field_label(field: object) -> str:
     return kind.__name__ if plain else str(field)
 
 
-def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, ...]) -> dict[str, MetricEntry]:
+def label_of(field: object) -> str | None:
+    """Field of the target that a modifier compares with; None where it does not say."""
+    label = getattr(field, "target_field", None) or getattr(field, "field", None)
+    return label if isinstance(label, str) else None
+
+
+def parse_entries(metrics: Sequence[Mapping[str, Any]], names: DataNames) -> dict[str, MetricEntry]:
     """Entries by name, in the order given.
 
     Raises:
@@ -154,7 +211,7 @@ def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, .
     for position, specification in enumerate(metrics):
         name = specification.get("name") if isinstance(specification, Mapping) else None
         where = f"metrics[{position}]" if name is None else f"metrics[{position}] ({name})"
-        entry = _parse_entry(specification, where, type_names)
+        entry = _parse_entry(specification, where, names)
         if entry.name in entries:
             raise ValueError(
                 f"Two components are called {entry.name!r}. Names are unique: give one of them a `name` of its own."
@@ -162,33 +219,22 @@ def parse_entries(metrics: Sequence[Mapping[str, Any]], type_names: tuple[str, .
         entries[entry.name] = entry
     reported = {*entries, WEIGHTED_SUM}
     for entry in entries.values():
-        for key in entry.type_keys(type_names):
+        for key in entry.value_keys(names.types):
             if key in reported:
                 raise ValueError(
-                    f"The per-type value {key} of component {entry.name!r} would have the name of another value. Give "
-                    f"one of the components a `name` of its own."
+                    f"The value {key} of component {entry.name!r} would have the name of another value. Give one of "
+                    f"the components a `name` of its own."
+                )
+            if "*" in key:
+                raise ValueError(
+                    f"The value {key} of component {entry.name!r} has a * in its name, which loggers take for a "
+                    f"pattern of names. Rename the set or group."
                 )
             reported.add(key)
     return entries
 
 
-def check_type_names(type_names: Sequence[str] | None) -> tuple[str, ...]:
-    """Type names as a tuple, empty for None; an error if they are no list of distinct strings."""
-    if type_names is None:
-        return ()
-    if isinstance(type_names, str) or not isinstance(type_names, Sequence):
-        raise TypeError(f"`type_names` is a list of names such as [H, C, O], found {type_names!r}.")
-    names = tuple(type_names)
-    for name in names:
-        if not isinstance(name, str) or not name:
-            hint = " (YAML reads an unquoted No, Y or N as a boolean: quote it)" if isinstance(name, bool) else ""
-            raise TypeError(f"`type_names` holds strings, found {name!r} in {list(names)}{hint}.")
-    if len(set(names)) != len(names):
-        raise ValueError(f"`type_names` repeats a name: {list(names)}.")
-    return names
-
-
-def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple[str, ...]) -> MetricEntry:
+def _parse_entry(specification: Mapping[str, Any], where: str, names: DataNames) -> MetricEntry:
     if not isinstance(specification, Mapping):
         raise TypeError(f"{where} is a dictionary, found {specification!r} ({type(specification).__name__}).")
     given = {str(key): specification[key] for key in specification}
@@ -217,7 +263,7 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
     per_type = _check_flag(given.get("per_type"), "per_type", name)
     ignore_nan = _check_flag(given.get("ignore_nan"), "ignore_nan", name, default=_may_be_missing(modifier))
     if modifier is None:
-        for key in ("per_type", "ignore_nan", "per_type_coeffs"):
+        for key in ("per_type", "ignore_nan", "per_type_coeffs", "sets", "per_set", "per_set_coeffs", "per_group"):
             if given.get(key):
                 raise ValueError(
                     f"Component {name!r}: `{key}` needs a `field`. Without one the metric gets the two whole "
@@ -232,17 +278,55 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
             f"Component {name!r}: `per_type` needs a field with one row for each atom (level node); {modifier} is a "
             f"{level} field."
         )
-    if per_type and not type_names:
+    if per_type and not names.types:
         raise ValueError(f"Component {name!r}: `per_type` needs `type_names`, the names of the atom types in order.")
     return MetricEntry(
         name=name,
         metric=metric,
         field=modifier,
         per_type=per_type,
-        per_type_coeffs=_check_type_coeffs(given.get("per_type_coeffs"), per_type, type_names, name),
+        per_type_coeffs=_check_type_coeffs(given.get("per_type_coeffs"), per_type, names.types, name),
         ignore_nan=ignore_nan,
         given_coeff=check_coeff(given.get("coeff"), name),
+        weights=_check_weights(given.get("weights"), name),
+        **_parse_splits(given, names, name, label_of(modifier), per_type),
     )
+
+
+def _parse_splits(
+    given: Mapping[str, Any], names: DataNames, name: str, label: str | None, per_type: bool
+) -> dict[str, Any]:
+    """Arguments of an entry about sets and groups."""
+    sets = chosen_sets(given.get("sets"), names, name, label)
+    per_set, per_group = (_check_flag(given.get(key), key, name) for key in ("per_set", "per_group"))
+    groups = (names.split_by_group(name),) if per_group else ()
+    coeffs = given.get("per_set_coeffs")
+    if coeffs is None:
+        split = (names.split_by_set(name, sets, "per_set"),) if per_set else ()
+        return {"sets": sets, "splits": (*split, *groups)}
+    if per_type:
+        raise ValueError(
+            f"Component {name!r} has both `per_type` and `per_set_coeffs`: it is a mean over types or over sets. Make "
+            f"two components of it."
+        )
+    mean_over = names.split_by_set(name, sets, "per_set_coeffs")
+    return {
+        "sets": mean_over.indices,  # frames of no set are in no part of the mean
+        "mean_over": mean_over,
+        "set_coeffs": set_coeffs(coeffs, mean_over, name),
+        "splits": groups,
+    }
+
+
+def _check_weights(given: object, name: str) -> Weights:
+    if given is None:
+        return "everywhere"
+    if not isinstance(given, bool | str) or given not in _WEIGHTS:
+        raise ValueError(
+            f"Component {name!r}: `weights` is true (a frame of weight w counts as w frames), in_sums (w times in "
+            f"sums, once in the number that they are divided by) or false, found {given!r}."
+        )
+    return _WEIGHTS[given]
 
 
 def _check_metric(metric: object, where: str) -> Metric:

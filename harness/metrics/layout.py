@@ -2,8 +2,11 @@
 
 The order is fixed when a manager is built: components whose errors are summed, grouped by the function that makes their
 value, then maxima, then metrics of torchmetrics that merge, then those that are gathered at the end of an epoch (and
-have no place in the row). A component has one *slot*, or one for each atom type. With S slots of sums the row is
+have no place in the row). A component has one *slot*, or one for each atom type or set that it is the mean of; if it is
+split by set or group, as many for each part follow those of the whole. With S slots of sums the row is
 ``sums [S] | counts [S] | numbers of adapters`` and ``maxima | maxima of adapters``.
+
+Whole and parts are *averages* of their slots. Values are those of the averages, the components' first, and of slots.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from harness.metrics.coefficients import Coefficients
 from harness.metrics.components import MetricEntry
 from harness.metrics.errors import ErrorMetric, Value
 from harness.metrics.row import Row
+from harness.metrics.splits import DataNames
 from harness.metrics.values import Evaluated
 
 __all__ = ["Layout"]
 
 GatheredValues = Mapping[int, Sequence[Tensor | None]]
-"""Values of the components that are not in the row, by position, one for each group; None where unknown."""
+"""Values of the components that are not in the row, by position, one for each slot; None where unknown."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class _Span:
 class _Constants:
     """Constants of an evaluation on one device."""
 
-    slot_component: Tensor
+    slot_average: Tensor
     one: Tensor
     zero: Tensor
     nan: Tensor
@@ -52,21 +56,22 @@ class Layout:
 
     Args:
         entries: components in the user's order.
-        type_names: names of the atom types.
+        names: names that indices in batches stand for.
 
     Attributes:
         components: entries in the row's order; positions below count in it.
         num_sums: number of components whose errors are summed: the first ones.
         merged: adapters of torchmetrics that are in the row, by position.
-        gathered: adapters of torchmetrics that are not, by position, one for each group.
+        gathered: adapters of torchmetrics that are not, by position, one for each slot.
         names: names of reported values.
         order: their positions as users see them.
         counted: slots of sums that each value is made of, by its name.
+        by_group: position of the value of each group, and its slots of sums, by component; for those split by group.
         description: components and types in order; only rows of equal descriptions are merged.
     """
 
-    def __init__(self, entries: Sequence[MetricEntry], type_names: Sequence[str]) -> None:
-        self._type_names = tuple(type_names)
+    def __init__(self, entries: Sequence[MetricEntry], names: DataNames) -> None:
+        self._type_names = names.types
         own = [(entry, entry.metric) for entry in entries if isinstance(entry.metric, ErrorMetric)]
         functions = list(dict.fromkeys(metric.value for _, metric in own if metric.kind == "sum"))
         sums = [[entry for entry, m in own if m.kind == "sum" and m.value is function] for function in functions]
@@ -80,15 +85,18 @@ class Layout:
         gathered = [entry for entry in entries if reasons.get(entry.name)]
         self.num_sums = sum(map(len, sums))
         self.components = [*(entry for members in sums for entry in members), *maxima, *merged, *gathered]
-        self.description = [entry.describe() for entry in self.components] + list(type_names)
+        self.description = [entry.describe() for entry in self.components] + list(names.types)
 
         self._spans: list[_Span] = []
         self._num_sum_slots = 0
         for function, members in zip(functions, sums, strict=True):
-            start, self._num_sum_slots = self._num_sum_slots, self._num_sum_slots + sum(map(self.groups, members))
+            start, self._num_sum_slots = self._num_sum_slots, self._num_sum_slots + sum(map(self.num_slots, members))
             self._spans.append(_Span(function, start, self._num_sum_slots))
-        self._num_maximum_slots = sum(map(self.groups, maxima))
-        self._one_slot_each = not any(entry.per_type for entry in self.components)
+        self._num_maximum_slots = sum(map(self.num_slots, maxima))
+        self._num_averages = sum(entry.num_parts for entry in self.components)
+        self._one_slot_each = all(
+            not entry.per_type and entry.mean_over is None and entry.num_parts == 1 for entry in self.components
+        )
 
         self.merged: dict[int, MergedAdapter] = {}
         self.gathered: dict[int, list[GatheredAdapter]] = {}
@@ -100,45 +108,72 @@ class Layout:
             if reason is None:
                 adapter = MergedAdapter(entry.metric, entry.name, getattr(entry.field, "shape", None))
                 self.merged[position] = adapter
-                self._num_additive += self.groups(entry) * adapter.num_additive
-                self._num_extremal += self.groups(entry) * adapter.num_maxima
+                self._num_additive += self.num_slots(entry) * adapter.num_additive
+                self._num_extremal += self.num_slots(entry) * adapter.num_maxima
             else:
                 self.gathered[position] = [
-                    GatheredAdapter(entry.metric.clone(), entry.name, reason) for _ in range(self.groups(entry))
+                    GatheredAdapter(entry.metric.clone(), entry.name, reason) for _ in range(self.num_slots(entry))
                 ]
         self._num_adapter_slots = sum(
-            self.groups(self.components[position]) for position in (*self.merged, *self.gathered)
+            self.num_slots(self.components[position]) for position in (*self.merged, *self.gathered)
         )
         self.names, self.order = self._name_values(entries)
         self.counted = self._find_counted()
+        self.by_group = self._find_groups()
         self._constants: dict[torch.device, _Constants] = {}
 
-    def groups(self, entry: MetricEntry) -> int:
-        """Number of slots of a component: the number of types, or 1."""
-        return entry.num_slots(self._type_names)
+    def num_slots(self, entry: MetricEntry) -> int:
+        """Number of slots of a component, the parts that it is split into included."""
+        return entry.num_slots(self._type_names) * entry.num_parts
 
     def neutral(self) -> Row:
         """The row of no data."""
         return Row.neutral(self._num_additive, self._num_extremal)
 
     def _name_values(self, entries: Sequence[MetricEntry]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Names of the values, empty for those that are not reported, and the order in which users see them."""
         names = [entry.name for entry in self.components]
+        for entry in self.components:
+            for split in entry.splits:
+                names += split.keys(entry.name) or [""] * len(split.names)
         if not self._one_slot_each:
             for entry in self.components:
-                names += entry.type_keys(self._type_names) or [""]  # slots of components without types are not shown
+                own = entry.slot_keys(self._type_names)
+                names += own + [""] * (self.num_slots(entry) - len(own))
         position = {name: index for index, name in enumerate(names)}
-        shown = [key for entry in entries for key in (*entry.type_keys(self._type_names), entry.name)]
+        shown = [key for entry in entries for key in (*entry.value_keys(self._type_names), entry.name)]
         return tuple(names), tuple(position[key] for key in shown)
 
     def _find_counted(self) -> dict[str, range]:
         """Slots of sums that each value is made of, by its name."""
         counted, start = {}, 0
         for entry in self.components[: self.num_sums]:
-            stop = start + self.groups(entry)
-            counted[entry.name] = range(start, stop)
-            counted |= {key: range(start + i, start + i + 1) for i, key in enumerate(entry.type_keys(self._type_names))}
-            start = stop
+            number = entry.num_slots(self._type_names)
+            counted[entry.name] = range(start, start + number)
+            counted |= {key: range(start + i, start + i + 1) for i, key in enumerate(entry.slot_keys(self._type_names))}
+            for split in entry.splits:
+                for key in split.keys(entry.name) or [""] * len(split.names):
+                    start += number
+                    counted[key] = range(start, start + number)
+            start += number
+        counted.pop("", None)
         return counted
+
+    def _find_groups(self) -> dict[str, tuple[tuple[int, range], ...]]:
+        """Position of the value of each group, and its slots of sums, by component."""
+        found, position, start = {}, len(self.components), 0
+        for index, entry in enumerate(self.components):
+            number = entry.num_slots(self._type_names)
+            for split in entry.splits:
+                cells = []
+                for _ in split.names:
+                    start += number
+                    cells.append((position, range(start, start + number) if index < self.num_sums else range(0)))
+                    position += 1
+                if split.by == "group":
+                    found[entry.name] = tuple(cells)
+            start += number
+        return found
 
     def counts(self, row: Row) -> Tensor:
         """Number of elements in each slot of sums: float64 ``[num_slots]``, without a graph."""
@@ -166,16 +201,13 @@ class Layout:
         if self._num_sum_slots:
             sums = row.additive[: self._num_sum_slots]
             numbers = self.counts(row) if counts is None else counts
-            at_least_one = numbers.clamp(min=1.0)
+            has_data.append(numbers > 0)
+            # a sum of weights may be below 1
+            divisors = torch.where(has_data[-1], numbers, self._constants_on(numbers.device).one)
             for span in self._spans:
                 whole = len(self._spans) == 1
-                slots = (
-                    (sums, at_least_one)
-                    if whole
-                    else (sums[span.start : span.stop], at_least_one[span.start : span.stop])
-                )
+                slots = (sums, divisors) if whole else (sums[span.start : span.stop], divisors[span.start : span.stop])
                 values.append(span.value(*slots))
-            has_data.append(numbers > 0)
         if self._num_maximum_slots:
             maxima = row.maxima[: self._num_maximum_slots]
             has_data.append(maxima != -math.inf)
@@ -194,18 +226,21 @@ class Layout:
         )
 
     def _average(self, slots: Tensor, has_data: Tensor, counts: Tensor, coefficients: Coefficients) -> Evaluated:
-        """Components as weighted means of their slots that have data."""
+        """Components, and their parts, as weighted means of their slots that have data."""
         constants = self._constants_on(slots.device)
         components = reported = slots
         if not self._one_slot_each:
             weights = coefficients.on(slots.device).slot_weights * has_data
-            empty = slots.new_zeros(len(self.components))
-            norm = empty.index_add(0, constants.slot_component, weights)
+            empty = slots.new_zeros(self._num_averages)
+            norm = empty.index_add(0, constants.slot_average, weights)
             # 0 times an infinite error, or its slope, is NaN
             terms = slots if coefficients.all_slots_weigh else torch.where(weights > 0, slots, constants.zero)
-            components = empty.index_add(0, constants.slot_component, weights * terms)
-            components = components / torch.where(norm > 0, norm, constants.one)
-            reported, has_data = torch.cat((components, slots)), torch.cat((norm > 0, has_data))
+            averages = empty.index_add(0, constants.slot_average, weights * terms)
+            averages = averages / torch.where(norm > 0, norm, constants.one)
+            reported, has_data = torch.cat((averages, slots)), torch.cat((norm > 0, has_data))
+            components = averages
+            if self._num_averages > len(self.components):
+                components = averages[: len(self.components)]
         return Evaluated(components, torch.where(has_data, reported, constants.nan), has_data, counts)
 
     def _evaluate_adapters(self, row: Row, coefficients: Coefficients, gathered: GatheredValues) -> list[Tensor | None]:
@@ -213,7 +248,7 @@ class Layout:
         scalars: list[Tensor | None] = []
         additive, maxima = 2 * self._num_sum_slots, self._num_maximum_slots
         for position, adapter in self.merged.items():
-            for _ in range(self.groups(self.components[position])):
+            for _ in range(self.num_slots(self.components[position])):
                 additive_end, maxima_end = additive + adapter.num_additive, maxima + adapter.num_maxima
                 pieces = row.additive[additive:additive_end], row.maxima[maxima:maxima_end]
                 scalars.append(adapter.value(*pieces, needed=bool(coefficients.coeffs[position])))
@@ -224,10 +259,14 @@ class Layout:
 
     def _constants_on(self, device: torch.device) -> _Constants:
         if device not in self._constants:
-            component = [index for index, entry in enumerate(self.components) for _ in range(self.groups(entry))]
+            average, part = [], len(self.components)
+            for index, entry in enumerate(self.components):
+                whole_and_parts = [index, *range(part, part + entry.num_parts - 1)]
+                average += [each for each in whole_and_parts for _ in range(entry.num_slots(self._type_names))]
+                part += entry.num_parts - 1
             with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
                 self._constants[device] = _Constants(
-                    torch.tensor(component, dtype=torch.int64, device=device),
+                    torch.tensor(average, dtype=torch.int64, device=device),
                     torch.ones((), dtype=torch.float64, device=device),
                     torch.zeros((), dtype=torch.float64, device=device),
                     torch.full((), torch.nan, dtype=torch.float64, device=device),

@@ -8,7 +8,7 @@ same evaluation of the accumulated row.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,12 @@ from harness.fields import Batch
 from harness.metrics.accumulation import Window, check_linear
 from harness.metrics.adapters import GatheredAdapter, Part, detached
 from harness.metrics.coefficients import Normalisation, WeightedComponents
-from harness.metrics.components import WEIGHTED_SUM, check_type_names, parse_entries
+from harness.metrics.components import WEIGHTED_SUM, parse_entries
+from harness.metrics.errors import ErrorMetric
 from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
 from harness.metrics.row import Row, merge_rows_over_ranks
+from harness.metrics.splits import DataNames
 from harness.metrics.values import Values
 from harness.schedules import Interval, Schedule, check_interval
 
@@ -54,8 +56,19 @@ class MetricsManager(WeightedComponents):
             * ``per_type``: one value for each atom type, reported as ``{name}_{type}``, averaged over the types that
               have data. Fields of nodes only.
             * ``per_type_coeffs``: ``{type: weight}`` for this average, one positive weight for each type.
-            * ``ignore_nan``: leave out elements whose target is NaN.
+            * ``ignore_nan``: leave out elements whose target is NaN; default: True for fields that are registered as
+              labels that may be missing, and False for others.
+            * ``weights``: a frame of weight w counts as w frames (true, by default), w times in the sum alone
+              (``in_sums``), or once (false).
+            * ``sets``: names of the data sets whose frames count; all that have the label if not given.
+            * ``per_set``, ``per_group``: one value for each set or group of frames beside that of the whole, reported
+              as ``{name}@{set}`` and ``{name}@{group}``.
+            * ``per_set_coeffs``: ``{set: weight}``; the component is the weighted mean of its values of the sets.
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
+        group_names: names of the groups of frames, in the order of ``group_index``; needed by ``per_group``.
+        set_names: names of the data sets, in the order of ``set_index``; needed by ``sets`` and ``per_set``.
+        labelled_sets: names of the sets that have a label, by its field. Frames of the other sets are left out of the
+            components that compare with it.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
         schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at
             every ``step``, with fractions of epochs.
@@ -80,17 +93,21 @@ class MetricsManager(WeightedComponents):
         metrics: Sequence[Mapping[str, Any]],
         type_names: Sequence[str] | None = None,
         *,
+        group_names: Sequence[str] | None = None,
+        set_names: Sequence[str] | None = None,
+        labelled_sets: Mapping[str, Collection[str]] | None = None,
         schedule: Schedule | None = None,
         schedule_interval: Interval = "epoch",
         coefficients: Normalisation = "normalised",
         sync_on_step: bool = False,
     ) -> None:
-        names = check_type_names(type_names)
+        names = DataNames.of(type_names, group_names, set_names, labelled_sets)
         if not isinstance(sync_on_step, bool):
             raise TypeError(f"`sync_on_step` is true or false, found {sync_on_step!r}.")
         components = parse_entries(metrics, names)
         layout = Layout(list(components.values()), names)
-        super().__init__(components, layout.components, names, coefficients)
+        super().__init__(components, layout.components, names.types, coefficients)
+        self.names = names
         self.sync_on_step = sync_on_step
         self.process_group: ProcessGroup | None = None
         """The ranks that share a batch, if a strategy splits the world; None for all."""
@@ -124,6 +141,31 @@ class MetricsManager(WeightedComponents):
         """Names of everything that is reported: components, per-type values, and the weighted sum if there is one."""
         names = [self._layout.names[index] for index in self._layout.order]
         return [*names, WEIGHTED_SUM] if self.do_weighted_sum else names
+
+    def keep_by_group(self) -> None:
+        """Keep the errors of every component by group too, for tables; without groups nothing changes.
+
+        Metrics of other packages are kept by group only where ``per_group`` asks for it, since each group costs an
+        update of its own. Names of values do not change.
+
+        Raises:
+            RuntimeError: a batch has been accumulated.
+        """
+        whole = [
+            (name, entry)
+            for name, entry in self._components.items()
+            if isinstance(entry.metric, ErrorMetric) and not any(split.by == "group" for split in entry.splits)
+        ]
+        if not self.names.groups or not whole:
+            return
+        if self._local is not None or self._merged is not None:
+            raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
+        for name, entry in whole:
+            split = self.names.split_by_group(name, is_shown=False)
+            self._components[name] = replace(entry, splits=(*entry.splits, split))
+        self._layout = Layout(list(self._components.values()), self.names)
+        self._reader = BatchReader(self._layout.components, self._layout.merged, self.names)
+        self.order_as(self._layout.components)
 
     # --- a step ---
 
@@ -161,6 +203,16 @@ class MetricsManager(WeightedComponents):
         It is that of :meth:`measure`, without predictions. Slots of components outside of the weighted sum are 0.
         """
         return self._reader.count(target, self.coefficients)
+
+    def counted_rows(self, name: str, target: Batch, reference: Tensor) -> Tensor | None:
+        """Mask of the rows of a component's field whose frames count by their set and weight; None if all do.
+
+        Args:
+            name: of the component, which has a field.
+            target: labels by field name.
+            reference: the label of the field, ``[rows, ...]``.
+        """
+        return self._reader.counted_rows(self._components[name], target, reference)
 
     # --- a step of several micro-batches ---
 
@@ -247,6 +299,7 @@ class MetricsManager(WeightedComponents):
             self.coefficients.weighted,
             evaluated.counts,
             layout.counted,
+            layout.by_group,
         )
 
     def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:

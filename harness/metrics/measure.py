@@ -6,35 +6,42 @@ components, as :mod:`harness.metrics.layout` has arranged them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from harness.fields import ATOM_TYPES, Batch, FieldModifier, get_field
+from harness.fields import ATOM_TYPES, Batch, FieldModifier, Level, as_modifier, get_field
 from harness.metrics.adapters import MergedAdapter, detached, labelled_rows, whole_batches
 from harness.metrics.coefficients import Coefficients
-from harness.metrics.components import MetricEntry
+from harness.metrics.components import MetricEntry, Weights, label_of
 from harness.metrics.errors import ErrorMetric, check_same_shape
+from harness.metrics.frames import FRAME_FIELDS, FrameIndices, FramesOfBatch, check_frames
 from harness.metrics.row import Elements, Row
+from harness.metrics.splits import DataNames, Split
 
 __all__ = ["AdapterInputs", "BatchReader", "Reading", "modifier_key"]
 
 AdapterInputs = dict[int, list[Any]]
-"""Inputs of each component that is not in the row, by position and group; None for a group without data."""
-_UNSET = torch.empty(0)
+"""Inputs of each component that is not in the row, by position and slot; None for a slot without data."""
 
 
 @dataclass
 class Reading:
-    """One distinct (field, ignore_nan, per_type), read once a step.
+    """One distinct way to read a field, for the components that share it, taken once a step.
 
     Attributes:
         modifier: reads prediction and target.
         ignore_nan: elements whose target is NaN are left out.
         per_type: elements are grouped by atom type.
+        weights: where the weights of frames count.
+        sets: indices of the data sets whose frames count; None for all frames.
+        mean_over: elements are grouped by these parts.
+        splits: parts that are summed up beside the whole.
+        level: of the rows.
+        label: field of the target, where the modifier says it.
         positions: positions of the components that use it.
         is_counted: errors of it are summed, so that their number is needed.
     """
@@ -42,41 +49,76 @@ class Reading:
     modifier: FieldModifier
     ignore_nan: bool
     per_type: bool
+    weights: Weights = "everywhere"
+    sets: tuple[int, ...] | None = None
+    mean_over: Split | None = None
+    splits: tuple[Split, ...] = ()
+    level: Level = "graph"
+    label: str | None = None
     positions: list[int] = field(default_factory=list)
     is_counted: bool = False
+
+    @classmethod
+    def of(cls, entry: MetricEntry) -> Reading:
+        """Reading of a component with a field."""
+        modifier, level = as_modifier(entry.field)
+        return cls(
+            modifier,
+            entry.ignore_nan,
+            entry.per_type,
+            entry.weights,
+            entry.sets,
+            entry.mean_over,
+            entry.splits,
+            level,
+            label_of(modifier),
+        )
+
+    @property
+    def key(self) -> object:
+        """Key that is the same for components that share it."""
+        what = self.ignore_nan, self.per_type, self.weights, self.sets, self.mean_over, self.splits
+        return modifier_key(self.modifier), *what
 
 
 class BatchReader:
     """Measures batches of predictions and targets.
 
-    Atom types are checked in the first step with data only, since the check makes the host wait.
+    Atom types, weights and indices of frames are checked in the first step with data only, since the check makes the
+    host wait.
 
     Args:
         components: entries in the row's order: sums, maxima, then metrics of torchmetrics.
         merged: adapters of those that are in the row, by position; the others are gathered.
-        type_names: names of the atom types.
+        names: names that indices in batches stand for.
     """
 
     def __init__(
-        self, components: Sequence[MetricEntry], merged: Mapping[int, MergedAdapter], type_names: Sequence[str]
+        self, components: Sequence[MetricEntry], merged: Mapping[int, MergedAdapter], names: DataNames
     ) -> None:
         self._components = components
         self._merged = merged
-        self._type_names = tuple(type_names)
+        self._names = names
+        self._type_names = names.types
+        self._indices = FrameIndices()
         kinds = [entry.metric.kind for entry in components if isinstance(entry.metric, ErrorMetric)]
         self._num_sums, self._num_maxima = kinds.count("sum"), kinds.count("maximum")
         self._readings = self._find_readings()
         self._whole_batches = [position for position, entry in enumerate(components) if entry.field is None]
         self._gathered = [position for position in range(len(kinds), len(components)) if position not in merged]
-        self._checked_types = False
+        self._checked_types = self._checked_frames = False
+        used: set[str] = {split.by for reading in self._readings for split in reading.splits}
+        used |= {"set" for reading in self._readings if reading.sets is not None}
+        numbers = {"set": len(names.sets), "group": len(names.groups)}
+        self._told_apart = {by: number for by, number in numbers.items() if by in used}
 
     def _find_readings(self) -> list[Reading]:
         readings: dict[object, Reading] = {}
         for position, entry in enumerate(self._components):
             if entry.field is None:
                 continue
-            key = modifier_key(entry.field), entry.ignore_nan, entry.per_type
-            reading = readings.setdefault(key, Reading(entry.field, entry.ignore_nan, entry.per_type))
+            reading = Reading.of(entry)
+            reading = readings.setdefault(reading.key, reading)
             reading.positions.append(position)
             reading.is_counted |= position < self._num_sums
         return list(readings.values())
@@ -87,35 +129,48 @@ class BatchReader:
         The row is differentiable where the coefficients of the components are above 0, or all are None.
         """
         device = _device_of(preds)
-        sums: list[Tensor] = [_UNSET] * self._num_sums
-        counts: list[Tensor] = [_UNSET] * self._num_sums
-        maxima: list[Tensor] = [_UNSET] * self._num_maxima
+        sums: list[list[Tensor]] = [[] for _ in range(self._num_sums)]  # of each component: the whole, and its parts
+        counts: list[list[Tensor]] = [[] for _ in range(self._num_sums)]
+        maxima: list[list[Tensor]] = [[] for _ in range(self._num_maxima)]
         inputs: AdapterInputs = {}
         pairs: dict[object, tuple[Tensor, Tensor]] = {}
         types = self._read_types(preds, target) if any(reading.per_type for reading in self._readings) else None
+        frames = self._read_frames(preds, target)
         reached: set[object] = set()  # readings that gradients flow to
         for reading in self._readings:
-            elements = self._read(reading, preds, target, types, pairs)
+            pair = self._read(reading, preds, target, pairs)
+            elements, counted = self._elements(reading, *pair, types, frames)
+            parts = self._parts(reading, elements.detach(), frames) if reading.splits else []
             cut = elements if all(map(coefficients.is_trained, reading.positions)) else elements.detach()
-            count = elements.counts() if reading.is_counted else _UNSET
+            count: list[Tensor] = []
+            if reading.is_counted:
+                of_parts = parts if counted is elements else self._parts(reading, counted, frames)
+                count = [each.counts() for each in (counted, *of_parts)]
             for position in reading.positions:
                 seen = elements if coefficients.is_trained(position) else cut
                 if seen is elements:
                     reached.add(modifier_key(reading.modifier))
-                if position < self._num_sums:
-                    sums[position], counts[position] = seen.sums(self._errors(position, seen)), count
-                elif position < self._num_sums + self._num_maxima:
-                    maxima[position - self._num_sums] = seen.maxima(self._errors(position, seen))
+                if position < self._num_sums + self._num_maxima:
+                    errors = self._errors(position, seen)
+                    if position < self._num_sums:
+                        sums[position] = [seen.sums(errors), *(part.sums(errors.detach()) for part in parts)]
+                        counts[position] = count
+                    else:
+                        extremes = [seen.maxima(errors), *(part.maxima(errors.detach()) for part in parts)]
+                        maxima[position - self._num_sums] = extremes
                 else:
-                    groups = range(elements.num_groups) if reading.per_type else (None,)
-                    inputs[position] = [labelled_rows(seen, group) for group in groups]
+                    inputs[position] = [
+                        labelled_rows(each, group)
+                        for each in (seen, *parts)
+                        for group in (range(each.num_groups) if each.types is not None else (None,))
+                    ]
         for position in self._whole_batches:
             seen_whole = preds if coefficients.is_trained(position) else detached(preds)
             inputs[position] = [whole_batches(seen_whole, target)]
         pieces = [adapter.measure(group, device) for at, adapter in self._merged.items() for group in inputs[at]]
         row = Row.of(
-            [*sums, *counts, *(additive for additive, _ in pieces)],
-            [*maxima, *(piece for _, piece in pieces)],
+            [*_flat(sums), *_flat(counts), *(additive for additive, _ in pieces)],
+            [*_flat(maxima), *(piece for _, piece in pieces)],
             device,
         )
         if torch.is_grad_enabled():
@@ -128,12 +183,13 @@ class BatchReader:
         return row, {position: inputs[position] for position in self._gathered}
 
     def count(self, target: Batch, coefficients: Coefficients) -> Tensor:
-        """Number of elements of each component of the weighted sum, by type if it is per type: float64 ``[num_slots]``.
+        """Number of elements of each component of the weighted sum, by slot: float64 ``[num_slots]``.
 
         It is that of :meth:`measure`, without predictions. Slots of components outside of the weighted sum are 0.
         """
-        counts: dict[int, Tensor] = {}
+        counts: dict[int, list[Tensor]] = {}
         types: Tensor | None = None
+        frames = self._read_frames(target, target)
         for reading in self._readings:
             weighted = [at for at in reading.positions if at < self._num_sums and coefficients.coeffs[at]]
             if not weighted:
@@ -141,16 +197,16 @@ class BatchReader:
             if reading.per_type and types is None:
                 types = self._read_types(target, target)
             reference = cast(Any, reading.modifier).target_of(target)
-            grouping = self._grouping(reading, reference, types)
-            elements = Elements.of_target(reference, ignore_nan=reading.ignore_nan, **grouping)
-            counts |= dict.fromkeys(weighted, elements.counts())
-        device = next(iter(counts.values())).device if counts else _device_of(target)
-        pieces = [
-            counts[position]
-            if position in counts
-            else torch.zeros(entry.num_slots(self._type_names), dtype=torch.float64, device=device)
-            for position, entry in enumerate(self._components[: self._num_sums])
-        ]
+            counted = self._elements(reading, None, reference, types, frames)[1]
+            parts = self._parts(reading, counted, frames)
+            numbers = [each.counts() for each in (counted, *parts)]
+            for position in weighted:
+                counts[position] = numbers
+        device = next(iter(counts.values()))[0].device if counts else _device_of(target)
+        pieces = []
+        for position, entry in enumerate(self._components[: self._num_sums]):
+            num_slots = entry.num_slots(self._type_names) * entry.num_parts
+            pieces += counts.get(position) or [torch.zeros(num_slots, dtype=torch.float64, device=device)]
         return Row.of(pieces, [], device).additive
 
     def _errors(self, position: int, elements: Elements) -> Tensor:
@@ -165,13 +221,9 @@ class BatchReader:
         return errors
 
     def _read(
-        self,
-        reading: Reading,
-        preds: Batch,
-        target: Batch,
-        types: Tensor | None,
-        pairs: dict[object, tuple[Tensor, Tensor]],
-    ) -> Elements:
+        self, reading: Reading, preds: Batch, target: Batch, pairs: dict[object, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction and target of a reading; ``pairs`` keeps those that have been read."""
         key = modifier_key(reading.modifier)
         if key not in pairs:
             try:
@@ -184,9 +236,57 @@ class BatchReader:
                 raise ValueError(
                     f"Field {str(reading.modifier)!r} is a scalar; expected one row per graph, node or edge."
                 )
-        return Elements.read(
-            *pairs[key], ignore_nan=reading.ignore_nan, **self._grouping(reading, pairs[key][1], types)
-        )
+        return pairs[key]
+
+    def counted_rows(self, entry: MetricEntry, target: Batch, reference: Tensor) -> Tensor | None:
+        """Mask of the rows of a component's field whose frames count by set and weight; None if all do.
+
+        Args:
+            entry: the component, with a field.
+            target: of a batch.
+            reference: labels of the field, ``[rows, ...]``.
+        """
+        reading, frames, rows = Reading.of(entry), FramesOfBatch(target, target, self._indices), None
+        if reading.sets is not None:
+            rows = frames.are_of(reading.sets, len(self._names.sets), reading.level, reference, entry.name)
+        weights = None if reading.weights == "nowhere" else frames.weights(reading.label, reading.level, reference)
+        if weights is None:
+            return rows
+        return weights > 0 if rows is None else rows & (weights > 0)
+
+    def _elements(
+        self,
+        reading: Reading,
+        prediction: Tensor | None,
+        reference: Tensor,
+        types: Tensor | None,
+        frames: FramesOfBatch,
+    ) -> tuple[Elements, Elements]:
+        """Elements of a pair, or of a target alone, and those that are counted, where weights count in sums alone."""
+        options = {"ignore_nan": reading.ignore_nan, **self._grouping(reading, reference, types, frames)}
+        if reading.sets is not None:
+            num_sets, name = len(self._names.sets), self._name(reading)
+            options["rows"] = frames.are_of(reading.sets, num_sets, reading.level, reference, name)
+        weights = None if reading.weights == "nowhere" else frames.weights(reading.label, reading.level, reference)
+        if prediction is None:
+            elements = Elements.of_target(reference, weights=weights, **options)
+        else:
+            elements = Elements.read(prediction, reference, weights=weights, **options)
+        if weights is None or reading.weights == "everywhere":
+            return elements, elements
+        return elements, Elements.of_target(reference, **options)
+
+    def _parts(self, reading: Reading, elements: Elements, frames: FramesOfBatch) -> list[Elements]:
+        """The same elements grouped by the parts of each split, and within them as before."""
+        regrouped, number = [], elements.num_groups
+        for split in reading.splits:
+            parts = frames.parts(split, reading.level, elements.target, self._name(reading))
+            groups = parts if elements.types is None else parts * number + elements.types
+            regrouped.append(replace(elements, types=groups, num_groups=len(split.names) * number, num_rest=number))
+        return regrouped
+
+    def _name(self, reading: Reading) -> str:
+        return self._components[reading.positions[0]].name
 
     def _advice(self, reading: Reading) -> str:
         """Names of the components that read a field, and what helps if it is not there."""
@@ -197,8 +297,15 @@ class BatchReader:
             f"or choose a model and data that have it."
         )
 
-    def _grouping(self, reading: Reading, reference: Tensor, types: Tensor | None) -> dict[str, Any]:
-        """Arguments of :class:`Elements` for groups by atom type; none without ``per_type``."""
+    def _grouping(
+        self, reading: Reading, reference: Tensor, types: Tensor | None, frames: FramesOfBatch
+    ) -> dict[str, Any]:
+        """Arguments of :class:`Elements` for groups by atom type or set; none for a single one."""
+        if reading.mean_over is not None:
+            number = len(reading.mean_over.names)
+            parts = frames.parts(reading.mean_over, reading.level, reference, self._name(reading))
+            # rows of other sets do not count, but have to be in some group
+            return {"types": parts.clamp(max=number - 1), "num_groups": number}
         if not reading.per_type:
             return {}
         row_types = cast(Tensor, types)
@@ -208,6 +315,13 @@ class BatchReader:
                 f"{list(row_types.shape)}; expected one type for each row."
             )
         return {"types": row_types, "num_groups": len(self._type_names)}
+
+    def _read_frames(self, preds: Batch, target: Batch) -> FramesOfBatch:
+        if not self._checked_frames and not torch.compiler.is_compiling():
+            self._checked_frames = any(name in target and bool(target[name].numel()) for name in FRAME_FIELDS)
+            if self._checked_frames:
+                check_frames(target, self._told_apart)
+        return FramesOfBatch(preds, target, self._indices)
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
         types = (target[ATOM_TYPES] if ATOM_TYPES in target else get_field(preds, ATOM_TYPES, "target")).reshape(-1)
@@ -229,6 +343,10 @@ class BatchReader:
                 f"metrics use the same type_names?"
             )
         return True
+
+
+def _flat(pieces: Iterable[Iterable[Tensor]]) -> Iterator[Tensor]:
+    return (piece for of_component in pieces for piece in of_component)
 
 
 def modifier_key(modifier: FieldModifier) -> object:

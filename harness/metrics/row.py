@@ -1,10 +1,10 @@
 r"""The row: the few additive numbers that every error measure is a function of, and how rows merge.
 
-For N elements with errors :math:`\varphi(r_i)` and weights :math:`w_i` (1, or 0 where masked)
+For N elements with errors :math:`\varphi(r_i)` and weights :math:`w_i` (those of their frames, 0 where masked)
 
 .. math::
     \text{sum} = \sum_i w_i \varphi(r_i), \qquad \text{count} = \sum_i w_i, \qquad
-    \text{maximum} = \max_i |r_i|
+    \text{maximum} = \max_{w_i > 0} |r_i|
 
 Sums and counts of a batch form ``additive``, maxima ``maxima``: both float64 vectors whose length never depends on
 data. Rows merge by addition and by the larger value, whether they come from batches, ranks, micro-batches or the two
@@ -14,7 +14,7 @@ halves of an interrupted epoch: a rank is just another batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,14 +87,17 @@ def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None
 
 @dataclass(frozen=True)
 class Elements:
-    """Prediction and target of the elements of a field, with the mask and the groups that errors are reduced by.
+    """Prediction and target of the elements of a field, with the mask, weights and groups that errors are reduced by.
 
     Attributes:
         prediction: ``[rows, ...]``; 0 where masked.
         target: same shape; 0 where masked.
         mask: bool of the same shape, False where an element is left out; None if all count.
-        types: int64 ``[rows]``, the group that each row belongs to; None for one group.
-        num_groups: number of atom types, or 1.
+        types: int64 ``[rows]``, the group that each row belongs to, such as its atom type; None for one group.
+        num_groups: number of groups, such as that of atom types, or 1.
+        num_rest: number of groups behind these, whose rows are in none of them.
+        weights: float64 ``[rows]``, weight of the frame of each row, above 0 where ``mask`` is True; None if each row
+            counts once.
     """
 
     prediction: Tensor
@@ -102,68 +105,110 @@ class Elements:
     mask: Tensor | None = None
     types: Tensor | None = None
     num_groups: int = 1
+    num_rest: int = 0
+    weights: Tensor | None = None
 
     @classmethod
     def read(
-        cls, prediction: Tensor, target: Tensor, *, ignore_nan: bool, types: Tensor | None = None, num_groups: int = 1
+        cls,
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        ignore_nan: bool,
+        types: Tensor | None = None,
+        num_groups: int = 1,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Elements:
-        """Elements of a pair, those with a NaN target masked out if ``ignore_nan``.
+        """Elements of a pair; those with a NaN target masked out if ``ignore_nan``, and rows that do not count.
 
         Both sides are replaced by 0 where masked, *before* any arithmetic, so that neither a NaN nor its gradient
         gets through; boolean indexing would synchronise host and device.
+
+        Args:
+            prediction: ``[rows, ...]``.
+            target: same shape.
+            ignore_nan: leave out elements whose target is NaN.
+            types: group of each row, int64 ``[rows]``.
+            num_groups: number of groups.
+            rows: bool ``[rows]``, those that count; None for all.
+            weights: weight of each row, float64 ``[rows]``; rows of weight 0 do not count.
         """
-        labelled = _labelled(target) if ignore_nan else None
-        if labelled is None:
-            return cls(prediction, target, None, types, num_groups)
-        return cls(
-            torch.where(labelled, prediction, 0.0), torch.where(labelled, target, 0.0), labelled, types, num_groups
-        )
+        mask = _mask(target, ignore_nan, rows, weights)
+        if mask is not None:
+            prediction, target = torch.where(mask, prediction, 0.0), torch.where(mask, target, 0.0)
+        return cls(prediction, target, mask, types, num_groups, weights=weights)
 
     @classmethod
     def of_target(
-        cls, target: Tensor, *, ignore_nan: bool, types: Tensor | None = None, num_groups: int = 1
+        cls,
+        target: Tensor,
+        *,
+        ignore_nan: bool,
+        types: Tensor | None = None,
+        num_groups: int = 1,
+        rows: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Elements:
         """Elements as :meth:`read` makes them, without a prediction, for :meth:`counts` alone."""
-        return cls(target, target, _labelled(target) if ignore_nan else None, types, num_groups)
+        return cls(target, target, _mask(target, ignore_nan, rows, weights), types, num_groups, weights=weights)
 
     def detach(self) -> Elements:
         """The same elements without a graph."""
-        return Elements(self.prediction.detach(), self.target, self.mask, self.types, self.num_groups)
+        return replace(self, prediction=self.prediction.detach())
 
     def sums(self, errors: Tensor) -> Tensor:
-        """Sum of the errors of each group: float64 ``[num_groups]``. Masked errors must be 0."""
-        if self.types is None:
+        """Weighted sum of the errors of each group: float64 ``[num_groups]``. Masked errors must be 0."""
+        if self.types is None and self.weights is None:
             return errors.sum(dtype=torch.float64).unsqueeze(0)
-        return self._add_by_type(_sum_rows(errors))
+        return self._add(_sum_rows(errors))
 
     def counts(self) -> Tensor:
-        """Number of elements that count in each group: float64 ``[num_groups]``."""
-        if self.types is None:
+        """Number of elements that count in each group, each as often as its weight says: float64 ``[num_groups]``."""
+        if self.types is None and self.weights is None:
             if self.mask is not None:
                 return self.mask.sum(dtype=torch.float64).unsqueeze(0)
             return self.target.new_full((1,), float(self.target.numel()), dtype=torch.float64)
         if self.mask is not None:
-            return self._add_by_type(_sum_rows(self.mask))
+            return self._add(_sum_rows(self.mask))
         rows = self.target.shape[0]
         per_row = float(self.target.numel() // rows) if rows else 0.0
-        return self._add_by_type(self.target.new_full((rows,), per_row, dtype=torch.float64))
+        return self._add(self.target.new_full((rows,), per_row, dtype=torch.float64))
 
     def maxima(self, errors: Tensor) -> Tensor:
         """Largest error of each group: float64 ``[num_groups]``, ``-inf`` for a group without elements."""
         if self.mask is not None:
             errors = torch.where(self.mask, errors, _NO_MAXIMUM)
-        empty = errors.new_full((self.num_groups,), _NO_MAXIMUM, dtype=torch.float64)
+        empty = errors.new_full((self.num_groups + self.num_rest,), _NO_MAXIMUM, dtype=torch.float64)
         if not errors.numel():
             # Stays in the graph, so that a rank without data takes part in the same backward.
-            return empty + errors.sum() if errors.requires_grad else empty
+            return self._without_rest(empty + errors.sum() if errors.requires_grad else empty)
         if self.types is None:
             return errors.amax().to(torch.float64).unsqueeze(0)
         largest = errors if errors.dim() == 1 else errors.flatten(1).amax(1)
-        return empty.scatter_reduce(0, self.types, largest.to(torch.float64), "amax")
+        return self._without_rest(empty.scatter_reduce(0, self.types, largest.to(torch.float64), "amax"))
 
-    def _add_by_type(self, values: Tensor) -> Tensor:
-        zeros = values.new_zeros(self.num_groups)
-        return zeros.index_add(0, self.types, values)  # type: ignore[arg-type]
+    def _add(self, values: Tensor) -> Tensor:
+        """Sum of a number of each row, times its weight, over the rows of each group."""
+        values = values if self.weights is None else values * self.weights
+        if self.types is None:
+            return values.sum().unsqueeze(0)
+        zeros = values.new_zeros(self.num_groups + self.num_rest)
+        return self._without_rest(zeros.index_add(0, self.types, values))
+
+    def _without_rest(self, values: Tensor) -> Tensor:
+        return values[: self.num_groups] if self.num_rest else values
+
+
+def _mask(target: Tensor, ignore_nan: bool, rows: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """Mask of the elements that count, of the shape of the target; None if all do."""
+    mask = _labelled(target) if ignore_nan else None
+    if weights is not None:
+        rows = weights > 0 if rows is None else rows & (weights > 0)
+    if rows is None:
+        return mask
+    rows = rows.reshape(-1, *[1] * (target.dim() - 1))
+    return rows.expand(target.shape) if mask is None else mask & rows
 
 
 def _labelled(target: Tensor) -> Tensor | None:

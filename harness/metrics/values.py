@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,13 +22,18 @@ class Report:
         values: components, per-type values, and ``weighted_sum`` if any component has a coefficient; NaN without data.
         coeffs: coefficients of the components in the weighted sum, as it was made with them.
         contributions: coefficient × value of these components: they add up to ``weighted_sum``. 0 without data.
-        counts: number of elements behind a value that is made of a sum of errors: three for each atom in ``forces``.
+        counts: number of elements behind a value that is made of a sum of errors: three for each atom in ``forces``,
+            each as often as the weight of its frame says.
+        by_group: value of each group, of the components that are split by group.
+        counts_by_group: number of elements behind these values, of those that are made of a sum of errors.
     """
 
     values: dict[str, float]
     coeffs: dict[str, float]
     contributions: dict[str, float]
     counts: dict[str, float]
+    by_group: dict[str, list[float]] = field(default_factory=dict)
+    counts_by_group: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,14 @@ class Values:
     Attributes:
         names: names of the reported values, in the order of ``reported``.
         order: the order in which users see them.
-        reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
+        reported: float64 ``[num_values]``: components, values of their parts, values of slots; NaN without data.
         weighted_sum: float64 scalar, or None if no component has a coefficient.
         has_data: bool ``[num_values]``.
         coeffs: float64 ``[num_components]``: the coefficients that made ``weighted_sum``; 0 outside of it.
         weighted: positions of the components in the weighted sum.
         counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.metrics.layout`.
         counted: slots of sums that the elements of a value are in, by its name.
+        by_group: position of the value of each group in ``reported``, and its slots of sums, by component.
     """
 
     names: tuple[str, ...]
@@ -56,6 +62,7 @@ class Values:
     weighted: tuple[int, ...] = ()
     counts: Tensor | None = None
     counted: Mapping[str, range] = field(default_factory=dict)
+    by_group: Mapping[str, Sequence[tuple[int, range]]] = field(default_factory=dict)
 
     def detach(self) -> Values:
         """The same values without a graph."""
@@ -90,6 +97,12 @@ class Values:
             {name: in_sum[name] for name in values if name in in_sum},
             {name: _contribution(in_sum[name], values[name]) for name in values if name in in_sum},
             {name: sum(counts[slot] for slot in self.counted[name]) for name in values if name in self.counted},
+            {name: [reported[position] for position, _ in cells] for name, cells in self.by_group.items()},
+            {
+                name: [sum(counts[slot] for slot in slots) for _, slots in cells]
+                for name, cells in self.by_group.items()
+                if name in self.counted
+            },
         )
 
 
@@ -104,7 +117,7 @@ class Evaluated:
 
     Attributes:
         components: float64 ``[num_components]`` in the layout's order; 0 where there is no data.
-        reported: float64 ``[num_values]``: components, then per-type values; NaN where there is no data.
+        reported: float64 ``[num_values]``: components, values of their parts, values of slots; NaN without data.
         has_data: bool ``[num_values]``.
         counts: float64 ``[num_slots]``: number of elements in each slot of sums.
     """

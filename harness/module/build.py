@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import re
 import sys
 import types
@@ -50,16 +51,22 @@ _OF_HYDRA = ("_partial_", "_convert_", "_recursive_")
 _asked: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
 
 ManagerSource = MetricsManager | Callable[..., MetricsManager] | Mapping[str, Any]
-"""A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable."""
+"""A manager, a callable that makes one from ``type_names=``, or a config with the ``_target_`` of such a callable.
+
+A callable that takes ``group_names``, ``set_names`` or ``labelled_sets`` is given them too, where the data have any."""
 
 
-def build_manager(source: ManagerSource, argument: str, type_names: list[str] | None) -> MetricsManager:
+def build_manager(
+    source: ManagerSource, argument: str, type_names: list[str] | None, frames: Mapping[str, Any] | None = None
+) -> MetricsManager:
     """The manager that a source is or makes.
 
     Args:
         source: a manager, a callable or a config.
         argument: that it was given as, for the message.
         type_names: names of the atom types.
+        frames: names of groups and sets of frames, by argument; those that are there are given to a callable that
+            takes them.
 
     Raises:
         TypeError: it makes no manager.
@@ -67,9 +74,9 @@ def build_manager(source: ManagerSource, argument: str, type_names: list[str] | 
     if isinstance(source, MetricsManager):
         return source
     if isinstance(source, Mapping):
-        manager = _instantiate_manager(source, type_names)
+        manager = _instantiate_manager(source, type_names, frames or {})
     elif callable(source):
-        manager = source(type_names=type_names)
+        manager = source(type_names=type_names, **_taken(source, frames or {}))
     else:
         manager = source
     if not isinstance(manager, MetricsManager):
@@ -80,24 +87,41 @@ def build_manager(source: ManagerSource, argument: str, type_names: list[str] | 
     return manager
 
 
-def _instantiate_manager(source: Mapping[str, Any], type_names: list[str] | None) -> Any:
+def _instantiate_manager(source: Mapping[str, Any], type_names: list[str] | None, frames: Mapping[str, Any]) -> Any:
     """The manager of a config; ``interval``, in the section of its schedule, is an argument of the manager's own."""
+    names = {"type_names": type_names}
+    if any(frames.values()) and TARGET in source:
+        names |= _taken(instantiate({TARGET: source[TARGET], "_partial_": True}).func, frames)
     rest, schedule = take_out(source, "schedule")
     if not isinstance(schedule, Mapping) or "interval" not in schedule:
-        return instantiate(source, type_names=type_names)
+        return instantiate(source, **names)
     schedule, interval = take_out(schedule, "interval")
-    return instantiate(rest, type_names=type_names, schedule=schedule, schedule_interval=interval)
+    return instantiate(rest, **names, schedule=schedule, schedule_interval=interval)
+
+
+def _taken(function: Callable[..., Any], frames: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of groups and sets that there are and that a function takes."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError):  # it has none, as some builtins
+        return {}
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return {name: value for name, value in frames.items() if value and (takes_all or name in parameters)}
 
 
 def build_managers(
-    source: ManagerSource | None, number: int, argument: str, type_names: list[str] | None
+    source: ManagerSource | None,
+    number: int,
+    argument: str,
+    type_names: list[str] | None,
+    frames: Mapping[str, Any] | None = None,
 ) -> nn.ModuleList:
     """One manager for each data set, since every set has its own sums; none without a source."""
     if source is None:
         return nn.ModuleList()
     if isinstance(source, MetricsManager):
         return nn.ModuleList(copy.deepcopy(source) for _ in range(number))
-    return nn.ModuleList(build_manager(source, argument, type_names) for _ in range(number))
+    return nn.ModuleList(build_manager(source, argument, type_names, frames) for _ in range(number))
 
 
 def build_optimizer(

@@ -11,7 +11,7 @@ of the same step or epoch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -95,6 +95,9 @@ class ForceFieldModule(LightningModule):
             argument ``horizon`` of it, such as ``T_max: horizon``, is the length of the training in its intervals. Its
             key ``warm_up`` has the arguments of a :class:`~harness.module.learning_rates.WarmUp`.
         type_names: names of the atom types, handed to losses and metrics; the model's ``type_names`` if not given.
+        group_names: names of the groups of frames, in the order of ``group_index``, handed to losses and metrics.
+        set_names: names of the data sets, in the order of ``set_index``, likewise.
+        labelled_sets: names of the sets that have a label, by its field, likewise.
         num_val_sets: number of validation sets.
         num_test_sets: number of test sets.
         weighting: learns the coefficients of the loss, see :class:`harness.adaptive.UncertaintyWeighting`.
@@ -123,6 +126,9 @@ class ForceFieldModule(LightningModule):
         num_val_sets: int = 1,
         num_test_sets: int = 1,
         weighting: LearntWeighting | None = None,
+        group_names: Sequence[str] | None = None,
+        set_names: Sequence[str] | None = None,
+        labelled_sets: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         super().__init__()
         # of a model that makes its layers in configure_model; this one only shards them there
@@ -130,7 +136,9 @@ class ForceFieldModule(LightningModule):
         self.model = model
         names = type_names if type_names is not None else getattr(model, "type_names", None)
         self.type_names = None if names is None else list(names)
-        self.loss = build_manager(loss, "loss", self.type_names)
+        self.group_names, self.set_names = list(group_names or ()), list(set_names or ())
+        frames = {"group_names": self.group_names, "set_names": self.set_names, "labelled_sets": labelled_sets}
+        self.loss = build_manager(loss, "loss", self.type_names, frames)
         if not self.loss.do_weighted_sum:
             raise ValueError(
                 f"No component of the loss has a coefficient, so there is nothing to minimise. Give at least one of "
@@ -139,12 +147,11 @@ class ForceFieldModule(LightningModule):
         if weighting is not None:
             self.loss.weigh_by(weighting)
         self.train_metrics = (
-            None if train_metrics is None else build_manager(train_metrics, "train_metrics", self.type_names)
+            None if train_metrics is None else build_manager(train_metrics, "train_metrics", self.type_names, frames)
         )
-        self.val_metrics = build_managers(val_metrics, num_val_sets, "val_metrics", self.type_names)
-        self.test_metrics = build_managers(
-            val_metrics if test_metrics is None else test_metrics, num_test_sets, "test_metrics", self.type_names
-        )
+        self.val_metrics = build_managers(val_metrics, num_val_sets, "val_metrics", self.type_names, frames)
+        tested = val_metrics if test_metrics is None else test_metrics
+        self.test_metrics = build_managers(tested, num_test_sets, "test_metrics", self.type_names, frames)
         self.predicted_rows = PredictedRows(set().union(*map(fields_read, self.managers.values())))
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -365,6 +372,7 @@ class ForceFieldModule(LightningModule):
         managers = managers_by_key(self)
         merge_accumulated(list(managers.values()))
         checkpoint["type_names"] = self.type_names
+        checkpoint["group_names"], checkpoint["set_names"] = self.group_names, self.set_names
         checkpoint[_POSITION] = list(self._follower.position)  # not that of now: the next epoch may have begun
         if self._optimization is not None:
             checkpoint[RECORD] = {

@@ -108,7 +108,7 @@ def define_axes_of_stages(trainer: Trainer, stages: Mapping[str, MetricsManager]
             name
             for entry in manager.entries.values()
             if entry.metric.higher_is_better
-            for name in (entry.name, *entry.type_keys(manager.type_names))
+            for name in (entry.name, *entry.value_keys(manager.type_names))
         }
         moves = manager.schedule is not None or manager.weighting is not None
         if moves or (controlled and stage == TRAIN_LOSS):  # sums of coefficients that move: their least says nothing

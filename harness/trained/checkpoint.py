@@ -47,6 +47,7 @@ class TrainedCheckpoint:
         weights: of the model by their names in it, on the CPU.
         are_averaged: True if the weights are an average over the training, and the last ones are beside them.
         type_names: of the atom types in their order; None if the data have none.
+        set_names: of the data sets of a mixture, in the order of ``set_index``; None if the data were no mixture.
         epoch: number of the epoch that it was written in, counted from 0; None if it is not known.
         step: number of optimizer steps; None if it is not known.
     """
@@ -56,6 +57,7 @@ class TrainedCheckpoint:
     weights: Mapping[str, Any]
     are_averaged: bool
     type_names: list[str] | None
+    set_names: list[str] | None
     epoch: int | None
     step: int | None
 
@@ -78,6 +80,7 @@ class TrainedCheckpoint:
             weights=model_weights(found),
             are_averaged="current_model_state" in found,
             type_names=None if names is None else [str(name) for name in names],
+            set_names=[str(name) for name in found.get("set_names") or ()] or None,
             epoch=found.get("epoch"),
             step=found.get("global_step"),
         )
@@ -138,7 +141,8 @@ class TrainedCheckpoint:
 
     def _built(self, architecture: dict[str, Any]) -> nn.Module:
         try:
-            model = _build(architecture, {"statistics": self.statistics, "type_names": self.type_names})
+            offered = {"statistics": self.statistics, "type_names": self.type_names, "set_names": self.set_names}
+            model = _build(architecture, offered)
         except (InstantiationException, ValueError, TypeError, AttributeError) as error:
             missing = _cause(error)
             if missing is not None:

@@ -11,6 +11,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from harness.data import Frame, collate, frame_to_sample
+from harness.data.extras import Extras
 from harness.fields import Batch
 from harness.models import reference_energies, set_reference_energies
 from harness.models.heads import heads_of, index_of_head
@@ -39,6 +40,8 @@ class TrainedModel(nn.Module):
         energy_shifts: reference energies in eV by type name; None if the model has none.
         heads: names of the model's heads, one for each data set that it was trained on; empty if it has none.
         head: the data set whose energies it predicts; None if that was not chosen.
+        extras: further labels that it was trained on, and inputs that it needs beside a structure, such as a total
+            charge: a structure has them in its ``info`` or ``arrays``.
         record: everything that the checkpoint says of its training, see
             :class:`~harness.job.made_with.MadeWith`.
         path: of the checkpoint.
@@ -54,6 +57,7 @@ class TrainedModel(nn.Module):
         self.energy_shifts: dict[str, float] | None = checkpoint.record.get("energy_shifts")
         self.heads: tuple[str, ...] = heads_of(model) or ()
         self.head: str | None = None
+        self.extras = Extras.from_plain(checkpoint.record.get("extras"))
         self.record: Mapping[str, Any] = checkpoint.record
         self.path = checkpoint.path
 
@@ -77,8 +81,8 @@ class TrainedModel(nn.Module):
             head: by which they are predicted, of a model that has several; :attr:`head` if None.
 
         Raises:
-            ValueError: an element or a head that the model does not know, or the checkpoint has no type names or no
-                cutoff.
+            ValueError: an element or a head that the model does not know, an input that it needs and a structure lacks,
+                or the checkpoint has no type names or no cutoff.
         """
         of_head = self.head_index(head)
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
@@ -89,7 +93,12 @@ class TrainedModel(nn.Module):
                 f"{self.path} has no cutoff, so the batches of its model are not known: make them yourself."
             )
         names = self.type_names or []
-        samples = [frame_to_sample(Frame(atoms), names, self.cutoff, dtype=self.dtype) for atoms in frames]
+        own = self.extras.inputs_alone()
+        fields = own.batch_fields((), ())
+        samples = [
+            frame_to_sample(frame, names, self.cutoff, dtype=self.dtype, fields=fields)
+            for frame in own.read(Frame(atoms, origin="structures", index=index) for index, atoms in enumerate(frames))
+        ]
         batch = collate(samples, self.dtype)
         if of_head is not None:
             batch["set_index"] = torch.full((len(frames),), of_head, dtype=torch.int64)

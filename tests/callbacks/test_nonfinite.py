@@ -185,6 +185,22 @@ def test_predictions_without_a_label_are_told_too() -> None:
     assert (found.number, found.total, found.types, found.everywhere) == (12, 12, ["H", "O"], True)
 
 
+def test_frames_that_do_not_count_are_not_to_blame() -> None:
+    """By their weight, or since they are of a set that the component does not count."""
+    entry = {"name": "mse", "field": "forces", "metric": harness.MeanSquaredError(), "coeff": 1, "sets": ["crystals"]}
+    loss = harness.MetricsManager([entry], ["H", "O"], set_names=["crystals", "molecules"])
+    batch = {
+        "num_atoms": torch.tensor([1, 1, 1]),
+        "batch": torch.tensor([0, 1, 2]),
+        "atom_types": torch.tensor([0, 0, 1]),
+        "forces": torch.full((3, 3), torch.nan),
+        "set_index": torch.tensor([0, 1, 0]),
+        "forces_weight": torch.tensor([0.0, 1.0, 2.0]),
+    }
+    (found,) = find_nonfinite_fields(loss, ["mse"], {"forces": torch.zeros(3, 3)}, batch)
+    assert (found.side, found.number, found.types) == ("labels", 3, ["O"])
+
+
 def test_weights_that_are_not_finite(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
     message = message_of(data, tmp_path / "a", Spoil([2], "weights"))
     module = build(data)

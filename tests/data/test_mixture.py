@@ -15,7 +15,8 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from support.mixtures import write_sets
 
-from harness.data import MixtureDataModule, collate
+from harness.data import MixtureDataModule, StoreDataModule, build_store, collate
+from harness.data.store import BuildSettings
 from harness.models import schnet_force_field
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -176,6 +177,20 @@ def test_groups_and_further_fields_are_there_in_every_set(sets):
     empty = loader.collate_fn([])
     assert empty.keys() == batch.keys()
     assert {name: empty[name].dtype for name in empty} == {name: batch[name].dtype for name in empty}
+
+
+def test_a_set_may_be_a_store(sets, data, tmp_path):
+    store = tmp_path / "molecules.store"
+    build_store(store, [sets["molecules"]["train"]], BuildSettings(extras=data.modules["molecules"].extras))
+    mixed = mixture(sets, {"molecules": {"train": str(store)}}, check_units=True, min_distance=0.1)
+    assert isinstance(mixed.modules["molecules"], StoreDataModule)
+    assert mixed.statistics.references_text() == data.statistics.references_text()
+    expected, found = whole(data.train_set), whole(mixed.train_set)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12, equal_nan=True)
+    with pytest.raises(TypeError, match=r"data\.sets\.molecules: check_units is decided when a store is built"):
+        mixture(sets, {"molecules": {"train": str(store), "check_units": False}})
 
 
 def test_the_config_makes_the_module(sets):

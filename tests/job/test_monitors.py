@@ -12,8 +12,9 @@ import pytest
 from omegaconf import DictConfig
 from support.bad_input import BASE, captured, composed, frames
 
+import harness
 from harness.job import prepare, train
-from harness.job.monitors import MonitorError
+from harness.job.monitors import MonitorError, missing_labels
 from harness.train import run_job
 
 PLATEAU = ("lr_scheduler=plateau",)
@@ -201,3 +202,30 @@ def test_what_has_been_a_number_is_known_after_a_restart() -> None:
     other: Any = MonitorGuard({"monitor": NAN})
     other.load_state_dict(guard.state_dict())
     assert other._numbers == {NAN}
+
+
+class _Mixture:
+    """What a data module of two sets says of its labels: molecules have no forces, and one crystal has a gap."""
+
+    @staticmethod
+    def missing_labels(name: str) -> dict[str, tuple[int, int]]:
+        return {"forces": (6, 15), "total_energy": (0, 15)}
+
+    @staticmethod
+    def missing_labels_by_set(name: str) -> dict[str, dict[str, tuple[int, int]]]:
+        return {
+            "crystals": {"forces": (1, 10), "total_energy": (0, 10)},
+            "molecules": {"forces": (5, 5), "total_energy": (0, 5)},
+        }
+
+
+def test_labels_that_a_set_lacks_are_missing_in_no_component_of_the_others() -> None:
+    entry = {"field": "forces", "metric": harness.MeanSquaredError()}
+    entries = [entry | {"name": "whole"}, entry | {"name": "molecules", "sets": ["molecules"]}]
+    names = {"set_names": ["crystals", "molecules"]}
+    manager = harness.MetricsManager(entries, **names)
+    found = {name: missing_labels(_Mixture, "train", manager, each) for name, each in manager.entries.items()}
+    assert found["whole"]["forces"] == (6, 15)
+    assert found["molecules"]["forces"] == (5, 5)
+    labelled = harness.MetricsManager(entries[:1], **names, labelled_sets={"forces": ["crystals"]})
+    assert missing_labels(_Mixture, "train", labelled, labelled.entries["whole"])["forces"] == (1, 10)

@@ -547,6 +547,18 @@ def test_metrics_that_a_checkpoint_names_are_called_only_if_they_are_known() -> 
         assert target in note
 
 
+def test_metrics_of_the_training_are_taken_without_its_sets_and_groups() -> None:
+    mae = {"name": "mae", "field": "forces", "metric": {"_target_": "harness.MeanAbsoluteError"}}
+    own = {"_target_": "harness.MetricsManager", "metrics": [mae | {"per_set": True, "per_group": True}]}
+    of_one = [mae | {"name": "of_one", "sets": ["molecules"]}]
+    assert metrics_of_training({"val_metrics": own}) == ({**own, "metrics": [mae]}, "")
+    assert metrics_of_training({"val_metrics": {**own, "metrics": [*own["metrics"], *of_one]}})[0] == {
+        **own,
+        "metrics": [mae],
+    }
+    assert metrics_of_training({"val_metrics": {**own, "metrics": of_one}}) == (None, "")
+
+
 def test_calculator_results_and_information_of_one_name_are_written_once(tmp_path: Path) -> None:
     atoms = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], info={"energy": -1.0})
     atoms.calc = SinglePointCalculator(atoms, energy=-1.0)

@@ -23,11 +23,28 @@ MANY = [
 MAXIMA = [Component("forces", "max", 1.0, per_type=True, ignore_nan=True), Component("stress", "max")]
 
 
-def collectives_of(rank, world_size, loss, metrics, num_types):
+def by_group(components, names, num_groups=0):
+    """Manager of data with groups and weights, which keeps every component by group."""
+    groups = [f"G{index}" for index in range(num_groups)]
+    entries = [component.entry(names) for component in components]
+    manager = harness.MetricsManager(entries, names, group_names=groups)
+    manager.keep_by_group()
+    return manager
+
+
+def frames_of(target, num_groups=0):
+    """Weight and group of each frame."""
+    num_frames = len(target["num_atoms"])
+    weights = {name: torch.arange(num_frames, dtype=torch.float64) for name in ("weight", "forces_weight")}
+    return {**weights, "group_index": torch.arange(num_frames) % num_groups} if num_groups else {}
+
+
+def collectives_of(rank, world_size, loss, metrics, num_types, num_groups=0):
     """Collectives of a training step, of a validation step and of the end of an epoch."""
     names = [f"T{index}" for index in range(num_types)]
-    managers = [oracle.manager(loss, names), oracle.manager(metrics, names)]
+    managers = [by_group(loss, names, num_groups), by_group(metrics, names, num_groups)]
     features, target = oracle.draw(rank, [2, 3], types=range(num_types))
+    target |= frames_of(target, num_groups)
     preds = oracle.predict(features, oracle.parameters())
     with counted_collectives() as training:
         harness.step_together(*managers, preds=preds, target=target)[0].weighted_sum.backward()
@@ -58,10 +75,18 @@ def test_collectives(loss, metrics, expected, num_types):
         assert epoch == expected
 
 
-def operators_of_a_step(num_types, components, monitors=MANY + MAXIMA):
+@pytest.mark.parametrize("num_groups", [2, 200])
+def test_weights_and_groups_take_no_further_collective(num_groups):
+    expected = {"SUM": 1, "MAX": 1}
+    for training, validation, epoch in spawn(2, collectives_of, MANY, MANY + MAXIMA, 3, num_groups):
+        assert (training, validation, epoch) == (expected, {}, expected)
+
+
+def operators_of_a_step(num_types, components, monitors=MANY + MAXIMA, num_groups=0):
     names = [f"T{index}" for index in range(num_types)]
-    managers = [oracle.manager(components, names), oracle.manager(monitors, names)]
+    managers = [by_group(components, names, num_groups), by_group(monitors, names, num_groups)]
     features, target = oracle.draw(0, [2, 3, 4], types=range(num_types), unlabelled=0.3)
+    target |= frames_of(target, num_groups)
     preds = oracle.predict(features, oracle.parameters())
     harness.step_together(*managers, preds=preds, target=target)  # the first one looks at the types
     with Operators() as operators:
@@ -86,6 +111,31 @@ def test_operators_do_not_depend_on_the_number_of_types():
     one, many = (operators_of_a_step(num_types, MANY + MAXIMA).names for num_types in (1, 89))
     assert one == many
     assert one.total() > 50
+
+
+def test_weights_and_groups_do_not_wait_and_cost_the_same_for_any_number():
+    few, many = (operators_of_a_step(3, MANY + MAXIMA, num_groups=number) for number in (2, 200))
+    assert few.waits == many.waits == []
+    assert few.names == many.names
+
+
+def test_a_step_of_data_with_weights_and_groups_that_nobody_asks_for_costs_no_more():
+    names = ["H", "C", "O"]
+    features, target = oracle.draw(0, [2, 3, 4], unlabelled=0.3)
+    entries = [component.entry(names) | {"weights": False} for component in MANY + MAXIMA]
+    counted = []
+    for manager, labels in (
+        (oracle.manager(MANY + MAXIMA, names), target),
+        (
+            harness.MetricsManager(entries, names, group_names=["a", "b"], set_names=["c"]),
+            target | frames_of(target, 2),
+        ),
+    ):
+        manager(oracle.predict(features, oracle.parameters()), labels)
+        with Operators() as operators:
+            manager(oracle.predict(features, oracle.parameters()), labels)["weighted_sum"].backward()
+        counted.append(operators.names)
+    assert counted[0] == counted[1]
 
 
 def test_a_step_looks_at_no_number():
