@@ -27,6 +27,7 @@ from harness.distributed import launched_rank, share
 from harness.job.build import Job
 from harness.job.recorded_model import ReferenceChoice, chosen_references
 from harness.models import reference_energies, set_reference_energies
+from harness.support.text import some
 
 __all__ = ["settle_references"]
 
@@ -192,10 +193,9 @@ def _changes(before: Mapping[str, float], now: Mapping[str, float]) -> str:
     names = sorted((name for name in now if now[name] != before[name]), key=lambda name: -abs(now[name] - before[name]))
     if not names:
         return "none has changed"
-    shown = ", ".join(f"{name} {before[name]:.4f} → {now[name]:.4f} eV" for name in names[:_SHOWN])
+    shown = some((f"{name} {before[name]:.4f} → {now[name]:.4f} eV" for name in names), _SHOWN)
     kept = len(now) - len(names)
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{shown}{more}" + (f"; {kept} of elements that the frames do not have are kept" if kept else "")
+    return shown + (f"; {kept} of elements that the frames do not have are kept" if kept else "")
 
 
 def _set_to_measure(job: Job) -> tuple[str, AtomsDataset] | None:

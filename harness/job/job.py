@@ -121,7 +121,7 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
     before = best_before(trainer, start)
     if start and _are_other_scores(job, start):
         before = {}
-    complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
+    complete = read(job.resume_from).get(COMPLETE) if job.resume_from else None
     if complete is not None:
         job.console.print(f"training is complete in {job.resume_from}", highlight=False, soft_wrap=True)
         return dict(complete), best_checkpoint(trainer, before) or job.resume_from
@@ -130,7 +130,7 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
     if start and not job.resume_from:
         lines = [f"differs from the checkpoint: {line}" for line in changed_settings(start, job.config)]
         _print_lines(job, lines)
-        done, limit = Progress.of(read(Path(start))).epochs, trainer.max_epochs
+        done, limit = Progress.of(read(start)).epochs, trainer.max_epochs
         if limit not in (None, -1) and done >= limit:  # type: ignore[operator]
             job.console.print(f"nothing is left to train: {done} epochs are done, and max_epochs={limit}")
     trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=start, weights_only=True)

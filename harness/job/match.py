@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -129,7 +128,7 @@ def types_of_checkpoint(config: DictConfig) -> dict[str, list[str]]:
     start = Start.of(config)
     if start is None or "type_names" not in config.data or config.data.type_names is not None:
         return {}
-    names = read(Path(start.path)).get("type_names")
+    names = read(start.path).get("type_names")
     return {"type_names": [str(name) for name in names]} if names else {}
 
 
@@ -151,7 +150,7 @@ def compare(
     Raises:
         ValueError: a difference that the weights of the checkpoint cannot go with.
     """
-    checkpoint = read(Path(start.path))
+    checkpoint = read(start.path)
     record: dict[str, Any] | None = checkpoint.get(MADE_WITH)
     lines, warned = [], []
     if record is None:

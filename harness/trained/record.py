@@ -45,7 +45,7 @@ _WITHOUT_VERSION = ("harness", "torch", "builtins", "__main__")
 
 def made_with(path: str | Path) -> dict[str, Any] | None:
     """Record of a checkpoint file; None in one that has none, as those of version 0.1.0."""
-    found = read(Path(path)).get(MADE_WITH)
+    found = read(path).get(MADE_WITH)
     return found if isinstance(found, dict) else None
 
 
