@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.config.builders import build as build_section
+from harness.config.builders import build_part
 from harness.distributed import START_LIMIT, launched_rank
 from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
@@ -80,13 +81,13 @@ def build(config: DictConfig) -> Job:
     if hasattr(datamodule, "model_statistics") and isinstance(statistics, RecordedStatistics):
         vars(datamodule)["model_statistics"] = statistics
     module = build_module(config, datamodule, statistics)
-    callbacks: list[Callback] = [instantiate(section) for section in (config.callbacks or {}).values() if section]
-    adaptive = instantiate(config.adaptive) if config.adaptive else None
+    callbacks: list[Callback] = _parts(config.callbacks, "callbacks")
+    adaptive = build_part(config.adaptive, "adaptive") if config.adaptive else None
     if isinstance(adaptive, Callback):
         callbacks.append(adaptive)
     elif adaptive is not None:
         module.loss.weigh_by(adaptive)
-    loggers: list[Logger] = [instantiate(section) for section in (config.logger or {}).values() if section]
+    loggers: list[Logger] = _parts(config.logger, "logger")
     position = TrainingPosition()
     with withheld() as device_notes:
         own = [position, MadeWith(config, datamodule, statistics), ComparableScores(config, datamodule)]
@@ -94,6 +95,12 @@ def build(config: DictConfig) -> Job:
         trainer = make_trainer(config, make_strategy(config, module.model), [guard, *callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
+
+
+def _parts(group: DictConfig | None, name: str) -> list[Any]:
+    """Objects of the sections of a group, but for those that are null."""
+    sections: dict[str, Any] = dict(group.items()) if group else {}  # type: ignore[arg-type]
+    return [build_part(section, f"{name}.{key}") for key, section in sections.items() if section]
 
 
 def _console() -> Console:

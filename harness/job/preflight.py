@@ -31,6 +31,7 @@ from harness.job.monitors import check_monitors
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule
+from harness.module.build import try_first_turn
 from harness.module.coefficient_control import NORMALISING, controllers_of, refuse_several
 from harness.module.continuation import parts_of
 from harness.module.horizon import TrainingLength
@@ -245,7 +246,10 @@ def check(job: Job) -> None:
     # the trainer makes them anew; here for the mistakes in their sections
     made = module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
     if config.train:
-        job.parameters = parameter_table(module.model, parts_of(made)[0])
+        optimizer, scheduler = parts_of(made)
+        job.parameters = parameter_table(module.model, optimizer)
+        if scheduler is not None:
+            try_first_turn(scheduler)
     if config.train:
         if config.ckpt_path:
             check_continuation(config.ckpt_path, module, job.trainer)

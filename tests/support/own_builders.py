@@ -63,6 +63,10 @@ def changes_the_process(**given: Any) -> Built:
     return Built(**given)
 
 
+def fails_deep_inside(size: int, names: list[str], width: int = 1) -> Built:
+    return Built(chosen=names[size + 1 :][0])
+
+
 def warns() -> Built:
     warnings.warn("The TorchScript type system doesn't support instance-level annotations", UserWarning, stacklevel=2)
     warnings.warn("mine: look at the units", UserWarning, stacklevel=2)
