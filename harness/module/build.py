@@ -301,12 +301,12 @@ def _call(
             source = functools.partial(source.func, *source.args, **source.keywords | dict.fromkeys(named, turns))
     target, options = getattr(source, "func", source), getattr(source, "keywords", {})
     wrong = _no_numbers(target, options, what if what == "optimizer" else f"{what}.scheduler")
+    name = getattr(getattr(target, "target", target), "__name__", repr(target))
     if wrong:
-        raise ValueError(" ".join(wrong))
+        raise ValueError(f"{' '.join(wrong)} (target {name})")
     try:
         return source(argument)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        name = getattr(getattr(target, "target", target), "__name__", repr(target))
         raise ValueError(f"The {what}, {name} with {dict(options)}, cannot be made: {error}") from error
 
 
