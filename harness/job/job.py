@@ -24,6 +24,7 @@ from harness.job.protocols import FinishesRun, WritesFiles
 from harness.job.recorded_model import settle_model
 from harness.metrics import MetricsManager
 from harness.module.horizon import Progress
+from harness.module.reporting import types_with_data
 from harness.strategies import connect
 from harness.support.log_keys import LogKeys, stage_of_set
 
@@ -162,9 +163,11 @@ def _test(job: Job, best: str | None) -> dict[str, float]:
     results = _floats(job.trainer.callback_metrics)
     for index, manager in enumerate(job.module.test_metrics):
         if isinstance(manager, MetricsManager):
-            keys = LogKeys(stage_of_set("test", index))
+            stage = stage_of_set("test", index)
+            keys, report = LogKeys(stage), job.module.reports.get(stage)
+            present = None if report is None else types_with_data(report, manager)
             values = {name: results[key] for name in manager.value_names if (key := keys.key(name)) in results}
-            job.console.print(values_table(f"test set {index}", manager, values))
+            job.console.print(values_table(f"test set {index}", manager, values, type_names=present))
     return results
 
 

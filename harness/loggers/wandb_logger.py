@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._run: WandbRun | None = None
         self._resumed_step: int | None = None
         self._last_step: int | None = None
+        self._left_out: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, which has a run of its own."""
@@ -140,8 +142,17 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log values of a step."""
-        self._log({key: _copied(value) for key, value in metrics.items()}, step)
+        """Log values of a step, but for those that are left out."""
+        kept = {key: value for key, value in metrics.items() if key not in self._left_out or not _is_nan(value)}
+        self._log({key: _copied(value) for key, value in kept.items()}, step)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Leave values out as long as they are NaN, such as those of atom types that the data do not have.
+
+        Args:
+            names: of the values.
+        """
+        self._left_out.update(names)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -317,6 +328,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _prefixed(self, key: str) -> str:
         return f"{self._prefix}{self.LOGGER_JOIN_CHAR}{key}" if self._prefix else key
+
+
+def _is_nan(value: Any) -> bool:
+    """True for a NaN on the host; a tensor on a device is not asked, which would wait."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _copied(value: Any) -> Any:
