@@ -34,7 +34,7 @@ from harness.data.reading import (
     mixed_family_hint,
     read_frames,
 )
-from harness.data.references import outside_text, undetermined_text
+from harness.data.references import SETTING, outside_text, undetermined_text
 from harness.data.repeats import refuse_repeated_files, repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
 from harness.data.splitting import split_indices
@@ -184,6 +184,8 @@ class AtomsDataModule(LightningDataModule):
         self._fingerprint: dict[str, str] | None = None
         self.model_statistics: Any = None
         """Statistics that the model was built of where they are not those of this training set but of a checkpoint."""
+        self.reference_setting: str | None = SETTING
+        """Setting that the model takes reference energies by, for messages; None if it has no such setting."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, split them and take the statistics; the first call does everything, later ones nothing.
@@ -356,11 +358,11 @@ class AtomsDataModule(LightningDataModule):
         directions = np.asarray(undetermined)
         is_fitted_here = self.model_statistics is None  # otherwise it was told when the checkpoint's training began
         if stage == "fit" and is_fitted_here and any(frame.energy is not None for frame in self.train_set.frames):
-            text = undetermined_text(directions, shifts.tolist(), self.type_names)
+            text = undetermined_text(directions, shifts.tolist(), self.type_names, self.reference_setting)
             if text:
                 rank_zero_warn(text)
         for name, frames in self._evaluation_frames().items():
-            text = outside_text(name, frames, directions, self.type_names)
+            text = outside_text(name, frames, directions, self.type_names, self.reference_setting)
             if text and (stage == "fit" or name.startswith("test")):
                 rank_zero_warn(text)
 

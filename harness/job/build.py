@@ -33,6 +33,10 @@ from harness.support.configs import take_out
 __all__ = ["Job", "build", "build_module", "follow_schedule", "read_schedule", "time_limit"]
 
 
+_SHIFTS = "statistics.energy_shifts"
+"""Source of a model's fitted reference energies in ``needs``."""
+
+
 @dataclass
 class Job:
     """Parts of a training on this rank."""
@@ -80,6 +84,8 @@ def build(config: DictConfig) -> Job:
     statistics = _statistics(record, datamodule)
     if hasattr(datamodule, "model_statistics") and isinstance(statistics, RecordedStatistics):
         vars(datamodule)["model_statistics"] = statistics
+    if hasattr(datamodule, "reference_setting"):
+        vars(datamodule)["reference_setting"] = _reference_setting(config.model)
     module = build_module(config, datamodule, statistics)
     callbacks: list[Callback] = _parts(config.callbacks, "callbacks")
     adaptive = build_part(config.adaptive, "adaptive") if config.adaptive else None
@@ -128,6 +134,14 @@ def _statistics(record: dict[str, Any] | None, datamodule: LightningDataModule) 
     now = getattr(datamodule, "statistics", None)
     recorded = (record or {}).get("statistics")
     return RecordedStatistics(recorded, now) if recorded else now
+
+
+def _reference_setting(section: DictConfig) -> str | None:
+    """Setting of a model's section that takes reference energies in eV by type; None without one."""
+    needs = section.get("needs")
+    asked = [str(name) for name, source in needs.items() if source == _SHIFTS] if isinstance(needs, DictConfig) else []
+    known = [name for name in ("energy_shifts", "per_type_energy_shifts") if name in section]
+    return next((f"model.{name}" for name in (*known, *asked)), None)
 
 
 def build_module(config: DictConfig, datamodule: LightningDataModule, statistics: Any = None) -> ForceFieldModule:

@@ -383,7 +383,7 @@ def energy_level_text(start: Start, record: Mapping[str, Any], datamodule: Light
                 raise ValueError(
                     f"{text}. This is no difference between structures, whose cohesive energies are below 9 eV/atom: "
                     f"the labels have another reference level, or the compositions of before did not determine the "
-                    f"references (model.energy_shifts=<file of isolated atoms> would have). The model keeps its own. "
+                    f"references (energies of isolated atoms would have). The model keeps its own. "
                     f"Label both with the same (total energies of one code and its settings, or both less the same "
                     f"isolated atoms), or train anew."
                 )

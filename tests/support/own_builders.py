@@ -73,6 +73,22 @@ def warns() -> Built:
     return Built()
 
 
+class ForcesOnly(nn.Module):
+    """A model that predicts no energy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"forces": self.model(batch)["forces"]}
+
+
+def forces_only(statistics: Any, references: Any = None) -> nn.Module:
+    sizes = {"hidden_channels": 4, "num_filters": 4, "num_interactions": 1, "num_gaussians": 4}
+    return ForcesOnly(schnet_force_field(statistics, cutoff=4.5, **sizes))
+
+
 def schnet_by_keywords(**given: Any) -> nn.Module:
     """SchNet, whose sizes are in lists and dictionaries, and whose statistics come under another name."""
     layers, statistics = given.pop("layers"), given.pop("of_the_data")
