@@ -176,8 +176,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         Raises:
             ValueError: a pattern instead of a name, or a name in ``minimised`` alone.
         """
-        axes = axes_of(epoch, step, minimised, epoch_name=self._prefixed("epoch"), step_name=STEP)
-        self._begin().define({self._prefixed(name): axis for name, axis in axes.items()})
+        axes = axes_of(epoch, step, minimised, epoch_name=_prefixed(self, "epoch"), step_name=STEP)
+        self._begin().define({_prefixed(self, name): axis for name, axis in axes.items()})
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -275,7 +275,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _log(self, row: dict[str, Any], step: int | None) -> None:
         at = self._step_of(step)
-        self._begin().log({self._prefixed(key): value for key, value in row.items()}, at)
+        self._begin().log({_prefixed(self, key): value for key, value in row.items()}, at)
 
     def _step_of(self, step: int | None) -> int | None:
         """The step; without one that of the row before, as W&B does by itself in one start."""
@@ -326,8 +326,9 @@ class WandbLogger(lightning_loggers.WandbLogger):
     def _submit(self, call: Callable[[], None]) -> None:
         self._begin().thread.submit(call)
 
-    def _prefixed(self, key: str) -> str:
-        return f"{self._prefix}{self.LOGGER_JOIN_CHAR}{key}" if self._prefix else key
+
+def _prefixed(logger: WandbLogger, key: str) -> str:
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{key}" if logger._prefix else key
 
 
 def _is_nan(value: Any) -> bool:

@@ -140,7 +140,7 @@ def _all(found: typing.Iterable[bool | None]) -> bool | None:
 
 
 def _words(hint: Any) -> str:
-    """What a value of an annotation is."""
+    """Words for the values of an annotation."""
     if hint in _PLAIN:
         return _PLAIN[hint][0]
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
