@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from harness.checkpoints import AtomicCheckpointIO
 from harness.data import Frame, collate, frame_to_sample
 from harness.job.consistency import settings_of, versions
 from harness.models.conversion import KINDS, Converted, kind_of, patterns
+from harness.support.process import mistakes_reported
 from harness.trained.record import ARCHITECTURE, MADE_WITH, packages_of, plain, units
 
 __all__ = ["convert", "main"]
@@ -58,11 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--head", metavar="NAME", help="of a MACE model with several heads, or a SevenNet modality")
     parser.add_argument("--elements", nargs="+", metavar="X", help="of a MACE model: keep these alone")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_reported():
         _run(options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _run(options: argparse.Namespace) -> None:
