@@ -61,7 +61,7 @@ def _recorded_cutoff(*paths: str | None) -> float | None:
     """Cutoff in Å of the first checkpoint that is given and can be read; None without one."""
     for path in filter(None, paths):
         with suppress(Exception):  # what is wrong with a file is told where it is read for good
-            found = (read(Path(path)).get("made_with") or {}).get("cutoff")
+            found = (read(path).get("made_with") or {}).get("cutoff")
             return None if found is None else float(found)
     return None
 

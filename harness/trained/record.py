@@ -45,7 +45,7 @@ _WITHOUT_VERSION = ("harness", "torch", "builtins", "__main__")
 
 def made_with(path: str | Path) -> dict[str, Any] | None:
     """Record of a checkpoint file; None in one that has none, as those of version 0.1.0."""
-    found = read(Path(path)).get(MADE_WITH)
+    found = read(path).get(MADE_WITH)
     return found if isinstance(found, dict) else None
 
 
@@ -61,8 +61,12 @@ def units() -> dict[str, str]:
 
 
 def packages_of(model: nn.Module) -> dict[str, str]:
-    """Versions of the installed packages that a model's parts are of, but for torch and this package."""
-    names = sorted({type(part).__module__.partition(".")[0] for part in model.modules()} - {*_WITHOUT_VERSION})
+    """Versions of the installed packages that a model's parts are of, but for torch and this package.
+
+    Those of base classes are among them: FSDP2 and the like put a class of their own in front of a model's.
+    """
+    kinds = {base for part in model.modules() for base in type(part).__mro__}
+    names = sorted({kind.__module__.partition(".")[0] for kind in kinds} - {*_WITHOUT_VERSION})
     distributions = importlib.metadata.packages_distributions() if names else {}
     return {name: importlib.metadata.version(distributions[name][0]) for name in names if name in distributions}
 
