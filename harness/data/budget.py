@@ -33,11 +33,12 @@ class BudgetBatchSampler(GlobalBatchSampler):
 
     The sizes :math:`s_i` and the budget :math:`B` alone, not the number of ranks, set the number of batches: the
     smallest from :math:`\lceil \sum_i s_i / B \rceil` on into which the samples were seen to fit, to 0.2 % where there
-    are thousands, so that no batch is left with the rest. In each epoch the samples are dealt, in an order drawn from ``(seed, epoch)``, each to the
-    batch of the smallest sum so far, in rounds: see :func:`~harness.data.dealing.deal_in_rounds`. The order is random
-    if it fits into the budget; where the budget leaves little room, large samples come first: they are then spread over
-    the batches, and which others they meet is random. Arrays are all there is: 80 bytes for each sample while an epoch
-    is planned, 8 of them and 4 for each planned epoch afterwards.
+    are thousands, so that no batch is left with the rest. In each epoch the samples are dealt, in an order drawn from
+    ``(seed, epoch)``, each to the batch of the smallest sum so far, in rounds: see
+    :func:`~harness.data.dealing.deal_in_rounds`. The order is random if it fits into the budget; where the budget leaves
+    little room, large samples come first: they are then spread over the batches, and which others they meet is random.
+    In memory are arrays alone: about 80 bytes for each sample while an epoch is planned; afterwards 8, and 4 for each of
+    the two epochs that are planned.
 
     Of each global batch, ranks take parts of similar sums: with :math:`R` ranks none exceeds
     :math:`B/R + (1 - 1/R)\, s_\mathrm{max}`. Give :math:`B = P R` for about :math:`P` atoms on each of :math:`R` GPUs.
@@ -185,7 +186,7 @@ def _filled_up(sizes: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     # where a batch that starts at each of the samples would end
     ends = np.searchsorted(sums, sums - sizes + limit, side="right")
     ends = np.maximum(ends, np.arange(1, len(sizes) + 1))
-    view = memoryview(ends)
+    view: memoryview[int] = memoryview(ends)  # type: ignore[arg-type]
 
     def found() -> Iterator[int]:
         start = 0

@@ -28,9 +28,9 @@ from harness.data import (
     ResumableDataLoader,
     TrainingBatchSampler,
     embedded_alloy_file,
+    samplers,
 )
 from harness.data import datamodule as datamodule_file
-from harness.data import samplers
 from harness.data.balance import balanced_parts, balanced_shares, deal
 from harness.data.dealing import ascending_order, deal_in_rounds
 
