@@ -35,10 +35,10 @@ class BudgetBatchSampler(GlobalBatchSampler):
     smallest from :math:`\lceil \sum_i s_i / B \rceil` on into which the samples were seen to fit, to 0.2 % where there
     are thousands, so that no batch is left with the rest. In each epoch the samples are dealt, in an order drawn from
     ``(seed, epoch)``, each to the batch of the smallest sum so far, in rounds: see
-    :func:`~harness.data.dealing.deal_in_rounds`. The order is random if it fits into the budget; where the budget leaves
-    little room, large samples come first: they are then spread over the batches, and which others they meet is random.
-    In memory are arrays alone: about 80 bytes for each sample while an epoch is planned; afterwards 8, and 4 for each of
-    the two epochs that are planned.
+    :func:`~harness.data.dealing.deal_in_rounds`. The order is random if it fits into the budget; where the budget
+    leaves little room, large samples come first: they are then spread over the batches, and which others they meet is
+    random. In memory are arrays alone: about 80 bytes for each sample while an epoch is planned; afterwards 8, and 4
+    for each of the two epochs that are planned.
 
     Of each global batch, ranks take parts of similar sums: with :math:`R` ranks none exceeds
     :math:`B/R + (1 - 1/R)\, s_\mathrm{max}`. Give :math:`B = P R` for about :math:`P` atoms on each of :math:`R` GPUs.

@@ -50,8 +50,9 @@ class EnergyForcesWithinThreshold(_MeanOfStructures):
     r"""Fraction of structures whose energy and forces are all within thresholds, OC20's EFwT; larger is better.
 
     A structure counts as right if :math:`|E - E^\mathrm{ref}| < \tau_E` and, for every component of the force on every
-    atom, :math:`|F_{ik} - F^\mathrm{ref}_{ik}| < \tau_F`. Structures without an energy, or with a force component missing, are
-    left out. A number from 0 to 1, where OC20 prints percent; there, forces are those of the free atoms, here of all.
+    atom, :math:`|F_{ik} - F^\mathrm{ref}_{ik}| < \tau_F`. Structures without an energy, or with a force component
+    missing, are left out. A number from 0 to 1, where OC20 prints percent; there, forces are those of the free atoms,
+    here of all.
 
     Args:
         energy: :math:`\tau_E` in eV, of the whole structure.

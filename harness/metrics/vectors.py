@@ -124,6 +124,6 @@ def _check_vectors(metric: ErrorMetric, target: Tensor) -> None:
 def _positive(number: object, what: str) -> float:
     if not is_number(number):
         raise TypeError(f"{what} is a number, found {number!r} of type {type(number).__name__}.")
-    if not 0 < float(number) < float("inf"):  # type: ignore[arg-type]
+    if not 0 < float(number) < float("inf"):
         raise ValueError(f"{what} must be positive and finite, found {number}.")
-    return float(number)  # type: ignore[arg-type]
+    return float(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def batches(scale: float = 0.02, seed: int = 0) -> tuple[dict[str, torch.Tensor]
 def parts(preds, target):
     """Each structure as a batch of its own."""
     starts = np.cumsum([0, *NUM_ATOMS])
-    for number, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(starts)):
         yield (
             {"total_energy": preds["total_energy"][[number]], "forces": preds["forces"][start:stop]},
             {
