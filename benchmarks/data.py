@@ -12,8 +12,8 @@ Three tables:
   makes all of them beforehand, and *made* is its ``AtomicData.from_config`` called on access. A package that cannot be
   imported is left out.
 * ``hand-over``: a batch of kept samples from a worker, as one buffer and tensor by tensor.
-* ``plans``: seconds for the plan at the start and for that of an epoch, and the division among 64 ranks, for drawn sizes
-  (log-normal about 40 atoms, 4 to 500).
+* ``plans``: seconds for the plan at the start and for that of an epoch, and the division among 64 ranks, for drawn
+  sizes (log-normal about 40 atoms, 4 to 500).
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def report_loaders(arguments: argparse.Namespace, folder: Path) -> None:
     write_frames(path, arguments.frames, arguments.repeats)
     pythons = {"harness": sys.executable, "nequip": sys.executable, "mace": arguments.mace_python}
     print(
-        f"loaders: {arguments.frames} frames of {4 * arguments.repeats**3} atoms, cutoff {arguments.cutoff} Å, batches of "
-        f"{arguments.batch_size}, one worker; samples a second, median of {arguments.rounds}"
+        f"loaders: {arguments.frames} frames of {4 * arguments.repeats**3} atoms, cutoff {arguments.cutoff} Å, batches "
+        f"of {arguments.batch_size}, one worker; samples a second, median of {arguments.rounds}"
     )
     print(f"{'':10}{'made':>10}{'harness is':>14}{'kept':>10}{'harness is':>14}")
     found: dict[tuple[str, bool], list[float]] = {}

@@ -51,7 +51,8 @@ def test_loaders_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """In this process, and without the other packages: the table starts each in a process of its own."""
     monkeypatch.setattr(sys, "path", [*sys.path])  # which the script changes
     spec = importlib.util.spec_from_file_location("benchmark_of_data", ROOT / "benchmarks" / "data.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     benchmark.write_frames(tmp_path / "frames.xyz", 8, 1)
