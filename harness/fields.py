@@ -18,6 +18,7 @@ from harness.support.configs import unwrapped
 
 __all__ = [
     "ATOM_TYPES",
+    "BUILT_IN_FIELDS",
     "NUM_ATOMS",
     "UPCOMING_LABELS",
     "Batch",
@@ -53,6 +54,8 @@ class FieldSpec:
         unit: for logs and tables.
         abbreviation: short form for automatic component names.
         shape: of one row, such as ``(3,)`` for forces ``[num_atoms, 3]``; None where it is not known.
+        may_be_missing: rows are NaN where a frame has no such label: components leave them out unless they say
+            ``ignore_nan: false``.
     """
 
     name: str
@@ -60,6 +63,7 @@ class FieldSpec:
     unit: str = ""
     abbreviation: str = ""
     shape: tuple[int, ...] | None = None
+    may_be_missing: bool = False
 
 
 _REGISTRY: dict[str, FieldSpec] = {
@@ -72,14 +76,25 @@ _REGISTRY: dict[str, FieldSpec] = {
         FieldSpec("cell", "graph", "Å", shape=(3, 3)),
         FieldSpec("pbc", "graph", shape=(3,)),
         FieldSpec("num_atoms", "graph", shape=()),
-        FieldSpec("dipole", "graph", "e·Å", shape=(3,)),
-        FieldSpec("polarizability", "graph", "Å³", shape=(3, 3)),
+        FieldSpec("dipole", "graph", "e·Å", shape=(3,), may_be_missing=True),
+        FieldSpec("polarizability", "graph", "Å³", shape=(3, 3), may_be_missing=True),
         FieldSpec("total_charge", "graph", "e", shape=(1,)),
+        FieldSpec("spin_multiplicity", "graph", shape=(1,)),
+        FieldSpec("weight", "graph", shape=()),
+        FieldSpec("energy_weight", "graph", shape=()),
+        FieldSpec("forces_weight", "graph", shape=()),
+        FieldSpec("stress_weight", "graph", shape=()),
+        FieldSpec("group_index", "graph", shape=()),
+        FieldSpec("set_index", "graph", shape=()),
+        FieldSpec("frame_index", "graph", shape=()),
         FieldSpec("forces", "node", "eV/Å", "F", shape=(3,)),
         FieldSpec("pos", "node", "Å", shape=(3,)),
         FieldSpec("atomic_energy", "node", "eV", shape=(1,)),
         FieldSpec("charge", "node", "e", shape=(1,)),
         FieldSpec("magmom", "node", "μB", shape=(1,)),
+        FieldSpec("charges", "node", "e", shape=(1,), may_be_missing=True),
+        FieldSpec("magnetic_moments", "node", "μB", shape=(1,), may_be_missing=True),
+        FieldSpec("born_charges", "node", "e", shape=(3, 3), may_be_missing=True),
         FieldSpec("atom_types", "node", shape=()),
         FieldSpec("atomic_numbers", "node", shape=()),
         FieldSpec("edge_vectors", "edge", "Å", shape=(3,)),
@@ -89,9 +104,17 @@ _REGISTRY: dict[str, FieldSpec] = {
     )
 }
 
+BUILT_IN_FIELDS = frozenset(_REGISTRY)
+"""Names of the fields that are known without a registration."""
+
 
 def register_field(
-    name: str, level: Level, unit: str = "", abbreviation: str = "", shape: Sequence[int] | None = None
+    name: str,
+    level: Level,
+    unit: str = "",
+    abbreviation: str = "",
+    shape: Sequence[int] | None = None,
+    may_be_missing: bool | None = None,
 ) -> FieldSpec:
     """Register a field for losses and metrics, or add to its entry.
 
@@ -101,6 +124,8 @@ def register_field(
         unit: for logs and tables.
         abbreviation: short form for automatic component names, such as ``F`` for forces.
         shape: of one row, such as ``(3,)`` for forces; other people's metrics with several outputs need it.
+        may_be_missing: whether components leave out its NaN labels by themselves; None keeps what it was, at first
+            False.
 
     Raises:
         ValueError: the level is unknown, or the name is registered already with another level.
@@ -119,6 +144,7 @@ def register_field(
         unit or before.unit,
         abbreviation or before.abbreviation,
         before.shape if shape is None else tuple(shape),
+        before.may_be_missing if may_be_missing is None else may_be_missing,
     )
     _REGISTRY[name] = spec
     return spec
@@ -140,7 +166,8 @@ def field_spec(name: str) -> FieldSpec:
     except KeyError:
         raise KeyError(
             f"Unknown field {name!r}. Known fields: {', '.join(sorted(_REGISTRY))}. "
-            f"A field of your own: harness.register_field({name!r}, level='graph'|'node'|'edge', unit=...)."
+            f"A label of your files: data.labels={{{name}: {{level: ...}}}}; a field of your own: "
+            f"harness.register_field({name!r}, level='graph'|'node'|'edge', unit=...)."
         ) from None
 
 

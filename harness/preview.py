@@ -31,6 +31,7 @@ from rich.table import Table
 
 from harness.config.explain import BAD_INPUT, HINT, explain, message
 from harness.config.resolvers import config_folder
+from harness.data.labels import entries_of
 from harness.job import follow_schedule, read_schedule
 from harness.job.preflight import check_controllers
 from harness.metrics import MetricsManager
@@ -111,6 +112,8 @@ class _Preview:
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
+        for entry in entries_of((config.data or {}).get("labels")):  # components may read them
+            entry.register()
         self.notes: list[str] = []
         """Remarks under the table."""
         self.module = ForceFieldModule(

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.calculators.skin import SkinNeighbors
+from harness.data import Frame
+from harness.data.batch_fields import fields_of_frame
 from harness.trained import TrainedModel, load_model
 from harness.trained.targets import Trust
 
@@ -31,7 +33,12 @@ class HarnessCalculator(Calculator):
     * ``stress`` ``[6]`` in ASE's order xx, yy, zz, yz, xz, xy and sign, :math:`\sigma = \frac{1}{V} \partial E /
       \partial \varepsilon`, for structures that are periodic in all three directions;
     * ``energies`` ``[num_atoms]``, reference energies included, which add up to ``energy``, of models that predict
-      ``atomic_energy``, as those of this package do.
+      ``atomic_energy``, as those of this package do;
+    * ``dipole`` ``[3]`` in e·Å, ``charges`` ``[num_atoms]`` in e and ``magmoms`` ``[num_atoms]`` in μB, of models that
+      predict the fields ``dipole``, ``charges`` and ``magnetic_moments``.
+
+    Inputs that a model was trained with beside the structure, such as a total charge, are looked for in ``info`` and
+    ``arrays`` of the structure, under the keys of the training.
 
     One call of the model gives all of them. The neighbour list has a skin, see
     :class:`~harness.calculators.skin.SkinNeighbors`. Positions go into the model in the dtype of its training: dynamics
@@ -51,7 +58,10 @@ class HarnessCalculator(Calculator):
         ValueError: the model has no cutoff or no type names, besides the errors of :func:`harness.load_model`.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress", "energies"]  # type: ignore[misc]
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]
+        *("energy", "free_energy", "forces", "stress", "energies"),
+        *("dipole", "charges", "magmoms"),
+    ]
 
     def __init__(
         self,
@@ -70,6 +80,7 @@ class HarnessCalculator(Calculator):
         if self.model.cutoff is None or self.model.type_names is None:
             lacks = "cutoff" if self.model.cutoff is None else "type names"
             raise ValueError(f"{self.model.path} has no {lacks}, so the inputs of its model are not known.")
+        self._inputs = self.model.extras.inputs_alone()
         self.neighbors = SkinNeighbors(self.model.cutoff, skin)
         self._index_of = {name: index for index, name in enumerate(self.model.type_names)}
         self._numbers: NDArray[np.int64] | None = None
@@ -99,12 +110,31 @@ class HarnessCalculator(Calculator):
         index, shifts = self.neighbors.edges(atoms, device)
         return {
             **self._inputs_of_elements(atoms),
+            **self._further_inputs(atoms),
             "pos": torch.from_numpy(atoms.positions).to(device, dtype, copy=True),
             "cell": torch.from_numpy(atoms.cell.array).to(device, dtype, copy=True).unsqueeze(0),
             "pbc": torch.from_numpy(atoms.pbc).to(device, copy=True).unsqueeze(0),
             "edge_index": index,
             "edge_cell_shift": shifts.to(dtype),
         }
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Changes of a structure since the last calculation, those of further inputs of the model included."""
+        changes: list[str] = super().check_state(atoms, tol)
+        known = None if self.atoms is None else self._further_inputs(self.atoms)
+        if known:
+            now = self._further_inputs(atoms)
+            changes += [name for name, value in now.items() if not torch.equal(value, known[name])]
+        return changes
+
+    def _further_inputs(self, atoms: Atoms) -> dict[str, Tensor]:
+        """Inputs such as the total charge, which the structure has in its ``info`` or ``arrays``."""
+        if not self._inputs.entries:
+            return {}
+        # a copy: the results of a calculator, such as this one, are no inputs
+        (frame,) = self._inputs.read([Frame(atoms.copy(), origin=atoms.get_chemical_formula())])
+        found = fields_of_frame(frame, self._inputs.batch_fields((), ()), self.model.dtype)
+        return {name: value.to(self.model.device) for name, value in found.items()}
 
     def _inputs_of_elements(self, atoms: Atoms) -> Mapping[str, Tensor]:
         """Inputs that depend on the elements alone, kept from step to step."""
@@ -153,4 +183,9 @@ def _results(predictions: Mapping[str, Tensor], atoms: Atoms) -> dict[str, Any]:
         results["stress"] = full_3x3_to_voigt_6_stress(found["stress"].reshape(3, 3))
     if "atomic_energy" in found:
         results["energies"] = found["atomic_energy"].reshape(len(atoms))
+    if "dipole" in found:
+        results["dipole"] = found["dipole"].reshape(3)
+    for field, name in (("charges", "charges"), ("magnetic_moments", "magmoms")):
+        if field in found:
+            results[name] = found[field].reshape(len(atoms))
     return results

@@ -1,4 +1,4 @@
-"""Parity plots: predicted against reference energies, forces and stresses of the test sets, and of validation."""
+"""Parity plots: predicted against reference labels of the test sets, and of validation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from harness.distributed import ProcessGroup, gather_objects, rank_in_group
+from harness.fields import field_spec, registered_fields
 from harness.loggers import log_image
 from harness.support.checks import whole_number
 from harness.support.figures import new_figure
@@ -34,7 +35,8 @@ _ALL = -2  # in the place of a type: all of them together
 class ParityPlot(Callback):
     """Draws predicted against reference values at the end of a test, and of validations if asked to.
 
-    One panel each for the energy per atom, the force components on each atom type and the stress components, where
+    One panel each for the energy per atom, the force components on each atom type and the stress components, and for
+    each further label of the data (``data.labels``) that the model predicts, by atom type if it is one of atoms, where
     labelled; more than ten types of atoms share one panel. The colour is the number of points in a hexagon, the inset
     the distribution of the errors. MAE and RMSE in the titles are those of all values of all ranks, while the points
     are a bounded random sample of them.
@@ -132,7 +134,7 @@ class ParityPlot(Callback):
         if not isinstance(outputs, Mapping):
             return
         quantities = self._sets.setdefault(index, {})
-        for name in ("total_energy", "forces", "stress"):
+        for name in (*_LABELS, *_further_labels(outputs, batch)):
             if name not in outputs or name not in batch:
                 continue
             reference, prediction = _numpy(batch[name]), _numpy(outputs[name])
@@ -140,7 +142,7 @@ class ParityPlot(Callback):
             if name == "total_energy":
                 atoms = _numpy(batch["num_atoms"]).reshape(-1, 1)
                 reference, prediction = reference / atoms, prediction / atoms
-            elif name == "forces" and "atom_types" in batch:
+            elif field_spec(name).level == "node" and "atom_types" in batch:
                 kind = _numpy(batch["atom_types"]).astype(int).reshape(-1)
             columns = reference.size // max(len(reference), 1)
             keys = self._random.random(reference.size)
@@ -287,17 +289,18 @@ def _draw(path: Path, panels: Sequence[_Panel], type_names: Sequence[str]) -> No
 
 
 def _draw_panel(axis: Any, panel: _Panel, type_names: Sequence[str]) -> None:
-    quantity, unit = _LABELS[panel.name]
+    quantity, unit = _LABELS.get(panel.name) or (panel.name.replace("_", " "), field_spec(panel.name).unit)
     number, mean, square = panel.sums / [1, panel.sums[0], panel.sums[0]]
     if panel.kind >= 0:
         quantity += f" on {_type_name(panel.kind, type_names)}"
     drawn = len(panel.points)
     sample = f"{number:,.0f} points" if drawn == number else f"sample of {drawn:,} of {number:,.0f} points"
-    factor, milli = (1e3, "m") if mean < 0.1 else (1, "")
-    errors = f"MAE {_rounded(factor * mean)}, RMSE {_rounded(factor * np.sqrt(square))} {milli}{unit}"
+    factor, milli = (1e3, "m") if mean < 0.1 and unit else (1, "")
+    errors = f"MAE {_rounded(factor * mean)}, RMSE {_rounded(factor * np.sqrt(square))} {milli}{unit}".rstrip()
     axis.set_title(quantity, loc="left", fontsize=13, fontweight="bold", pad=34)
     axis.text(0, 1.02, f"{errors}\n{sample}", fontsize=9.5, linespacing=1.3, color=_GREY, transform=axis.transAxes)
-    axis.set(xlabel=f"reference ({unit})", ylabel=f"predicted ({unit})")
+    behind = f" ({unit})" if unit else ""
+    axis.set(xlabel=f"reference{behind}", ylabel=f"predicted{behind}")
     if not drawn:
         axis.text(0.5, 0.5, "no prediction is finite", ha="center", transform=axis.transAxes)
         return
@@ -310,7 +313,22 @@ def _draw_panel(axis: Any, panel: _Panel, type_names: Sequence[str]) -> None:
     axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axis.locator_params(nbins=6)  # the same ticks on both axes
     axis.spines[["top", "right"]].set_visible(False)
-    _draw_errors(axis.inset_axes((0.66, 0.1, 0.31, 0.2)), factor * (prediction - reference), f"error ({milli}{unit})")
+    _draw_errors(
+        axis.inset_axes((0.66, 0.1, 0.31, 0.2)),
+        factor * (prediction - reference),
+        f"error ({milli}{unit})" if unit else "error",
+    )
+
+
+def _further_labels(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> list[str]:
+    """Names of the labels of a batch beside energy, forces and stress that there are predictions of.
+
+    They are registered as labels that may be missing. A label that the model hands on with the batch is no prediction.
+    """
+    known = registered_fields()
+    labels = [name for name in batch if name not in _LABELS and name in known and known[name].may_be_missing]
+    predicted = [name for name in labels if name in outputs and outputs[name] is not batch[name]]
+    return [name for name in predicted if outputs[name].numel() == batch[name].numel()]
 
 
 def _draw_density(axis: Any, reference: np.ndarray, prediction: np.ndarray, extent: tuple[float, ...]) -> None:

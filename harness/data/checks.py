@@ -15,6 +15,8 @@ import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 from numpy.typing import NDArray
 
+from harness.data.facts import MISSING, WHOLE
+from harness.data.frames import FrameSet, as_frame_set
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame
 
@@ -319,13 +321,13 @@ class _Pairs:
     @classmethod
     def of(cls, frames: Sequence[Frame]) -> _Pairs:
         """Pairs among the frames of each of the most frequent lists of atoms."""
-        compositions: dict[tuple[bytes, bytes], list[Frame]] = {}
-        for frame in frames:
-            if frame.energy is not None and frame.forces is not None and len(frame.atoms) > 1:
-                key = frame.atoms.numbers.tobytes(), frame.atoms.pbc.tobytes()
-                compositions.setdefault(key, []).append(frame)
-        largest = sorted(compositions.values(), key=len, reverse=True)[:_PAIR_COMPOSITIONS]
-        rows = [row for members in largest for row in _compared(_neighbouring(members))]
+        known = as_frame_set(frames)
+        has_both = (known.column("state_energy") != MISSING) & (known.column("state_forces") != MISSING)
+        labelled = np.flatnonzero(has_both & (known.column("num_atoms") > 1))
+        species = known.column("species")[labelled]
+        _, firsts, numbers, counts = np.unique(species, return_index=True, return_inverse=True, return_counts=True)
+        largest = np.lexsort((firsts, -counts))[:_PAIR_COMPOSITIONS]
+        rows = [row for each in largest for row in _compared(_neighbouring(known, labelled[numbers == each]))]
         if not rows:
             nothing = np.zeros(0)
             return cls(nothing, nothing, nothing, nothing, nothing, nothing, np.zeros((0, 2), dtype=np.int64))
@@ -340,14 +342,16 @@ class _Pairs:
         return f"{first} and {second}"
 
 
-def _neighbouring(members: list[Frame]) -> list[Frame]:
+def _neighbouring(frames: FrameSet, members: NDArray[np.int64]) -> list[Frame]:
     """Up to 200 frames in order, fewer of large systems: at equal distances, each with the next one of the file."""
-    members = [frame for frame in members if not np.isnan(frame.forces).any()]  # type: ignore[arg-type]
-    limit = min(_PAIR_FRAMES, max(20, math.isqrt(600_000 // len(members[0].atoms)))) if members else 0
-    if len(members) <= limit:
-        return members
-    starts = np.linspace(0, len(members) - 2, limit // 2).round().astype(int)
-    return [members[index] for index in np.unique(np.concatenate((starts, starts + 1)))]
+    members = members[frames.column("state_forces")[members] == WHOLE]
+    if not len(members):
+        return []
+    limit = min(_PAIR_FRAMES, max(20, math.isqrt(600_000 // int(frames.column("num_atoms")[members[0]]))))
+    if len(members) > limit:
+        starts = np.linspace(0, len(members) - 2, limit // 2).round().astype(int)
+        members = members[np.unique(np.concatenate((starts, starts + 1)))]
+    return [frames[int(index)] for index in members]
 
 
 def _compared(members: list[Frame]) -> Iterator[tuple[NDArray[Any], ...]]:
@@ -476,7 +480,7 @@ def _stress_factors(pairs: _Pairs, chosen: NDArray[np.bool_]) -> dict[str, float
 def _spread(frames: Sequence[Frame], number: int) -> list[Frame]:
     """Up to ``number`` of the frames, at equal distances."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), number)).round().astype(int))
-    return [frames[index] for index in chosen]
+    return [frames[int(index)] for index in chosen]
 
 
 def _has_bonds(frame: Frame) -> bool:

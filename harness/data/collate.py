@@ -12,6 +12,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.data.batch_fields import BatchField, empty_fields, fields_of_frame
 from harness.data.neighbors import neighbor_list
 from harness.data.packing import pack_in_worker
 from harness.data.reading import Frame
@@ -59,6 +60,7 @@ def frame_to_sample(
     cutoff: float,
     frame_index: int = 0,
     dtype: torch.dtype = torch.float32,
+    fields: Sequence[BatchField] = (),
 ) -> dict[str, Tensor]:
     """Tensors of one frame: a batch of one graph, with its neighbour list.
 
@@ -71,6 +73,7 @@ def frame_to_sample(
         cutoff: of the neighbour list, in Å.
         frame_index: number of the frame in its data set.
         dtype: of positions, cell, shifts, forces and stress.
+        fields: further ones: labels, inputs, weights, group.
 
     Returns:
         ``pos`` ``[num_atoms, 3]``, ``atom_types``, ``atomic_numbers`` and ``batch`` ``[num_atoms]``, ``num_atoms`` and
@@ -101,7 +104,8 @@ def frame_to_sample(
         "stress": _filled(missing if frame.stress is None else frame.stress, (1, 3, 3), real),
         "frame_index": np.array([frame_index], dtype=np.int64),
     }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {**sample, **fields_of_frame(frame, fields, dtype)}
 
 
 _FLOATS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
@@ -113,7 +117,7 @@ def _filled(values: NDArray[np.float64], shape: tuple[int, ...], dtype: type[np.
     return array
 
 
-def empty_batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def empty_batch(dtype: torch.dtype = torch.float32, fields: Sequence[BatchField] = ()) -> dict[str, Tensor]:
     """The batch of no graphs: all fields, of length zero. Collating it with others changes nothing."""
     return {
         "pos": torch.zeros(0, 3, dtype=dtype),
@@ -129,10 +133,13 @@ def empty_batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "forces": torch.zeros(0, 3, dtype=dtype),
         "stress": torch.zeros(0, 3, 3, dtype=dtype),
         "frame_index": torch.zeros(0, dtype=torch.int64),
+        **empty_fields(fields, dtype),
     }
 
 
-def collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype = torch.float32, fields: Sequence[BatchField] = ()
+) -> dict[str, Tensor]:
     """One batch of the graphs of all ``samples``, in order; the samples, themselves batches, are left as they are.
 
     ``edge_index`` and ``batch`` count on from sample to sample; everything else is concatenated.
@@ -140,12 +147,13 @@ def collate(samples: Sequence[Mapping[str, Tensor]], dtype: torch.dtype = torch.
     Args:
         samples: batches of any number of graphs; no samples give :func:`empty_batch`.
         dtype: of the empty batch.
+        fields: further ones of the empty batch.
 
     Raises:
         ValueError: if the samples do not have the same fields.
     """
     if not samples:
-        return empty_batch(dtype)
+        return empty_batch(dtype, fields)
     names = samples[0].keys()
     for position, sample in enumerate(samples):
         if sample.keys() != names:

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from harness.data.batch_fields import BatchField
 from harness.data.collate import frame_to_sample, type_indices
+from harness.data.frames import as_frame_set
 from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame
 
@@ -30,6 +32,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         dtype: of all floating-point fields but ``total_energy``.
         cache_neighbors: whether a sample, with its neighbour list, stays in memory once it has been made; up to 512 MiB
             of them on a rank, which its workers divide among them.
+        fields: further ones of the samples: labels, inputs, weights, group.
 
     Raises:
         ValueError: if a frame has a symbol that is not among the type names.
@@ -42,17 +45,23 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         cutoff: float,
         dtype: torch.dtype = torch.float32,
         cache_neighbors: bool = True,
+        fields: Sequence[BatchField] = (),
     ) -> None:
-        self.frames = list(frames)
+        self.frames = as_frame_set(frames)
         self.type_names = list(type_names)
         self.cutoff = cutoff
         self.dtype = dtype
         self.cache_neighbors = cache_neighbors
+        self.fields = tuple(fields)
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._cached_bytes = 0
         self._num_edges: NDArray[np.int64] | None = None
-        for frame in self.frames:  # now rather than in the middle of an epoch
-            type_indices(frame, self.type_names)
+        self._refuse_unknown_symbols()  # now rather than in the middle of an epoch
+
+    def _refuse_unknown_symbols(self) -> None:
+        compositions = self.frames.compositions()
+        for symbol in sorted(compositions.symbols() - set(self.type_names)):
+            type_indices(self.frames[compositions.first_with(symbol)], self.type_names)
 
     def __len__(self) -> int:
         """Number of frames."""
@@ -62,7 +71,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         """Sample of one frame; see :func:`~harness.data.collate.frame_to_sample`. Not to be changed in place."""
         if index in self._samples:
             return self._samples[index]
-        sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype)
+        sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype, self.fields)
         if self.cache_neighbors:
             self._keep(index, sample)
         return sample
@@ -77,14 +86,16 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
 
     def num_atoms(self) -> NDArray[np.int64]:
         """Number of atoms of each frame, ``[num_frames]``."""
-        return np.array([len(frame.atoms) for frame in self.frames], dtype=np.int64)
+        return self.frames.num_atoms()
 
     def num_edges(self) -> NDArray[np.int64]:
         """Number of edges of each frame, ``[num_frames]``: of each pair within the cutoff there are two.
 
-        The first call makes the neighbour lists of all frames. They stay in memory with their samples if
-        ``cache_neighbors``; otherwise only the numbers do.
+        The first call makes the neighbour lists of all frames, unless these know the numbers. The lists stay in memory
+        with their samples if ``cache_neighbors``; otherwise only the numbers do.
         """
+        if self._num_edges is None:
+            self._num_edges = self.frames.num_edges(self.cutoff)
         if self._num_edges is None:
             self._num_edges = np.array([self._count_edges(index) for index in range(len(self))], dtype=np.int64)
         return self._num_edges

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from harness.data.budget import EvaluationBudgetSampler
 from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
+from harness.data.extras import Extras
+from harness.data.frames import FrameList, FrameSet
+from harness.data.groups import sorted_groups
+from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import without_isolated_atoms
-from harness.data.reading import Frame, LabelKeys, available_keys, has_key, label_hint, mixed_family_hint, read_frames
+from harness.data.reading import Frame, LabelKeys, available_keys, has_key, read_frames
 from harness.data.samplers import EvaluationBatchSampler
 from harness.strategies import data_parallel_ranks
 from harness.support.checks import whole_number
@@ -43,11 +48,13 @@ class EvaluatedFile:
         path: as it was given.
         frames: all of them, in the order of the file.
         counted: positions in ``frames`` of those that errors are of: all but isolated atoms.
+        fields: further labels that are looked for.
     """
 
     path: Path
     frames: list[Frame]
     counted: list[int]
+    fields: tuple[str, ...] = ()
 
     @property
     def structures(self) -> list[Frame]:
@@ -55,9 +62,10 @@ class EvaluatedFile:
         return [self.frames[position] for position in self.counted]
 
     def labels(self) -> dict[str, int]:
-        """Number of frames that errors are of with an energy, with forces and with a stress."""
-        names = ("energy", "forces", "stress")
-        return {name: sum(getattr(frame, name) is not None for frame in self.structures) for name in names}
+        """Number of frames that errors are of with an energy, forces, a stress, and with each further label."""
+        names, frames = ("energy", "forces", "stress"), self.structures
+        found = {name: sum(getattr(frame, name) is not None for frame in frames) for name in names}
+        return found | {name: sum(name in frame.extras for frame in frames) for name in self.fields}
 
 
 def read_evaluated(
@@ -67,6 +75,8 @@ def read_evaluated(
     min_distance: float | None = 0.1,
     units: bool = True,
     isolated_atoms: str = "references",
+    extras: Extras | None = None,
+    asked: Collection[str] = (),
 ) -> list[EvaluatedFile]:
     """Files of an evaluation, checked as those of a training; frames may lack any label.
 
@@ -78,6 +88,8 @@ def read_evaluated(
         units: whether files in other units are refused, where that shows.
         isolated_atoms: ``references`` leaves frames with ``config_type=IsolatedAtom`` out of the errors, ``frames``
             does not.
+        extras: further labels, inputs and weights of the frames.
+        asked: further labels that one of the files must have.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -86,17 +98,19 @@ def read_evaluated(
     """
     if isolated_atoms not in ("references", "frames"):
         raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
-    files = []
+    files, extras = [], extras or Extras()
+    fields = tuple(entry.field for entry in extras.labels)
     for path in paths:
-        frames = read_frames(path, keys, require_labels=False, require_keys=False)
+        frames = extras.read(read_frames(path, keys, require_labels=False, require_keys=False))
+        structures: FrameSet = FrameList(frames)
         if units:
-            check_units(frames)
+            check_units(structures)
         if min_distance is not None:
             check_distances(frames, min_distance)
-        structures = frames
         if isolated_atoms == "references":
-            structures, _ = without_isolated_atoms(frames, require_energies=False)
-        files.append(EvaluatedFile(path, frames, [frame.index for frame in structures]))
+            structures, _ = without_isolated_atoms(structures, require_energies=False)
+        files.append(EvaluatedFile(path, frames, structures.column("index").tolist(), fields))
+    extras.check_labels(reduce(or_, [extras.found(file.frames) for file in files]), "the files", asked)
     everything = [frame.atoms for file in files for frame in file.frames]
     for label, key in (named or {}).items():
         if not has_key(everything, key):
@@ -111,7 +125,7 @@ def read_evaluated(
 
 def label_notes(file: EvaluatedFile, keys: LabelKeys) -> list[str]:
     """Sentences on labels that all frames of a file lack, and on labels that may be of two calculations."""
-    frames, labels = file.structures, file.labels()
+    frames, labels = FrameList(file.structures), file.labels()
     if not frames:
         return [f"{file.path}: isolated atoms alone, which no errors are of (data.isolated_atoms=frames counts them)"]
     if not any(labels.values()):
@@ -167,6 +181,7 @@ class EvaluationDataModule(LightningDataModule):
         max_edges: instead: edges in it, at most; makes all neighbour lists beforehand.
         num_workers: processes of each loader.
         pin_memory: whether batches are made in page-locked memory.
+        extras: further labels, inputs and weights that the frames were read with.
 
     Raises:
         TypeError, ValueError: a number is out of range, or not exactly one limit is given.
@@ -184,6 +199,7 @@ class EvaluationDataModule(LightningDataModule):
         max_edges: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        extras: Extras | None = None,
     ) -> None:
         super().__init__()
         limits = {"batch_size": batch_size, "max_atoms": max_atoms, "max_edges": max_edges}
@@ -194,11 +210,17 @@ class EvaluationDataModule(LightningDataModule):
         whole_number("num_workers", num_workers, least=0)
         ((self._limited, self._limit),) = given.items()
         self.type_names, self.cutoff, self.dtype = list(type_names), cutoff, dtype
-        self.test_sets = [AtomsDataset(frames, type_names, cutoff, dtype, cache_neighbors=False) for frames in sets]
+        extras, used = extras or Extras(), [frame for frames in sets for frame in frames]
+        self.group_names = sorted_groups({frame.group for frame in used}, extras.group_key)
+        self.batch_fields = extras.batch_fields({name for frame in used for name in frame.weights}, self.group_names)
+        self.test_sets = [
+            AtomsDataset(frames, type_names, cutoff, dtype, cache_neighbors=False, fields=self.batch_fields)
+            for frames in sets
+        ]
         self._options: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": pin_memory,
-            "collate_fn": partial(collate, dtype=dtype),
+            "collate_fn": partial(collate, dtype=dtype, fields=self.batch_fields),
         }
 
     def test_dataloader(self) -> list[DataLoader[Any]]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from harness.data.reading import Frame, information
 
-__all__ = ["isolated_energies", "without_isolated_atoms"]
+if TYPE_CHECKING:  # sets of frames know which of them are isolated atoms
+    from harness.data.frames import FrameSet
+
+__all__ = ["is_isolated", "isolated_energies", "without_isolated_atoms"]
 
 _CONFIG_TYPE = "config_type"
 _SAME_ENERGY = 1e-6  # eV
 
 
-def without_isolated_atoms(frames: Sequence[Frame], require_energies: bool = True) -> tuple[list[Frame], list[Frame]]:
+def without_isolated_atoms(frames: FrameSet, require_energies: bool = True) -> tuple[FrameSet, FrameSet]:
     """Frames of structures, and frames whose ``config_type`` is ``IsolatedAtom`` (in any spelling, ``isolated_atom``).
 
     A frame of one atom without this ``config_type`` is a structure like any other.
@@ -24,14 +30,14 @@ def without_isolated_atoms(frames: Sequence[Frame], require_energies: bool = Tru
     Raises:
         ValueError: if a frame of that type has more than one atom or no energy.
     """
-    structures, isolated = [], []
-    for frame in frames:
-        if not _is_isolated(frame):
-            structures.append(frame)
-            continue
+    is_isolated_atom = frames.column("isolated").astype(bool)
+    if not is_isolated_atom.any():
+        return frames, frames.subset([])
+    isolated = frames.subset(np.flatnonzero(is_isolated_atom))
+    for frame in isolated:
         if len(frame.atoms) != 1:
             raise ValueError(
-                f"{frame.location}: config_type={information(frame.atoms, _CONFIG_TYPE)} is for one atom, found "
+                f"{frame.location}: config_type=IsolatedAtom is for one atom, found "
                 f"{frame.atoms.get_chemical_formula()}; correct the config_type of the frame, or set "
                 f"data.isolated_atoms=frames to train on all frames alike"
             )
@@ -41,11 +47,10 @@ def without_isolated_atoms(frames: Sequence[Frame], require_energies: bool = Tru
                 f"expected its energy in eV under the key of the other frames (data.keys.energy). Add it, or "
                 f"remove the frame"
             )
-        isolated.append(frame)
-    return structures, isolated
+    return frames.subset(np.flatnonzero(~is_isolated_atom)), isolated
 
 
-def isolated_energies(frames: Sequence[Frame]) -> dict[str, float]:
+def isolated_energies(frames: Iterable[Frame]) -> dict[str, float]:
     """Energies in eV of isolated atoms by chemical symbol.
 
     Raises:
@@ -64,6 +69,7 @@ def isolated_energies(frames: Sequence[Frame]) -> dict[str, float]:
     return {symbol: float(frame.energy) for symbol, frame in first.items()}  # type: ignore[arg-type]
 
 
-def _is_isolated(frame: Frame) -> bool:
+def is_isolated(frame: Frame) -> bool:
+    """True if the ``config_type`` of a frame is ``IsolatedAtom``, in any spelling."""
     value = information(frame.atoms, _CONFIG_TYPE)
     return isinstance(value, str) and "".join(filter(str.isalnum, value)).lower() == "isolatedatom"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ __all__ = [
     "Frame",
     "LabelKeys",
     "available_keys",
+    "available_labels",
     "chemical_symbols",
     "file_fingerprint",
     "has_key",
     "information",
-    "label_hint",
-    "mixed_family_hint",
     "read_frames",
+    "suggested_keys",
 ]
 
 # Results and information that are no labels; left out where the keys of a file are listed.
@@ -102,6 +102,11 @@ class Frame:
         origin: the file, or a description.
         index: number of the frame in the file.
         stress_left_out: True if the file has a stress, which is no label since the frame has no volume.
+        extras: further labels and inputs by the name of their field: ``[*shape]`` of a graph, ``[num_atoms, *shape]``
+            of its atoms; float64 with NaN where a label is unknown, or int64.
+        weights: in sums and counts, by the name of the field (``weight``, ``energy_weight``, ``forces_weight`` or
+            ``stress_weight``), finite and at least 0; 1 where absent.
+        group: that the frame belongs to, such as its ``config_type``; None without one.
     """
 
     atoms: Atoms
@@ -111,6 +116,9 @@ class Frame:
     origin: str = "memory"
     index: int = 0
     stress_left_out: bool = False
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    group: str | None = None
 
     @property
     def location(self) -> str:
@@ -174,88 +182,35 @@ def read_frames(
     frames = [_frame(atoms, names, str(file), index) for index, atoms in enumerate(structures)]
     for frame in frames:
         if require_labels and not frame.is_labelled:
+            available = available_labels([frame])
             raise ValueError(
-                f"{frame.location}: no label under the keys {names}; the frame has {sorted(_available(frame.atoms))}. "
-                f"{_suggested([frame], names)}Give the keys that the file uses, or remove the frame"
+                f"{frame.location}: no label under the keys {names}; the frame has {sorted(available)}. "
+                f"{suggested_keys(available, names)}Give the keys that the file uses, or remove the frame"
             )
     return frames
-
-
-def label_hint(frames: Sequence[Frame], label: str, keys: LabelKeys) -> str:
-    """Sentences on a label that frames lack: what they have instead, and the key to give; or that it was left out.
-
-    Args:
-        frames: of a set.
-        label: ``energy``, ``forces`` or ``stress``.
-        keys: that the frames were read with.
-    """
-    if label == "stress":
-        left_out = [frame for frame in frames if frame.stress_left_out]
-        if left_out:
-            directions = " ".join("FT"[int(periodic)] for periodic in left_out[0].atoms.pbc)
-            return (
-                f"{len(left_out)} of {len(frames)} frames have a stress in the file that was left out: it refers to a "
-                f'volume, and {left_out[0].location} is not periodic in all three directions (pbc="{directions}"). '
-                f"Correct pbc if the frames are periodic."
-            )
-    if any(getattr(frame, label) is not None for frame in frames):
-        return ""
-    frames = frames[:1000]  # a file is like its beginning
-    available = sorted(set().union(*(_available(frame.atoms) for frame in frames)))
-    places = {name: f"{getattr(keys, name)!r} (data.keys.{name})" for name in ("stress", "virial", label)}
-    sought = f"{places['stress']} and {places['virial']}" if label == "stress" else places[label]
-    return f"It is looked for under {sought}; the frames have {available}. {_suggested(frames, keys, label)}".strip()
-
-
-def mixed_family_hint(frames: Sequence[Frame], keys: LabelKeys) -> str:
-    """Sentence on labels of one calculation that were not asked for, where another label of it was.
-
-    ``data.keys.virial=REF_virials`` alone reads the energies of ``energy``, though the frames also have ``REF_energy``:
-    perhaps labels of two methods are mixed.
-
-    Args:
-        frames: of a set.
-        keys: that the frames were read with.
-
-    Returns:
-        No text where the keys that were named have no beginning in common with other labels of the frames.
-    """
-    frames = frames[:1000]  # a file is like its beginning
-    available = set().union(*(_available(frame.atoms) for frame in frames))
-    changed = keys.changed()
-    prefixes = {key.rpartition("_")[0] + "_" for key in changed.values() if "_" in key}
-    found = [
-        f"data.keys.{label}={key}"
-        for label in ("energy", "forces")
-        if label not in changed and getattr(keys, label) in available
-        for key in sorted(available)
-        if any(key.startswith(prefix) for prefix in prefixes) and any(name in key.lower() for name in _NAMES[label])
-    ]
-    if not found:
-        return ""
-    named = ", ".join(f"data.keys.{label}={key}" for label, key in changed.items())
-    return (
-        f"{frames[0].origin}: {named} is given, but energies or forces are read under their usual names, though the "
-        f"frames also have {', '.join(name.partition('=')[2] for name in found)}: labels of two methods may be mixed. "
-        f"If those belong together, give {' '.join(found)}, too."
-    )
 
 
 # Parts of names by which a label goes elsewhere; those of arrays are told from those of the whole frame by their shape.
 _NAMES = {"energy": ("energy",), "forces": ("force",), "stress": ("stress",), "virial": ("virial",)}
 
 
-def _suggested(frames: Sequence[Frame], keys: LabelKeys, *labels: str) -> str:
-    """Question whether a key of the frames is that of a label; no text where none looks like it."""
+def suggested_keys(available: Mapping[str, frozenset[str]], keys: LabelKeys, *labels: str) -> str:
+    """Question whether a key of the frames is that of a label; no text where none looks like it.
+
+    Args:
+        available: names of the frames and the labels that they might be, as :func:`available_labels` gives them.
+        keys: that the frames were read with.
+        labels: that are wanted; energy, forces and stress if none is named.
+    """
     wanted = list(labels or ("energy", "forces", "stress"))
     if "stress" in wanted:
         wanted.append("virial")
-    found = []
-    for label in wanted:
-        for key in sorted(set().union(*(_available(frame.atoms) for frame in frames))):
-            alike = any(name in key.lower() for name in _NAMES[label]) and key != getattr(keys, label)
-            if alike and any(_may_be(_find(frame.atoms, key), label, len(frame.atoms)) for frame in frames):
-                found.append(f"data.keys.{label}={key}")
+    found = [
+        f"data.keys.{label}={key}"
+        for label in wanted
+        for key in sorted(available)
+        if label in available[key] and key != getattr(keys, label)
+    ]
     return f"Did you mean {' or '.join(found)}? " if found else ""
 
 
@@ -278,6 +233,22 @@ def has_key(structures: Sequence[Atoms], key: str) -> bool:
 def available_keys(structures: Sequence[Atoms]) -> list[str]:
     """Names of all results, arrays and information that structures of a file have, sorted."""
     return sorted(set().union(*(_available(atoms) for atoms in structures)))
+
+
+def available_labels(frames: Sequence[Frame]) -> dict[str, frozenset[str]]:
+    """Names that the first 1000 frames have values under, sorted, and the labels that each of the values might be.
+
+    A label is found by a part of its name and the shape of its value.
+    """
+    found: dict[str, set[str]] = {}
+    for frame in frames[:1000]:  # a file is like its beginning
+        for key in _available(frame.atoms):
+            labels = found.setdefault(key, set())
+            for label, names in _NAMES.items():
+                alike = label not in labels and any(name in key.lower() for name in names)
+                if alike and _may_be(_find(frame.atoms, key), label, len(frame.atoms)):
+                    labels.add(label)
+    return {key: frozenset(found[key]) for key in sorted(found)}
 
 
 def information(atoms: Atoms, key: str) -> Any:

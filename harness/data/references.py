@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
-from harness.data.reading import Frame
+if TYPE_CHECKING:  # sets of frames have sums of this module
+    from harness.data.frames import FrameSet
 
 __all__ = [
     "EnergySums",
     "References",
-    "compositions",
     "fit_references",
     "neutral_atom_energies",
     "outside_text",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+
+_CHUNK = 65_536  # frames whose compositions are made dense at once
 
 _NULL = 1e-12
 """Eigenvalues up to this are zero, of the matrix scaled to a unit diagonal: float64 is exact to 1e-14 for 100 types,
@@ -182,16 +185,6 @@ def _guess(products: Array, right: Array, atoms: Array, prior: Array | None = No
     return factor * atoms if abs(mean) >= _RELATIVE_TO_ATOMS and factor > 0 else mean * ones
 
 
-def compositions(frames: Sequence[Frame], type_names: Sequence[str]) -> Array:
-    """Numbers of atoms of each type in each frame, ``[num_frames, num_types]``."""
-    index_of = np.zeros(max(atomic_numbers.values()) + 1, dtype=np.int64)
-    index_of[[atomic_numbers[name] for name in type_names]] = np.arange(len(type_names))
-    counts = np.zeros((len(frames), len(type_names)))
-    for row, frame in zip(counts, frames, strict=True):
-        row += np.bincount(index_of[frame.atoms.numbers], minlength=len(type_names))
-    return counts
-
-
 def outside_of(counts: Array, undetermined: Array) -> NDArray[np.bool_]:
     """True for compositions ``[num_frames, num_types]`` whose energy changes along an undetermined direction."""
     found: NDArray[np.bool_] = np.linalg.norm(counts @ undetermined, axis=1) > _OUTSIDE * np.linalg.norm(counts, axis=1)
@@ -257,7 +250,7 @@ def refitted_text(undetermined: Array, type_names: Sequence[str], present: Seque
     )
 
 
-def outside_text(name: str, frames: Sequence[Frame], undetermined: Array, type_names: Sequence[str]) -> str:
+def outside_text(name: str, frames: FrameSet, undetermined: Array, type_names: Sequence[str]) -> str:
     """Sentences on frames of a set whose energies the training energies say nothing of; no text if there are none.
 
     Args:
@@ -268,23 +261,27 @@ def outside_text(name: str, frames: Sequence[Frame], undetermined: Array, type_n
     """
     if not undetermined.shape[1]:
         return ""
-    labelled = [frame for frame in frames if frame.energy is not None]
-    counts = compositions(labelled, type_names)
-    outside = np.flatnonzero(outside_of(counts, undetermined))
-    if not len(outside):
+    labelled, concerned, contained = frames.labelled("energy"), [], np.zeros(len(type_names))
+    for part, of_part in frames.compositions().chunks(labelled, _CHUNK):
+        counts = of_part.dense(type_names)
+        outside = outside_of(counts, undetermined)
+        concerned.append(part[outside])
+        contained += counts[outside].sum(axis=0)
+    outside_frames = np.concatenate(concerned) if concerned else labelled
+    if not len(outside_frames):
         return ""
     entangled, absent = _loose(undetermined, type_names)
-    contained = {name for name, number in zip(type_names, counts[outside].sum(axis=0), strict=True) if number}
+    present = {name for name, number in zip(type_names, contained, strict=True) if number}
     reasons = []
-    if contained & set(entangled):
-        found = [each for each in entangled if each in contained]
+    if present & set(entangled):
+        found = [each for each in entangled if each in present]
         reasons.append(f"{', '.join(found)} in other proportions than in the training frames")
-    if contained & set(absent):
-        found = [each for each in absent if each in contained]
+    if present & set(absent):
+        found = [each for each in absent if each in present]
         reasons.append(f"{', '.join(found)} in no training frame with an energy")
-    first = labelled[int(outside[0])]
+    first = frames[int(outside_frames[0])]
     return (
-        f"{name}: the energies of {len(outside)} of {len(labelled)} frames have an arbitrary reference "
+        f"{name}: the energies of {len(outside_frames)} of {len(labelled)} frames have an arbitrary reference "
         f"(energy_shifts=fit), and errors of them mean nothing: {'; '.join(reasons)}. The first is {first.location}, "
         f"{first.atoms.get_chemical_formula()}; forces and stresses are not concerned. Train on such frames, or give "
         f"the energies of isolated atoms (in data.train with config_type=IsolatedAtom, or by model.energy_shifts)."

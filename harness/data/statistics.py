@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from harness.data.dataset import AtomsDataset
-from harness.data.reading import LabelKeys, label_hint
-from harness.data.references import EnergySums, compositions, fit_references
+from harness.data.facts import LABELS
+from harness.data.hints import label_hint
+from harness.data.reading import LabelKeys
+from harness.data.references import fit_references
 
 __all__ = ["DataStatistics", "training_statistics"]
 
 _NEIGHBOR_FRAMES = 500  # neighbour lists of more frames would not change the mean but delay the start
-_CHUNK = 4096  # frames whose compositions are summed at once
 _DENSE_NUMBERS = 4_000_000  # numbers of atoms of all frames up to which they are kept for the fit: 32 MB
 
 
@@ -69,29 +70,16 @@ def training_statistics(
     """
     type_names = tuple(dataset.type_names)
     frames = dataset.frames
-    squares, num_components = 0.0, 0
-    for frame in frames:
-        if frame.forces is not None:
-            squares += float(np.nansum(frame.forces**2))
-            num_components += int(np.count_nonzero(~np.isnan(frame.forces)))
-
-    labelled = [frame for frame in frames if frame.energy is not None]
-    sums, rows = EnergySums.empty(len(type_names)), []
-    keep_rows = len(labelled) * len(type_names) <= _DENSE_NUMBERS
-    for start in range(0, len(labelled), _CHUNK):
-        part = labelled[start : start + _CHUNK]
-        counts, energies = compositions(part, type_names), np.array([frame.energy for frame in part])
-        sums += EnergySums.of(counts, energies)
-        if keep_rows:
-            rows.append((counts, energies))
-    columns = tuple(np.concatenate(column) for column in zip(*rows, strict=True)) if rows else None
+    squares, num_components = frames.force_squares()
+    sums = frames.energy_sums(type_names)
+    rows = frames.energy_rows(type_names) if sums.num_frames * len(type_names) <= _DENSE_NUMBERS else None
     isolated = {name: energy for name, energy in (isolated_atoms or {}).items() if name in type_names}
-    references = fit_references(sums, type_names, isolated, columns)  # type: ignore[arg-type]
+    references = fit_references(sums, type_names, isolated, rows if sums.num_frames else None)
 
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _NEIGHBOR_FRAMES)).round().astype(int))
     samples = [dataset[int(index)] for index in chosen]
     num_edges = sum(sample["edge_index"].shape[1] for sample in samples)
-    missing = [name for name in ("energy", "forces", "stress") if all(getattr(each, name) is None for each in frames)]
+    missing = [name for name in LABELS if not len(frames.labelled(name))]
     names = keys or LabelKeys()
     return DataStatistics(
         type_names=type_names,
@@ -99,7 +87,7 @@ def training_statistics(
         force_rms=float(np.sqrt(squares / num_components)) if num_components else float("nan"),
         mean_neighbors=num_edges / sum(sample["pos"].shape[0] for sample in samples),
         num_frames=len(dataset),
-        num_atoms=sum(len(frame.atoms) for frame in frames),
+        num_atoms=frames.total_atoms(),
         undetermined=torch.from_numpy(references.undetermined),
         isolated_atoms=isolated,
         energy_key=names.energy,

@@ -32,7 +32,7 @@ from harness.evaluate.groups import ALL, GroupValues, group_names
 from harness.evaluate.metrics import default_metrics, ignoring_missing_labels, metrics_of_training
 from harness.evaluate.predictions import PredictionFile
 from harness.evaluate.report import CSV, JSON, Errors, overview, write_csv, write_json
-from harness.evaluate.settings import Request, batch_limit, label_keys
+from harness.evaluate.settings import Request, batch_limit, extras_of, label_keys
 from harness.job.failures import TrainingPosition
 from harness.job.match import Start, energy_level_text
 from harness.job.trainer import make_strategy, make_trainer, withheld
@@ -208,10 +208,12 @@ def build(request: Request) -> Evaluation:
     record, checkpoint = trained.record, read(path)
     settings: dict[str, Any] = record.get("settings") or {}
     keys, named = label_keys(config, settings)
+    extras, asked = extras_of(config, record.get("extras"))
     type_names = trained.type_names
     files = read_evaluated(
-        request.files, keys, named, config.data.min_distance, config.data.check_units, config.data.isolated_atoms
-    )
+        request.files, keys, named,
+        config.data.min_distance, config.data.check_units, config.data.isolated_atoms, extras, asked,
+    )  # fmt: skip
     refuse_unknown_elements(files, type_names, f"the model of {path}")
     notes = [note for file in files for note in label_notes(file, keys)] + _trained_on(request.files, record)
     sets, labelled, frames, places = _sets(files, with_predictions=config.write is not None)
@@ -227,7 +229,7 @@ def build(request: Request) -> Evaluation:
         frames,
         type_names,
         trained.cutoff, _dtype(dtype), **limits,
-        num_workers=config.data.num_workers, pin_memory=config.data.pin_memory,
+        num_workers=config.data.num_workers, pin_memory=config.data.pin_memory, extras=extras,
     )  # fmt: skip
 
     _check_device(config.device)
@@ -239,7 +241,8 @@ def build(request: Request) -> Evaluation:
     predictions = None
     every_frame = [frame for file in files for frame in file.frames]
     if config.write is not None:
-        predictions = PredictionFile(Path(config.write), every_frame, places, config.prefix)
+        further = [entry.field for entry in extras.labels]
+        predictions = PredictionFile(Path(config.write), every_frame, places, config.prefix, further)
     model = trainer.precision_plugin.convert_module(trained.model).to(trainer.strategy.root_device)
     sample, found = _try(model, min(every_frame, key=lambda frame: len(frame.atoms)), data, trainer)
     metrics, note = _metrics(request, settings, files, found)
@@ -262,6 +265,8 @@ def build(request: Request) -> Evaluation:
         "precision": config.precision,
         "dtype": dtype,
         "keys": {name: getattr(keys, name) for name in ("energy", "forces", "stress", "virial")},
+        "labels": {entry.field: entry.key for entry in extras.labels},
+        "weights": None if config.data.unweighted else extras.weighting.plain(),
         "group": config.group if group_of is not None else None,
     }
     return Evaluation(
@@ -293,7 +298,7 @@ def _sets(
             frames.append(file.structures)
             places.append([start + position for position in file.counted])
         others = sorted(set(range(len(file.frames))) - set(file.counted))
-        isolated += [replace(file.frames[position], energy=None, forces=None, stress=None) for position in others]
+        isolated += [_without_labels(file.frames[position], file.fields) for position in others]
         places_isolated += [start + position for position in others]
         start += len(file.frames)
     if isolated and with_predictions:
@@ -303,11 +308,18 @@ def _sets(
     return sets, labelled, frames, places
 
 
+def _without_labels(frame: Frame, fields: Sequence[str]) -> Frame:
+    """A frame that errors are not of; inputs of the model stay."""
+    extras = {name: value for name, value in frame.extras.items() if name not in fields}
+    return replace(frame, energy=None, forces=None, stress=None, extras=extras, group=None)
+
+
 def _try(
     model: torch.nn.Module, frame: Frame, data: EvaluationDataModule, trainer: Trainer
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Sample of a frame, and the predictions of the model for it."""
-    sample = frame_to_sample(frame, data.type_names, data.cutoff, 0, data.dtype)
+    frame = replace(frame, group=None)  # it may be an isolated atom, which is in no set and in no group
+    sample = frame_to_sample(frame, data.type_names, data.cutoff, 0, data.dtype, data.batch_fields)
     sample = {name: value.to(trainer.strategy.root_device) for name, value in sample.items()}
     with torch.enable_grad(), trainer.precision_plugin.forward_context():
         found = model.eval()(sample)
@@ -322,7 +334,8 @@ def _metrics(
     if chosen is not None:
         given: Any = OmegaConf.to_container(chosen, resolve=True)
         return ignoring_missing_labels(given), ""
-    labelled = {field for label, field in _LABELS.items() if any(file.labels()[label] for file in files)}
+    numbers = [file.labels() for file in files]
+    labelled = {_LABELS.get(label, label) for each in numbers for label, number in each.items() if number}
     config, note = metrics_of_training(settings)
     return ignoring_missing_labels(default_metrics(config, labelled, predicted)), note
 

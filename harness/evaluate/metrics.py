@@ -98,7 +98,7 @@ def default_metrics(
     target = str(config["_target_"]).rpartition(".")[2]
     if target not in _PRESETS:
         return dict(config)
-    added = []
+    added: list[dict[str, Any]] = []
     extra = config.get("extra_metrics") or []
     if "stress" in known and "stress" not in (*_PRESETS[target], *(entry.get("field") for entry in extra)):
         added += [_entry(f"stress_{short}", "stress", name) for short, name in _ERRORS.items()]
@@ -107,6 +107,8 @@ def default_metrics(
             {**_entry(f"forces_{short}_per_type", "forces", _ERRORS[short]), "per_type": True}
             for short in ("rmse", "mae")
         ]
+    further = sorted(known - {"total_energy", "forces", "stress", *map(_field_of, extra)})
+    added += [_entry(f"{field}_{short}", field, name) for field in further for short, name in _ERRORS.items()]
     return {**config, "extra_metrics": [*extra, *added]}
 
 
@@ -125,6 +127,12 @@ def ignoring_missing_labels(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entry(name: str, field: str, metric: str) -> dict[str, Any]:
     return {"name": name, "field": field, "metric": {"_target_": f"harness.{metric}"}}
+
+
+def _field_of(entry: Mapping[str, Any]) -> str | None:
+    """Field of a component of a config that it reads as it is."""
+    field = entry.get("field")
+    return field if isinstance(field, str) else None
 
 
 def _targets(config: Any) -> list[str]:

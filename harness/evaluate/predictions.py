@@ -15,12 +15,13 @@ from torch import Tensor
 
 from harness.data.reading import Frame, has_key
 from harness.distributed import gather_objects
+from harness.fields import field_spec
 from harness.support.files import replacing
 
 __all__ = ["PredictionFile", "WritingFailedError", "with_predictions"]
 
 Prediction = dict[str, np.ndarray]
-"""``energy`` ``[]``, ``forces`` ``[num_atoms, 3]``, ``stress`` ``[3, 3]``, those that the model predicts; float64."""
+"""Energy, forces, stress and further fields that a model predicts; float64, one row, or one for each atom."""
 
 _FIELDS = {"energy": "total_energy", "forces": "forces", "stress": "stress"}
 _ATOMS_AT_ONCE = 100_000
@@ -45,17 +46,24 @@ class PredictionFile(Callback):
         frames: all of them, in the order of the file.
         places: position in ``frames`` of each frame of each set.
         prefix: of the names of the predictions, such as ``predicted_``.
+        further: fields that are written beside energy, forces and stress, where the model predicts them.
 
     Raises:
         ValueError: a frame has a label or array under such a name already.
     """
 
     def __init__(
-        self, path: Path, frames: Sequence[Frame], places: Sequence[Sequence[int]], prefix: str = "predicted_"
+        self,
+        path: Path,
+        frames: Sequence[Frame],
+        places: Sequence[Sequence[int]],
+        prefix: str = "predicted_",
+        further: Sequence[str] = (),
     ) -> None:
         self.path, self._frames, self._places, self._prefix = path, frames, places, prefix
+        self._fields = _FIELDS | {name: name for name in further}
         for frame in frames:
-            taken = [name for name in _FIELDS if has_key([frame.atoms], f"{prefix}{name}")]
+            taken = [name for name in self._fields if has_key([frame.atoms], f"{prefix}{name}")]
             if taken:
                 raise ValueError(
                     f"{frame.location} has {prefix}{taken[0]} already, where the prediction would be written; give "
@@ -82,10 +90,10 @@ class PredictionFile(Callback):
         numbers = batch["frame_index"].tolist()
         ends = np.cumsum(batch["num_atoms"].tolist())[:-1]
         by_field: dict[str, Sequence[np.ndarray]] = {}
-        for name, field in _FIELDS.items():
-            if field in outputs:
+        for name, field in self._fields.items():
+            if field in outputs and outputs[field] is not batch.get(field):
                 values = outputs[field].detach().double().cpu().numpy()
-                by_field[name] = np.split(values, ends) if name == "forces" else values
+                by_field[name] = np.split(values, ends) if field_spec(field).level == "node" else values
         for position, number in enumerate(numbers):
             own = {name: np.array(values[position]) for name, values in by_field.items()}
             own["energy"] = own["energy"].reshape(())
@@ -147,8 +155,9 @@ def with_predictions(atoms: Atoms, prediction: Mapping[str, np.ndarray], prefix:
     Args:
         atoms: with the labels as they were read.
         prediction: ``energy`` in eV, ``forces`` in eV/Å, ``stress`` in eV/Å³, positive for tension; those that there
-            are. The stress is left out unless the structure is periodic in all three directions.
-        prefix: of their names. The stress is written as nine numbers xx xy xz yx yy yz zx zy zz.
+            are, and further fields. The stress is left out unless the structure is periodic in all three directions.
+        prefix: of their names. The stress is written as nine numbers xx xy xz yx yy yz zx zy zz, and so are other
+            matrices, those of atoms as nine columns.
     """
     written = atoms.copy()
     written.calc = atoms.calc
@@ -162,4 +171,11 @@ def with_predictions(atoms: Atoms, prediction: Mapping[str, np.ndarray], prefix:
         written.arrays[f"{prefix}forces"] = np.asarray(prediction["forces"])
     if "stress" in prediction and atoms.pbc.all():
         written.info[f"{prefix}stress"] = np.asarray(prediction["stress"]).reshape(9)  # of 3 x 3 ASE would make JSON
+    for name in prediction.keys() - _FIELDS.keys():
+        values = np.asarray(prediction[name])
+        if field_spec(name).level == "node":
+            rows = values.reshape(len(atoms), -1)
+            written.arrays[f"{prefix}{name}"] = rows[:, 0] if rows.shape[1] == 1 else rows
+        else:
+            written.info[f"{prefix}{name}"] = values.reshape(-1) if values.size > 1 else float(values.reshape(()))
     return written

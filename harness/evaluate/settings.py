@@ -15,11 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.config.explain import explain
 from harness.config.resolvers import config_folder
+from harness.data.extras import Extras
 from harness.data.reading import LabelKeys
 from harness.data.repeats import refuse_repeated_files
+from harness.data.weights import WEIGHTS
+from harness.support.configs import unwrapped
 from harness.support.text import did_you_mean
 
-__all__ = ["Request", "batch_limit", "label_keys", "parse"]
+__all__ = ["Request", "batch_limit", "extras_of", "label_keys", "parse"]
 
 _SETTING = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@]*=.*|~[A-Za-z_][\w.]*", re.DOTALL)
 _LIMITS = ("eval_batch_size", "max_atoms", "max_edges")
@@ -138,9 +141,46 @@ def label_keys(config: DictConfig, settings: Mapping[str, Any]) -> tuple[LabelKe
     Returns:
         All names, and those that were given, by label.
     """
-    given = {str(name): str(key) for name, key in config.data["keys"].items() if key is not None}
-    of_training = {name: settings.get(f"data.keys.{name}") for name in config.data["keys"]}
+    names = [str(name) for name in config.data["keys"] if name not in WEIGHTS]
+    given = {name: str(config.data["keys"][name]) for name in names if config.data["keys"][name] is not None}
+    of_training = {name: settings.get(f"data.keys.{name}") for name in names}
     return LabelKeys.from_mapping({**{k: v for k, v in of_training.items() if v is not None}, **given}), given
+
+
+def extras_of(config: DictConfig, recorded: Mapping[str, Any] | None) -> tuple[Extras, list[str]]:
+    """Further labels, inputs and weights: those that were given, and otherwise those of the checkpoint's training.
+
+    Args:
+        config: of the evaluation.
+        recorded: entry ``extras`` of the checkpoint's record; None in one that has none.
+
+    Returns:
+        All of them, and the fields of the labels that were given.
+    """
+    before, data = recorded or {}, config.data
+    labels, asked = _overlaid(data.labels, before.get("labels"))
+    inputs, _ = _overlaid(data.inputs, before.get("inputs"))
+    of_training = before.get("weights") or {}
+    keys = {**dict.fromkeys(WEIGHTS), **(of_training.get("keys") or {})}
+    keys |= {name: data["keys"][name] for name in WEIGHTS if data["keys"][name] is not None}
+    factors = of_training.get("factors") if data.weights is None else data.weights
+    if data.unweighted:
+        keys, factors = dict.fromkeys(WEIGHTS), None
+    return Extras.from_config(labels, inputs, factors, config.group, keys), asked
+
+
+def _overlaid(given: Any, recorded: Mapping[str, Any] | None) -> tuple[Any, list[str]]:
+    """Entries of a record with those that were given in their place, option by option, and the names of these."""
+    given = unwrapped(given)
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        given = {name: {} for name in given}
+    if given is None or not isinstance(given, dict):
+        return (recorded if given is None else given), []
+    found: dict[str, Any] = dict(recorded or {})
+    for name, options in given.items():
+        options = {"key": options} if isinstance(options, str) else options or {}
+        found[name] = {**found.get(name, {}), **options} if isinstance(options, dict) else options
+    return found, list(given)
 
 
 def batch_limit(config: DictConfig, settings: Mapping[str, Any]) -> dict[str, int]:

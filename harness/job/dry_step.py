@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.data import AtomsDataset, collate
+from harness.data.batch_fields import ExtraField
+from harness.data.facts import LABELS, MISSING
 from harness.distributed import launched_ranks
 from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
 from harness.metrics import MetricsManager, Values, step_together
@@ -178,13 +181,12 @@ def _loader_of(datamodule: LightningDataModule, name: str) -> DataLoader[Any] | 
 
 def _smallest(dataset: AtomsDataset) -> list[int]:
     """Indices of the smallest frames, those with all labels and with more than one atom first."""
-
-    def key(index: int) -> tuple[bool, int, int]:
-        frame = dataset.frames[index]
-        missing = sum(label is None for label in (frame.energy, frame.forces, frame.stress))
-        return len(frame.atoms) < 2, missing, len(frame.atoms)
-
-    return sorted(sorted(range(len(dataset)), key=key)[:_NUM_FRAMES])
+    frames = dataset.frames
+    sizes = frames.column("num_atoms")
+    labels = [*LABELS, *(each.name for each in dataset.fields if isinstance(each, ExtraField))]
+    missing = sum((frames.column(f"state_{label}") == MISSING).astype(np.int64) for label in labels)
+    order = np.lexsort((sizes, missing, sizes < 2))
+    return sorted(order[:_NUM_FRAMES].tolist())
 
 
 def _converted(batch: Batch, trainer: Trainer) -> Batch:
@@ -283,6 +285,12 @@ def _forward(
             )
         for field in sorted(set().union(*map(fields_read, managers)) & predictions.keys()):
             value = predictions[field]
+            if isinstance(value, Tensor) and value is batch.get(field):
+                raise ValueError(
+                    f"The prediction {field!r} is the label of that name, which the model hands on with the batch; "
+                    f"expected a prediction of its own: its errors would be 0. Take the loss and metrics of it out, or "
+                    f"choose a model that predicts it."
+                )
             if isinstance(value, Tensor) and not value.is_floating_point():
                 raise TypeError(f"The prediction {field!r} has dtype {value.dtype}; expected a floating-point one.")
             if isinstance(value, Tensor) and not value.isfinite().all():

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.data import AtomsDataset, collate
-from harness.data.references import EnergySums, compositions, fit_references, refitted_text
+from harness.data.references import EnergySums, fit_references, refitted_text
 from harness.distributed import launched_rank, share
 from harness.job.build import Job
 from harness.job.recorded_model import ReferenceChoice, chosen_references
@@ -150,12 +150,13 @@ def _refitted(job: Job, before: Mapping[str, float], type_names: Sequence[str]) 
     labelled = _labelled(dataset)
     if not labelled:
         raise ValueError("model.energy_shifts=fit needs training frames with energies, found none.")
-    counts = compositions([dataset.frames[index] for index in labelled], type_names)
-    present = np.flatnonzero(counts.sum(axis=0) > 0)
+    compositions = dataset.frames.compositions().take(np.array(labelled))
+    symbols = compositions.symbols()
+    present = np.array([number for number, name in enumerate(type_names) if name in symbols], dtype=np.int64)
     chosen = _spread(dataset, labelled, max(_FITTED, _FITTED_PER_TYPE * len(present)))
-    has = {int(each) for index in chosen for each in np.flatnonzero(counts[labelled.index(index)])}
-    for missing in (each for each in present.tolist() if each not in has):  # every type is in a frame
-        chosen.append(labelled[int(np.flatnonzero(counts[:, missing])[0])])
+    has = dataset.frames.subset(chosen).symbols()
+    for name in (name for name in type_names if name in symbols - has):  # every type is in a frame
+        chosen.append(labelled[compositions.first_with(name)])
     found = _predicted(job, dataset, sorted(set(chosen)))
     isolated = dict(getattr(job.datamodule.statistics, "isolated_atoms", None) or {})  # type: ignore[attr-defined]
     prior = {**before, **{name: energy for name, energy in isolated.items() if name in before}}
@@ -209,7 +210,7 @@ def _set_to_measure(job: Job) -> tuple[str, AtomsDataset] | None:
 
 
 def _labelled(dataset: AtomsDataset) -> list[int]:
-    return [index for index, frame in enumerate(dataset.frames) if frame.energy is not None]
+    return dataset.frames.labelled("energy").tolist()
 
 
 def _spread(dataset: AtomsDataset, indices: Sequence[int], largest: int) -> list[int]:
@@ -236,9 +237,9 @@ def _predicted(job: Job, dataset: AtomsDataset, indices: Sequence[int]) -> _Pred
                     num_components += int(np.count_nonzero(~np.isnan(differences)))
     finally:
         model.train(was_training).to("cpu")
-    frames = [dataset.frames[index] for index in indices]
-    labels = np.array([float(frame.energy or 0.0) for frame in frames])
-    return _Predictions(compositions(frames, dataset.type_names), np.array(energies), labels, squares, num_components)
+    frames = dataset.frames.subset(indices)
+    counts, labels = frames.compositions().dense(dataset.type_names), np.nan_to_num(frames.column("energy"))
+    return _Predictions(counts, np.array(energies), labels, squares, num_components)
 
 
 def _batches(job: Job, dataset: AtomsDataset, indices: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:

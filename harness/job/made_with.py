@@ -12,6 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from harness.data.extras import Extras
+from harness.data.frames import as_frame_set
 from harness.job.consistency import data_facts, settings_of, versions
 from harness.loggers.secrets import MASK, without_secrets
 from harness.models import reference_energies as energy_shifts
@@ -67,6 +69,7 @@ class MadeWith(Callback):
     * ``data``: facts that decide the batches by name, as ``datamodule.fingerprint()`` gives them;
     * ``statistics``: numbers of the training set that the model was built of;
     * ``type_names``, ``cutoff`` in Å, ``dtype`` of the data, ``precision`` of the trainer;
+    * ``extras``: further labels, inputs, weights and the key of groups, see :class:`~harness.data.extras.Extras`;
     * ``energy_shifts``: reference energies of the model in eV by chemical symbol, where it has some;
     * ``energy_level``: mean and standard deviation of what they leave of the training labels, in eV/atom;
     * ``units`` by field: those of the cutoff, the batches and the predictions;
@@ -93,8 +96,9 @@ class MadeWith(Callback):
             "statistics": statistics_of(found),
             "type_names": None if type_names is None else [str(name) for name in type_names],
             "cutoff": _number(getattr(datamodule, "cutoff", config.get("cutoff"))),
+            "extras": _extras(datamodule),
             "dtype": str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None,
-            "units": units(),
+            "units": units() | _units(datamodule),
             "command": _command(),
             "versions": plain(versions()),
         }
@@ -155,13 +159,14 @@ def energy_level(frames: Sequence[Any], shifts: Mapping[str, float]) -> dict[str
     Returns:
         ``mean``, ``std`` and ``num_frames``; None without labels, or for an element that has no shift.
     """
-    by_number = np.full(len(atomic_numbers) + 1, np.nan)
-    for symbol, shift in shifts.items():
-        if symbol in atomic_numbers:
-            by_number[atomic_numbers[symbol]] = shift
-    labelled = [frame for frame in frames if frame.energy is not None]
-    left = np.array([(frame.energy - by_number[frame.atoms.numbers].sum()) / len(frame.atoms) for frame in labelled])
-    if not len(left) or not np.isfinite(left).all():
+    known = as_frame_set(frames)
+    labelled, compositions = known.labelled("energy"), known.compositions()
+    names = [symbol for symbol in shifts if symbol in atomic_numbers]
+    if not len(labelled) or not compositions.take(labelled).symbols() <= set(names):
+        return None
+    references = compositions.sums(np.array([shifts[name] for name in names]), names)[labelled]
+    left = (known.column("energy")[labelled] - references) / known.column("num_atoms")[labelled]
+    if not np.isfinite(left).all():
         return None
     return {"mean": float(left.mean()), "std": float(left.std()), "num_frames": len(left)}
 
@@ -170,6 +175,18 @@ def _architecture(config: DictConfig) -> dict[str, Any]:
     """Builder of the model and its arguments, resolved."""
     resolved: Any = OmegaConf.to_container(config.model, resolve=True) if config.get("model") else {}
     return dict(plain(without_secrets(resolved)))
+
+
+def _extras(datamodule: LightningDataModule) -> dict[str, Any] | None:
+    """Further labels, inputs, weights and groups of the data; None of a data module that knows none."""
+    extras = getattr(datamodule, "extras", None)
+    return dict(plain(extras.plain())) if isinstance(extras, Extras) else None
+
+
+def _units(datamodule: LightningDataModule) -> dict[str, str]:
+    """Units of further labels and inputs, by field."""
+    extras = getattr(datamodule, "extras", None)
+    return {entry.field: entry.unit for entry in extras.entries} if isinstance(extras, Extras) else {}
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from harness.checkpoints import read
-from harness.data.reading import chemical_symbols as frame_symbols
+from harness.data.frames import as_frame_set
 from harness.job.consistency import data_facts
 from harness.job.made_with import MADE_WITH, NOT_SET, differences, energy_level, energy_shifts
 from harness.models.conversion import patterns
@@ -70,6 +70,9 @@ RULES = (
     Rule("model.*", "refused", "refused"),
     Rule("data.dtype", "named", "named"),
     Rule("data.keys.*", "named", "named"),
+    Rule("data.labels*", "named", "named"),
+    Rule("data.inputs*", "named", "named"),
+    Rule("data.weights*", "named", "named"),
     Rule("trainer.precision", "named", "named"),
     Rule("matmul_precision", "named", "named"),
 )
@@ -81,6 +84,7 @@ ACCEPTED = "accept_changes"
 _LARGEST_LEVEL = 10.0
 """eV/atom; cohesive energies of the elements are below 9 (tungsten): no structure of the same references is so far."""
 _MANY_ELEMENTS = 12
+_MOST_FITTED = 100_000  # frames that references are fitted to for a message
 _NAMED_LEVEL = 0.1
 """eV/atom, and five times the spread of the training labels."""
 
@@ -335,7 +339,7 @@ def _references(
 def _elements_of(datamodule: LightningDataModule, names: Mapping[str, float]) -> set[str]:
     """Elements of the training frames, if the model has many more."""
     frames = getattr(getattr(datamodule, "train_set", None), "frames", None) or []
-    return set(names) if len(names) <= _MANY_ELEMENTS or not frames else frame_symbols(frames)
+    return set(names) if len(names) <= _MANY_ELEMENTS or not frames else as_frame_set(frames).symbols()
 
 
 def _shifts_in(checkpoint: Mapping[str, Any], module: nn.Module, names: Sequence[str]) -> dict[str, float] | None:
@@ -394,11 +398,12 @@ def energy_level_text(start: Start, record: Mapping[str, Any], datamodule: Light
 
 def _fitted(frames: Sequence[Any]) -> dict[str, float]:
     """Energies by element that fit the labels best, of the elements that the frames have."""
-    labelled = [frame for frame in frames if frame.energy is not None]
-    numbers = sorted({int(number) for frame in labelled for number in frame.atoms.numbers})
-    counts = np.array([[np.count_nonzero(frame.atoms.numbers == number) for number in numbers] for frame in labelled])
-    found = np.linalg.lstsq(counts.astype(float), np.array([frame.energy for frame in labelled]), rcond=None)[0]
-    return {chemical_symbols[number]: float(value) for number, value in zip(numbers, found, strict=True)}
+    known = as_frame_set(frames)
+    labelled = known.labelled("energy")
+    chosen = known.subset(labelled[:: -(-len(labelled) // _MOST_FITTED)])
+    names = sorted(chosen.symbols(), key=lambda name: atomic_numbers[name])
+    found = np.linalg.lstsq(*chosen.energy_rows(names), rcond=None)[0]
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def _by_element(values: Mapping[str, float]) -> str:

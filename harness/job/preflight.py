@@ -339,9 +339,15 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
                 if not entry.ignore_nan:
                     raise ValueError(
                         f"{what}: {missing} of the {total} frames of {data_set} have no {name}, which component "
-                        f"{entry.name!r} would turn into NaN. {hint + ' ' if hint else ''}Leave them out with "
-                        f"{'loss' if what == 'loss' else 'metrics'}.ignore_nan.{name}=true."
+                        f"{entry.name!r} would turn into NaN. {hint + ' ' if hint else ''}{_leave_out(what, name)}"
                     )
+
+
+def _leave_out(what: str, label: str) -> str:
+    """Sentence on how a loss or metrics leave out a label that is missing."""
+    if label in ("total_energy", "forces", "stress"):
+        return f"Leave them out with {'loss' if what == 'loss' else 'metrics'}.ignore_nan.{label}=true."
+    return "Leave ignore_nan: false out of the component: labels of data.labels are left out where they are missing."
 
 
 def _check_accumulation(config: DictConfig, callbacks: list[Callback], module: ForceFieldModule) -> None:

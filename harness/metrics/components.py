@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric
 
-from harness.fields import FieldModifier, as_modifier
+from harness.fields import FieldModifier, as_modifier, registered_fields
 from harness.metrics.errors import ErrorMetric, MeanSquaredError
 from harness.metrics.torchmetrics_private import default_states, is_composition
 from harness.support.checks import is_number
@@ -215,7 +215,7 @@ def _parse_entry(specification: Mapping[str, Any], where: str, type_names: tuple
         raise ValueError(f"{where}: the name {WEIGHTED_SUM!r} is reserved for the weighted sum of all components.")
 
     per_type = _check_flag(given.get("per_type"), "per_type", name)
-    ignore_nan = _check_flag(given.get("ignore_nan"), "ignore_nan", name)
+    ignore_nan = _check_flag(given.get("ignore_nan"), "ignore_nan", name, default=_may_be_missing(modifier))
     if modifier is None:
         for key in ("per_type", "ignore_nan", "per_type_coeffs"):
             if given.get(key):
@@ -266,9 +266,16 @@ def _check_metric(metric: object, where: str) -> Metric:
     raise TypeError(f"{where}: `metric` is a torchmetrics.Metric or a class of them, found {metric!r}.{hint}")
 
 
-def _check_flag(value: object, key: str, name: str) -> bool:
+def _may_be_missing(modifier: FieldModifier | None) -> bool:
+    """True if the labels that a modifier reads are known to have gaps, as further labels of the data may."""
+    label = getattr(modifier, "target_field", None) or getattr(modifier, "field", None)
+    spec = registered_fields().get(label) if isinstance(label, str) else None
+    return spec is not None and spec.may_be_missing
+
+
+def _check_flag(value: object, key: str, name: str, default: bool = False) -> bool:
     if value is None:
-        return False
+        return default
     if not isinstance(value, bool):
         raise TypeError(f"Component {name!r}: `{key}` is true or false, found {value!r} ({type(value).__name__}).")
     return value

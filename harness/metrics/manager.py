@@ -54,7 +54,8 @@ class MetricsManager(WeightedComponents):
             * ``per_type``: one value for each atom type, reported as ``{name}_{type}``, averaged over the types that
               have data. Fields of nodes only.
             * ``per_type_coeffs``: ``{type: weight}`` for this average, one positive weight for each type.
-            * ``ignore_nan``: leave out elements whose target is NaN.
+            * ``ignore_nan``: leave out elements whose target is NaN; default: True for fields that are registered as
+              labels that may be missing, and False for others.
         type_names: names of the atom types, in the order of the indices in ``atom_types``; needed by ``per_type``.
         schedule: drives coefficients by epoch, see :mod:`harness.schedules`; those that it does not name stay as given.
         schedule_interval: how often a training moves on along the schedule: at the start of every ``epoch``, or at

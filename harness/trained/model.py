@@ -11,6 +11,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from harness.data import Frame, collate, frame_to_sample
+from harness.data.extras import Extras
 from harness.fields import Batch
 from harness.trained.checkpoint import TrainedCheckpoint
 from harness.trained.targets import Trust
@@ -35,6 +36,8 @@ class TrainedModel(nn.Module):
         units: by field, such as ``forces``.
         dtype: of positions and cells in the training; weights have their own.
         energy_shifts: reference energies in eV by type name; None if the model has none.
+        extras: further labels that it was trained on, and inputs that it needs beside a structure, such as a total
+            charge: a structure has them in its ``info`` or ``arrays``.
         record: everything that the checkpoint says of its training, see
             :class:`~harness.job.made_with.MadeWith`.
         path: of the checkpoint.
@@ -48,6 +51,7 @@ class TrainedModel(nn.Module):
         self.units: dict[str, str] = dict(checkpoint.record.get("units") or {})
         self.dtype = _dtype(checkpoint, model)
         self.energy_shifts: dict[str, float] | None = checkpoint.record.get("energy_shifts")
+        self.extras = Extras.from_plain(checkpoint.record.get("extras"))
         self.record: Mapping[str, Any] = checkpoint.record
         self.path = checkpoint.path
 
@@ -67,7 +71,8 @@ class TrainedModel(nn.Module):
         """A batch of structures, as those of the training, on the device of the model.
 
         Raises:
-            ValueError: an element that the model does not know, or the checkpoint has no type names or no cutoff.
+            ValueError: an element that the model does not know, an input that it needs and a structure lacks, or the
+                checkpoint has no type names or no cutoff.
         """
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
         for index, atoms in enumerate(frames):
@@ -77,7 +82,12 @@ class TrainedModel(nn.Module):
                 f"{self.path} has no cutoff, so the batches of its model are not known: make them yourself."
             )
         names = self.type_names or []
-        samples = [frame_to_sample(Frame(atoms), names, self.cutoff, dtype=self.dtype) for atoms in frames]
+        own = self.extras.inputs_alone()
+        fields = own.batch_fields((), ())
+        samples = [
+            frame_to_sample(frame, names, self.cutoff, dtype=self.dtype, fields=fields)
+            for frame in own.read(Frame(atoms, origin="structures", index=index) for index, atoms in enumerate(frames))
+        ]
         return {name: value.to(self.device) for name, value in collate(samples, self.dtype).items()}
 
     def check_elements(self, atoms: Atoms, where: str = "") -> None:

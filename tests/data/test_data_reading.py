@@ -15,7 +15,8 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from harness.data import Frame, LabelKeys, read_frames
-from harness.data.reading import label_hint, mixed_family_hint
+from harness.data.frames import FrameList
+from harness.data.hints import label_hint, mixed_family_hint
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -157,7 +158,7 @@ def test_two_names_for_the_stress_of_a_frame_are_refused(tmp_path):
 def test_hints_on_labels_that_no_frame_has(label, info, arrays, words):
     atoms = bare(bulk("Cu", "fcc", a=3.7, cubic=True), **info)
     atoms.arrays.update(arrays)
-    assert re.search(words, label_hint([Frame(atoms)], label, LabelKeys()))
+    assert re.search(words, label_hint(FrameList([Frame(atoms)]), label, LabelKeys()))
 
 
 def test_a_stress_takes_precedence_over_a_virial(tmp_path):
@@ -297,6 +298,6 @@ def test_labels_of_two_methods_are_told(keys: dict[str, str], told: str) -> None
     atoms = bulk("Cu", cubic=True)
     atoms.info |= {"REF_energy": 1.0, "REF_virials": np.eye(3).ravel(), "energy": 2.0}
     atoms.arrays["REF_forces"] = atoms.arrays["forces"] = np.zeros((4, 3))
-    found = mixed_family_hint([Frame(atoms)], LabelKeys.from_mapping(keys))
+    found = mixed_family_hint(FrameList([Frame(atoms)]), LabelKeys.from_mapping(keys))
     assert bool(found) == bool(told)
     assert told in found
