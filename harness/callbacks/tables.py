@@ -102,7 +102,7 @@ def values_table(
 
 def component_unit(entry: MetricEntry) -> str:
     """Unit of a component's value; empty where it is not known."""
-    if not isinstance(entry.metric, ErrorMetric):
+    if not isinstance(entry.metric, ErrorMetric) or entry.metric.dimensionless:
         return ""
     match entry.field:
         case PlainField(field=name):

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from harness.data.balance import as_sizes, deal, grouped
+from harness.data.balance import as_sizes
+from harness.data.dealing import EpochPlan, ascending_order, deal_in_rounds
 from harness.data.samplers import GlobalBatchSampler, check_ranks
 
 __all__ = ["BudgetBatchSampler", "EvaluationBudgetSampler"]
@@ -20,16 +21,24 @@ __all__ = ["BudgetBatchSampler", "EvaluationBudgetSampler"]
 # batches. Products of random numbers only: exp() and its like differ between processors in the last bit, and with it
 # the batches of two ranks.
 _SPREADS = (None, 0.5, 0.25, 0.125, 0.0)
+_FRACTIONS = 64
+"""Lowered sizes are compared in parts of one atom or edge."""
+
+_DEALT = "in rounds"
+"""Manner in which batches are made, for the saved position: that of version 0.1 was another, and has no such entry."""
 
 
 class BudgetBatchSampler(GlobalBatchSampler):
     r"""Batches of one rank: its part of global batches whose sums of sizes are similar and within a budget.
 
     The sizes :math:`s_i` and the budget :math:`B` alone, not the number of ranks, set the number of batches: the
-    smallest from :math:`\lceil \sum_i s_i / B \rceil` on into which the samples were seen to fit, so that no batch is
-    left with the rest. In each epoch the samples are dealt, in an order drawn from ``(seed, epoch)``, each to the
-    batch of the smallest sum so far. The order is random if it fits into the budget; where the budget leaves little
-    room, large samples come first: they are then spread over the batches, and which others they meet is random.
+    smallest from :math:`\lceil \sum_i s_i / B \rceil` on into which the samples were seen to fit, to 0.2 % where there
+    are thousands, so that no batch is left with the rest. In each epoch the samples are dealt, in an order drawn from
+    ``(seed, epoch)``, each to the batch of the smallest sum so far, in rounds: see
+    :func:`~harness.data.dealing.deal_in_rounds`. The order is random if it fits into the budget; where the budget
+    leaves little room, large samples come first: they are then spread over the batches, and which others they meet is
+    random. In memory are arrays alone: about 80 bytes for each sample while an epoch is planned; afterwards 8, and 4
+    for each of the two epochs that are planned.
 
     Of each global batch, ranks take parts of similar sums: with :math:`R` ranks none exceeds
     :math:`B/R + (1 - 1/R)\, s_\mathrm{max}`. Give :math:`B = P R` for about :math:`P` atoms on each of :math:`R` GPUs.
@@ -52,7 +61,7 @@ class BudgetBatchSampler(GlobalBatchSampler):
 
     Example:
         >>> [list(BudgetBatchSampler([4, 3, 3, 2, 2, 2], 8, rank, 2)) for rank in (0, 1)]
-        [[[2, 4], [3, 5]], [[1], [0]]]
+        [[[0], [1]], [[3, 5], [2, 4]]]
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class BudgetBatchSampler(GlobalBatchSampler):
         self.budget = budget
         self.seed = seed
         self.unit = unit
+        self._digest = hashlib.sha256(checked.astype("<i8", copy=False).tobytes()).hexdigest()[:16]
         largest = int(checked.max())
         biggest = f"the largest, {name_of(int(checked.argmax()))}, has {largest} {unit}"
         if largest == 0:
@@ -106,19 +116,20 @@ class BudgetBatchSampler(GlobalBatchSampler):
         """Samples that every global batch holds at least: the largest number of ranks that can share them."""
         return self._fewest
 
-    def global_batches(self) -> list[NDArray[np.int64]]:
-        """Samples of all global batches of this epoch, in order; the same on any number of ranks."""
-        generator = np.random.default_rng([self.seed, self.epoch])
+    def plan(self, epoch: int) -> EpochPlan:
+        """Samples of all global batches of an epoch, in order; the same on any number of ranks."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(np.arange(len(self._sizes), dtype=np.int32))
+        sizes = self._sizes[order]
         for spread in _SPREADS:
-            order = generator.permutation(len(self._sizes))
             if spread is not None:
-                lowered = self._sizes[order] * (1 - spread * generator.random(len(order)))
-                order = order[np.argsort(-lowered, kind="stable")]
-            shares, largest = deal(self._sizes[order].tolist(), self._num_batches, self._fewest)
-            if largest <= self.budget:
+                lowered = sizes * (_FRACTIONS * (spread * generator.random(len(order)) - 1))
+                reordered = ascending_order(lowered.astype(np.int64))
+                order, sizes = order[reordered], sizes[reordered]
+            dealt = deal_in_rounds(sizes, self._num_batches, self._fewest)
+            if dealt.largest <= self.budget:
                 break
-        batches = grouped(order, shares, self._num_batches)
-        return [batches[index] for index in generator.permutation(self._num_batches)]
+        return dealt.grouped(order, generator.permutation(self._num_batches))
 
     def _order(self) -> dict[str, Any]:
         """Arguments on which the global batches of an epoch depend, by name."""
@@ -126,7 +137,8 @@ class BudgetBatchSampler(GlobalBatchSampler):
             "num_samples": len(self._sizes),
             f"max_{self.unit}": self.budget,
             "seed": self.seed,
-            "sizes": hashlib.sha256(self._sizes.astype("<i8").tobytes()).hexdigest()[:16],
+            "sizes": self._digest,
+            "dealt": _DEALT,
         }
 
 
@@ -152,23 +164,37 @@ class EvaluationBudgetSampler(Sampler[list[int]]):
 
     def __init__(self, sizes: ArrayLike, budget: int, rank: int, num_ranks: int) -> None:
         check_ranks(rank, num_ranks, budget=budget)
-        self._batches: list[list[int]] = []
-        total = 0
-        own = as_sizes(sizes)[rank::num_ranks].tolist()
-        for position, size in enumerate(own):
-            total += size
-            if not self._batches or total * num_ranks > budget:
-                self._batches.append([])
-                total = size
-            self._batches[-1].append(rank + position * num_ranks)
+        own = as_sizes(sizes)[rank::num_ranks]
+        self._samples = range(rank, rank + len(own) * num_ranks, num_ranks)
+        self._ends = _filled_up(own, budget // num_ranks)
 
     def __len__(self) -> int:
         """Number of batches of this rank."""
-        return len(self._batches)
+        return len(self._ends)
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's batches."""
-        return iter(self._batches)
+        start = 0
+        for end in self._ends:
+            yield list(self._samples[start : int(end)])
+            start = int(end)
+
+
+def _filled_up(sizes: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Ends of the batches that samples in their order fill up to the limit; a larger one is alone."""
+    sums = np.cumsum(sizes)
+    # where a batch that starts at each of the samples would end
+    ends = np.searchsorted(sums, sums - sizes + limit, side="right")
+    ends = np.maximum(ends, np.arange(1, len(sizes) + 1))
+    view: memoryview[int] = memoryview(ends)  # type: ignore[arg-type]
+
+    def found() -> Iterator[int]:
+        start = 0
+        while start < len(view):
+            start = view[start]
+            yield start
+
+    return np.fromiter(found(), dtype=np.int64)
 
 
 def _plan(sizes: NDArray[np.int64], budget: int) -> tuple[int, int]:
@@ -177,24 +203,26 @@ def _plan(sizes: NDArray[np.int64], budget: int) -> tuple[int, int]:
     Each is such that the samples were seen to fit when dealt from large to small, which :class:`BudgetBatchSampler`
     falls back to: an epoch that does not fit cannot happen.
     """
-    descending = np.sort(sizes)[::-1].tolist()
-    num_samples, most_alike = len(descending), budget // descending[0]
+    descending = np.sort(sizes)[::-1]
+    num_samples, most_alike = len(descending), budget // int(descending[0])
 
     def fewest_for(num_batches: int) -> int:
         # As many of the largest sample are within the budget, so that filling up batches never exceeds it.
         return min(most_alike, num_samples // num_batches)
 
     def fits(num_batches: int, fewest: int) -> bool:
-        return deal(descending, num_batches, fewest)[1] <= budget
+        return deal_in_rounds(descending, num_batches, fewest).largest <= budget
 
     # The first try nearly always fits; steps that double, then halves, find a number where most samples are so large
-    # that few of them go together. A batch for each sample always fits.
-    too_few, step = -(-int(sizes.sum()) // budget) - 1, 1
-    enough = too_few + step
+    # that few of them go together. A batch for each sample always fits. Of many batches, 0.2 % are not looked for.
+    least = -(-int(sizes.sum()) // budget)
+    close = least // 500 if least >= 5000 else 1
+    too_few, step = least - 1, 1
+    enough = least
     while not fits(enough, fewest_for(enough)):
-        too_few, step = enough, 2 * step
+        too_few, step = enough, max(2 * step, close)
         enough = min(enough + step, num_samples)
-    while enough - too_few > 1:
+    while enough - too_few > close:
         middle = (too_few + enough) // 2
         if fits(middle, fewest_for(middle)):
             enough = middle
@@ -203,7 +231,7 @@ def _plan(sizes: NDArray[np.int64], budget: int) -> tuple[int, int]:
 
     # Among samples of very different sizes more can be had. Less than the mean number leaves the orders random.
     fewest = fewest_for(enough)
-    more = 3 * num_samples // enough // 4
+    more = min(3 * num_samples // enough // 4, int(deal_in_rounds(descending, enough, fewest).counts.min()))
     while more > fewest and not fits(enough, more):
         more = 2 * more // 3
     return enough, max(fewest, more)

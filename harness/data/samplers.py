@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from harness.data.balance import as_sizes, balanced_shares
+from harness.data.balance import as_sizes, balanced_parts
+from harness.data.dealing import EpochPlan, cut_equally
 
 __all__ = ["EvaluationBatchSampler", "GlobalBatchSampler", "TrainingBatchSampler"]
 
@@ -28,11 +30,47 @@ def check_ranks(rank: int, num_ranks: int, **counts: int) -> None:
         raise ValueError(f"rank must be in 0 … {num_ranks - 1} for {num_ranks} ranks, found {rank}")
 
 
+# Numbers of samples from which on the next epoch is planned beforehand (less takes less than a step), and that are
+# divided over the ranks at once.
+_AHEAD_FROM = 100_000
+_DIVIDED = 1 << 17
+
+
+class PlanAhead:
+    """An epoch's plan that is made in a thread of its own, beside the epoch before it.
+
+    The thread ends with the plan, and an interpreter that exits waits for it.
+
+    Args:
+        make: function of the epoch alone.
+        epoch: the one to plan.
+    """
+
+    def __init__(self, make: Callable[[int], EpochPlan], epoch: int) -> None:
+        self.epoch = epoch
+        self._make = make
+        self._plan: EpochPlan | None = None
+        self._thread = threading.Thread(target=self._run, name=f"plan of epoch {epoch}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._plan = self._make(self.epoch)
+        except MemoryError:
+            self._plan = None  # made when it is needed, where the error is seen
+
+    def plan(self) -> EpochPlan:
+        """Plan of the epoch, once it is there."""
+        self._thread.join()
+        return self._make(self.epoch) if self._plan is None else self._plan
+
+
 class GlobalBatchSampler(Sampler[list[int]], ABC):
     r"""Batches of one rank: its part of global batches that do not depend on the number of ranks.
 
     What training samplers have in common: the division of global batches, and the position in an epoch, which is that
-    of all ranks and fits any number of them. A subclass makes the global batches of ``epoch``, always the same number.
+    of all ranks and fits any number of them. A subclass makes the plan of an epoch, always of the same number of global
+    batches; from 100 000 samples on that of the next epoch is made in a thread while this one runs.
 
     Args:
         rank: this rank.
@@ -50,14 +88,19 @@ class GlobalBatchSampler(Sampler[list[int]], ABC):
         self.epoch = 0
         self.start = 0
         """Global batches of the epoch that were handed out before: where the next iteration starts."""
+        self._ahead: PlanAhead | None = None
 
     @abstractmethod
     def __len__(self) -> int:
         """Number of batches of an epoch, the same in every epoch and on every rank."""
 
     @abstractmethod
-    def global_batches(self) -> list[NDArray[np.int64]]:
+    def plan(self, epoch: int) -> EpochPlan:
+        """Samples of all global batches of an epoch, in order: a function of the epoch, on any number of ranks."""
+
+    def global_batches(self) -> EpochPlan:
         """Samples of all global batches of this epoch, in order; the same on any number of ranks."""
+        return self.plan(self.epoch)
 
     @abstractmethod
     def _order(self) -> dict[str, Any]:
@@ -66,15 +109,26 @@ class GlobalBatchSampler(Sampler[list[int]], ABC):
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's part of the global batches from ``start`` on; the iteration after this one is a whole one."""
         start, self.start = self.start, 0
-        for step, batch in enumerate(self.global_batches()[start:], start):
-            yield self._part(batch, step).tolist()
+        ahead, self._ahead = self._ahead, None
+        plan = ahead.plan() if ahead is not None and ahead.epoch == self.epoch else self.global_batches()
+        if len(plan.samples) >= _AHEAD_FROM:
+            self._ahead = PlanAhead(self.plan, self.epoch + 1)
+        yield from (part.tolist() for part in self._parts(plan, start))
 
-    def _part(self, batch: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+    def _parts(self, plan: EpochPlan, start: int) -> Iterator[NDArray[Any]]:
         if self.sizes is None:
-            return batch[self.rank :: self.num_ranks]
-        # The first share has the largest sample: ranks take turns, or one of them would see all the large ones.
-        share = (self.rank + step) % self.num_ranks
-        return batch[balanced_shares(self.sizes[batch], self.num_ranks)[share]]
+            for step in range(start, len(plan)):
+                yield plan[step][self.rank :: self.num_ranks]
+            return
+        at_once = max(1, _DIVIDED * len(plan) // len(plan.samples))
+        for first in range(start, len(plan), at_once):
+            steps = np.arange(first, min(first + at_once, len(plan)))
+            # The first share has the largest sample: ranks take turns, or one of them would see all the large ones.
+            shares = (self.rank + steps) % self.num_ranks
+            yield from balanced_parts(self.sizes, plan[first : int(steps[-1]) + 1], self.num_ranks, shares)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_ahead": None}  # a thread cannot be copied, and the plan is made again
 
     @property
     def sampler(self) -> GlobalBatchSampler:
@@ -167,13 +221,12 @@ class TrainingBatchSampler(GlobalBatchSampler):
         """Number of batches of an epoch, the same in every epoch and on every rank."""
         return self._num_batches
 
-    def global_batches(self) -> list[NDArray[np.int64]]:
-        """Samples of all global batches of this epoch, in order; the same on any number of ranks."""
+    def plan(self, epoch: int) -> EpochPlan:
+        """Samples of all global batches of an epoch, in order; the same on any number of ranks."""
+        order = np.arange(self.num_samples, dtype=np.int32)
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
-        else:
-            order = np.arange(self.num_samples)
-        return np.array_split(order, self._num_batches)
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        return cut_equally(order, self._num_batches)
 
     def _order(self) -> dict[str, Any]:
         """Arguments on which the global batches of an epoch depend, by name."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
 from pathlib import Path
 
 import ase.io
@@ -22,12 +24,15 @@ from harness.data import (
     BudgetBatchSampler,
     EmbeddedAlloyDataModule,
     EvaluationBudgetSampler,
+    GlobalBatchSampler,
     ResumableDataLoader,
     TrainingBatchSampler,
     embedded_alloy_file,
+    samplers,
 )
 from harness.data import datamodule as datamodule_file
-from harness.data.balance import balanced_shares, deal
+from harness.data.balance import balanced_parts, balanced_shares, deal
+from harness.data.dealing import ascending_order, deal_in_rounds
 
 # ---- shares of similar sums
 
@@ -52,22 +57,72 @@ def test_items_go_to_the_smallest_sum(sizes, num_shares):
     assert largest <= sum(sizes) / num_shares + (1 - 1 / num_shares) * max(sizes, default=0) + 1e-9
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.integers(1, 8), st.data())
-def test_every_share_gets_the_fewest_items_asked_for(sizes, num_shares, data):
-    fewest = data.draw(st.integers(0, len(sizes) // num_shares))
-    shares, largest = deal(sizes, num_shares, fewest)
-    assert np.bincount(shares, minlength=num_shares).min() >= fewest
-    assert largest == np.bincount(shares, weights=sizes, minlength=num_shares).max()
-    with pytest.raises(ValueError, match=rf"{len(sizes)} items are not enough"):
-        deal(sizes, num_shares, len(sizes) // num_shares + 1)
-
-
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.integers(1, 8))
 def test_balanced_shares_are_a_partition_without_empty_parts(sizes, num_shares):
     shares = balanced_shares(sizes, num_shares)
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(sizes)))
     assert len(shares) == num_shares
     assert len(sizes) < num_shares or all(len(share) for share in shares)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 5), st.integers(0, 9), st.data())
+def test_batches_divided_at_once_are_those_divided_one_by_one(sizes, num_shares, seed, data):
+    sizes = np.array(sizes)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(sizes)), max_size=8)) - {len(sizes)})
+    batches = np.split(np.random.default_rng(seed).permutation(len(sizes)), cuts)
+    wanted = np.arange(len(batches)) % num_shares
+    parts = balanced_parts(sizes, batches, num_shares, wanted)
+    for part, batch, share in zip(parts, batches, wanted, strict=True):
+        assert part.tolist() == batch[balanced_shares(sizes[batch], num_shares)[share]].tolist()
+
+
+def test_few_long_batches_are_divided_one_by_one():
+    sizes = np.random.default_rng(0).integers(0, 50, 1000)
+    (part,) = balanced_parts(sizes, [np.arange(1000)], 3, np.array([2]))
+    assert part.tolist() == balanced_shares(sizes, 3)[2].tolist()
+
+
+# ---- many items dealt at once
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 30) | st.integers(0, 300), min_size=1, max_size=80), st.integers(1, 9), st.data())
+def test_every_share_is_within_the_bound_or_has_the_fewest_items(sizes, num_shares, data):
+    fewest = data.draw(st.integers(0, len(sizes) // num_shares))
+    dealt = deal_in_rounds(np.array(sizes), num_shares, fewest)
+    counts = np.bincount(dealt.shares, minlength=num_shares)
+    assert counts.min() >= fewest
+    assert counts.tolist() == dealt.counts.tolist()
+    sums = np.bincount(dealt.shares, weights=sizes, minlength=num_shares)
+    assert dealt.largest == sums.max()
+    bound = sum(sizes) / num_shares + (1 - 1 / num_shares) * max(sizes) + 1e-9
+    assert all(total <= bound or count <= fewest for total, count in zip(sums, counts, strict=True))
+    wanted = np.random.default_rng(len(sizes)).permutation(num_shares)
+    plan = dealt.grouped(np.arange(len(sizes)), wanted)
+    found = [np.flatnonzero(dealt.shares == share).tolist() for share in wanted]
+    assert [batch.tolist() for batch in plan] == found  # in the order in which they were dealt
+    with pytest.raises(ValueError, match=rf"{len(sizes)} items are not enough"):
+        deal_in_rounds(np.array(sizes), num_shares, len(sizes) // num_shares + 1)
+
+
+@pytest.mark.parametrize("num_shares", [2, 7])
+@pytest.mark.parametrize("part", [0.0, 0.9, 1.0])
+def test_shares_of_thousands_of_items_get_several_at_once(num_shares, part):
+    sizes = np.sort(heavy_tail(8000))[::-1].copy()
+    fewest = int(part * (len(sizes) // num_shares))
+    dealt = deal_in_rounds(sizes, num_shares, fewest)
+    plan = dealt.grouped(np.arange(len(sizes)), np.arange(num_shares))
+    assert sorted(np.concatenate(list(plan)).tolist()) == list(range(len(sizes)))
+    assert min(map(len, plan)) >= fewest
+    sums = [sizes[batch].sum() for batch in plan]
+    assert max(sums) == dealt.largest
+    assert part == 1 or max(sums) < 1.001 * np.mean(sums)
+
+
+@given(st.lists(st.integers(0, 30) | st.integers(0, 1 << 62), max_size=50))
+def test_order_is_that_of_a_stable_sort(values):
+    values = np.array(values, dtype=np.int64)
+    assert ascending_order(values).tolist() == np.argsort(values, kind="stable").tolist()
 
 
 # ---- laws of the batches
@@ -211,6 +266,61 @@ def test_a_position_in_other_batches_is_refused():
             other.load_state_dict(state)
     with pytest.raises(ValueError, match=r"'max_atoms': None.*this run has.*'max_atoms': 8"):
         sampler().load_state_dict(fixed.state_dict(1))
+
+
+def test_a_position_in_batches_of_an_older_version_is_refused():
+    sampler = BudgetBatchSampler([4, 3, 2, 4], 8, 0, 1)
+    state = {name: value for name, value in sampler.state_dict(1).items() if name != "dealt"}
+    with pytest.raises(ValueError, match=r"'dealt': None.*'dealt': 'in rounds'.*a checkpoint at the end of an epoch"):
+        sampler.load_state_dict(state)
+
+
+def test_the_order_is_that_of_older_checkpoints():
+    found = []
+    for epoch in (0, 1):
+        sampler = BudgetBatchSampler([4, 3, 3, 2, 2, 2, 1, 1, 5, 6], 11, 0, 1, seed=3)
+        sampler.set_epoch(epoch)
+        found.append([batch.tolist() for batch in sampler.global_batches()])
+    assert found == [[[0, 1, 3], [9, 7, 5], [6, 2, 4, 8]], [[1, 0, 7, 3], [2, 5, 9], [4, 8, 6]]]
+
+
+# ---- the next epoch's plan
+
+
+@pytest.mark.parametrize("by_budget", [True, False])
+def test_the_next_epoch_is_planned_while_this_one_runs(monkeypatch, by_budget):
+    sizes = heavy_tail(300)
+
+    def sampler() -> GlobalBatchSampler:
+        budget = 3 * int(sizes.max())
+        return BudgetBatchSampler(sizes, budget, 1, 2) if by_budget else TrainingBatchSampler(300, 8, 1, 2, sizes=sizes)
+
+    def epochs(of: GlobalBatchSampler) -> list[list[list[int]]]:
+        found = []
+        for epoch in (0, 1, 5, 2):  # one that was not expected
+            of.set_epoch(epoch)
+            found.append(list(of))
+        return found
+
+    expected = epochs(sampler())
+    planned = []
+    monkeypatch.setattr(samplers, "_AHEAD_FROM", 300)
+    watched = sampler()
+    plan = watched.plan
+    monkeypatch.setattr(
+        watched, "plan", lambda epoch: planned.append((epoch, threading.current_thread())) or plan(epoch)
+    )
+    assert epochs(watched) == expected
+    assert [epoch for epoch, _ in planned] == [0, 1, 2, 5, 6, 2, 3]
+    threads = [thread for _, thread in planned if thread is not threading.main_thread()]
+    assert [thread.name for thread in threads] == [f"plan of epoch {epoch}" for epoch in (1, 2, 6, 3)]
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    resumed = copy.deepcopy(sampler())
+    resumed.load_state_dict(watched.state_dict(2) | {"epoch": 1})
+    resumed.set_epoch(1)
+    assert list(resumed) == expected[1][2:]
 
 
 # ---- samplers of a fixed number of samples
