@@ -206,7 +206,7 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         parent = sys.modules.get(fullname.rpartition(".")[0])
-        if is_deferred(parent):
+        if parent is not None and is_deferred(parent):
             _executed(parent)
             if fullname in sys.modules:
                 return importlib.machinery.ModuleSpec(fullname, _ExistingLoader(sys.modules[fullname]))
