@@ -176,7 +176,7 @@ def _run(config: DictConfig, asked_for: Command) -> Objective:
 
 @cache
 def _training() -> ModuleType:
-    """What a training is made of, imported once it is certain that there will be one."""
+    """Import all that a training is made of, once it is certain that there will be one."""
     defer()
     with importing(), own_handlers():
         import harness.job.run as training

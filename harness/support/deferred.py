@@ -41,7 +41,7 @@ class Deferred:
     idle: Mapping[str, Callable[[ModuleType], Any]] = field(default_factory=dict)
 
     def stand_in(self, module: ModuleType, name: str) -> Any:
-        """What stands for a name of the module; None if nothing does."""
+        """Stand-in of a name of the module; None if it has none."""
         if name in self.classes:
             return _DeferredClass(name, (), {"__module__": module.__name__, "_module": module})
         if name in self.idle:
