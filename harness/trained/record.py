@@ -67,8 +67,23 @@ def packages_of(model: nn.Module) -> dict[str, str]:
     """
     kinds = {base for part in model.modules() for base in type(part).__mro__}
     names = sorted({kind.__module__.partition(".")[0] for kind in kinds} - {*_WITHOUT_VERSION})
-    distributions = importlib.metadata.packages_distributions() if names else {}
-    return {name: importlib.metadata.version(distributions[name][0]) for name in names if name in distributions}
+    found = {name: _version_by_name(name) for name in names}
+    if None in found.values():  # half a second, at the first checkpoint of a training
+        distributions = importlib.metadata.packages_distributions()
+        for name in names:
+            if found[name] is None and name in distributions:
+                found[name] = importlib.metadata.version(distributions[name][0])
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version_by_name(package: str) -> str | None:
+    """Version of a package that is distributed under its own name; None of one that is not, such as ``mace``."""
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    is_its_own = any(file.parts[0] in (package, f"{package}.py") for file in distribution.files or ())
+    return distribution.version if is_its_own else None
 
 
 def self_contained(architecture: Mapping[str, Any], energy_shifts: Mapping[str, float] | None) -> dict[str, Any]:
