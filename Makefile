@@ -9,7 +9,7 @@ MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_mod
   tests/export/test_export.py tests/jobs/test_recipes.py tests/models/test_conversion.py \
   tests/trained/test_heads.py
 EXTRA_OF_sevennet := torchmd,
-STRICT := fields.py schedules.py distributed support metrics presets.py testing
+STRICT := fields.py schedules distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1
 

@@ -1,12 +1,14 @@
-"""A package's own trainer beside this one, with the same recipe: errors of each epoch, losses of each step, ratios.
+"""A package's own trainer beside this one, with the same recipe: errors of each epoch, losses of each step, seconds.
 
     python benchmarks/recipes.py mace --data train_300K.xyz --stage-two 4
     python benchmarks/recipes.py nequip --data train_300K.xyz
 
-Ours is ``harness-train experiment=mace_recipe`` or ``nequip_recipe``, theirs ``mace_run_train`` or ``nequip-train`` as
-they are installed, each in a process of its own, in float64 on one CPU; its seconds are printed. Before theirs trains,
-it is given the initial weights and the order of frames of ours, unless ``--own`` asks for what a user would get.
-``--without average clip decay`` leaves these out on both sides, ``--stage-two EPOCH`` has a second stage (MACE).
+Ours is ``harness-train`` with ``experiment=mace_recipe``, ``nequip_recipe`` (also for ``allegro``) or, for
+``sevennet``, what SevenNet's example input says; theirs ``mace_run_train``, ``nequip-train`` or ``sevenn train`` as
+they are installed. Each is a process of its own on one CPU, in float64 (SevenNet: float32), whose CPU seconds are
+printed: of all of it, and the median of its epochs but the first. Before theirs trains, it is given the initial
+weights and the order of frames of ours, unless ``--own`` asks for what a user would get. ``--without average clip
+decay`` leaves these out on both sides (SevenNet has none of them), ``--stage-two EPOCH`` has a second stage (MACE).
 """
 
 from __future__ import annotations
@@ -14,92 +16,84 @@ from __future__ import annotations
 import os
 import sys
 
-# this folder, where logging.py would be found in the place of Python's own
-sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+# this folder, where logging.py would be found in the place of Python's own; the peers are found from the folder above
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [path for path in sys.path if path != HERE] + [os.path.dirname(HERE)]
 
 import argparse
 import csv
-import itertools
 import json
-import resource
-import subprocess
-from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-CUTOFF = 4.5
-RADIAL = "[16,16]"
-MACE_SIZES = {"channels": 8, "max_L": 1, "max_ell": 2, "correlation": 2, "num_bessel": 6, "mlp_irreps": "8x0e"}
-MACE_FLAGS = {
-    "channels": "num_channels",
-    "num_bessel": "num_radial_basis",
-    "mlp_irreps": "MLP_irreps",
-    "max_L": "max_L",
-    "max_ell": "max_ell",
-    "correlation": "correlation",
-}
-NEQUIP_SIZES = {"num_layers": 2, "l_max": 1, "num_features": 8, "radial_mlp_depth": 1, "radial_mlp_width": 16}
-COLUMNS = {  # ours by the key of a log, theirs by that of mace_run_train
-    "per_atom_energy_rmse": "rmse_e_per_atom",
-    "forces_rmse": "rmse_f",
-    "forces_mae": "mae_f",
-}
+ROOT = Path(HERE).parent
+PEERS = {"mace": "mace", "nequip": "nequip", "allegro": "nequip", "sevennet": "sevennet"}
+
+
+def peer_of(package: str) -> Any:
+    """Module of ``benchmarks/peers`` of a package's trainer."""
+    return import_module(f"benchmarks.peers.{PEERS[package]}")
 
 
 def own_overrides(options: argparse.Namespace) -> list[str]:
     """Overrides of the training by this package."""
-    output, sizes = options.output, MACE_SIZES if options.package == "mace" else NEQUIP_SIZES
+    from benchmarks.peers.common import CUTOFF
+
     energies = ",".join(f"{symbol}:{energy!r}" for symbol, energy in options.energies.items())
     overrides = [
-        f"experiment={options.package}_recipe",
+        *peer_of(options.package).overrides(options),
         "data=file",
-        *(f"model.{name}={value}" for name, value in sizes.items()),
         f"model.energy_shifts={{{energies}}}",
-        f"data.train={output / 'train.xyz'}",
-        f"data.val={output / 'val.xyz'}",
+        f"data.train={options.output / 'train.xyz'}",
+        f"data.val={options.output / 'val.xyz'}",
         "data.split={val:0,test:0}",
         f"cutoff={CUTOFF}",
         f"max_epochs={options.epochs}",
         f"seed={options.seed}",
-        "precision=float64",
         "trainer.accelerator=cpu",
         "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=false",
         "logger=csv",
         "test=false",
     ]
-    if options.package == "mace":
-        overrides += [f"model.radial_mlp={RADIAL}"]
-        overrides += ["trainer.gradient_clip_val=null"] * ("clip" in options.without)
-        overrides += ["optimizer.groups.0.weight_decay=0"] * ("decay" in options.without)
     if "average" in options.without:
         overrides += ["callbacks.ema=null"]
-    if options.stage_two is not None:
-        overrides += ["schedule=two_stage", f"schedule.boundaries=[{options.stage_two}]"]
     return overrides
 
 
 def train_own(options: argparse.Namespace) -> dict[str, Any]:
     """Losses of steps and errors of epochs of this package."""
-    overrides = own_overrides(options)
+    from benchmarks.peers.common import CLOCK, COLUMNS, epoch_seconds, run
+
+    overrides, folder = own_overrides(options), options.output / "own"
     print("harness-train", " ".join(overrides), flush=True)
-    folder = options.output / "own"
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    seconds = _run(
-        [sys.executable, "-m", "harness.train", *overrides, f"hydra.run.dir={folder}"], options.output, environment
-    )
+    clock = f"+callbacks.clock={{_target_:benchmarks.peers.common.EpochClock,path:{folder / CLOCK}}}"
+    command = [sys.executable, "-m", "harness.train", *overrides, clock, f"hydra.run.dir={folder}"]
+    seconds = run(command, options.output, environment)
     with (folder / "csv" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    steps = [
-        {"loss": float(row["train_loss_step/weighted_sum"])} for row in rows if row["train_loss_step/weighted_sum"]
-    ]
+    steps = [float(row["train_loss_step/weighted_sum"]) for row in rows if row["train_loss_step/weighted_sum"]]
     epochs = [
         {name: float(row[f"val0_epoch/{name}"]) for name in COLUMNS}
         for row in rows
         if row.get("val0_epoch/forces_rmse")
     ]
-    return {"steps": steps, "epochs": epochs, "seconds": seconds}
+    return {"steps": steps, "epochs": epochs, "seconds": seconds, "epoch_seconds": epoch_seconds(folder)}
+
+
+def train_peer(options: argparse.Namespace) -> dict[str, Any]:
+    """Losses of steps and errors of epochs of the package's own trainer."""
+    from benchmarks.peers.common import epoch_seconds
+
+    folder = options.output / "peer"
+    folder.mkdir(exist_ok=True)
+    start = [] if options.own else ["--start", str(options.output / "start.pt")]
+    command = [sys.executable, os.path.abspath(__file__), options.package, *start]
+    found: dict[str, Any] = peer_of(options.package).train(options, command, folder)
+    return {**found, "epoch_seconds": epoch_seconds(folder)}
 
 
 def write_start(options: argparse.Namespace) -> None:
@@ -113,274 +107,19 @@ def write_start(options: argparse.Namespace) -> None:
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train", [*own_overrides(options), "logger=none", f"output_dir={options.output / 'start'}"])
-    job = build(config)
-    prefix = "energy_model.energy_model.mace." if options.package == "mace" else "model."
+    job, prefix = build(config), peer_of(options.package).PREFIX
     weights = {
-        name.removeprefix(prefix): parameter.detach().clone() for name, parameter in job.module.model.named_parameters()
+        name.removeprefix(prefix): parameter.detach().clone()
+        for name, parameter in job.module.model.named_parameters()
+        if parameter.requires_grad
     }
     sampler, order = job.datamodule.training_sampler(0, 1), []  # type: ignore[attr-defined]
     for epoch in range(options.epochs):
         sampler.set_epoch(epoch)
         order.append([batch.tolist() for batch in sampler.global_batches()])
     torch.save({"weights": weights, "order": order}, options.output / "start.pt")
-
-
-class InOrder:
-    """Batches of given frames, those of one epoch after those of the other.
-
-    Args:
-        order: frames of each batch of each epoch.
-        epoch: number of the epoch that begins.
-    """
-
-    def __init__(self, order: list[list[list[int]]], epoch: Callable[[], int]) -> None:
-        self.order, self.epoch = order, epoch
-
-    def __len__(self) -> int:
-        return len(self.order[0])
-
-    def __iter__(self) -> Iterator[list[int]]:
-        yield from self.order[self.epoch()]
-
-
-def adopt(module: Any, weights: dict[str, Any]) -> None:
-    """Give a module parameters by their names."""
-    import torch
-
-    own = dict(module.named_parameters())
-    assert own.keys() == weights.keys(), own.keys() ^ weights.keys()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name].reshape(parameter.shape))
-
-
-# --- mace_run_train ---
-
-
-def mace_flags(options: argparse.Namespace) -> list[str]:
-    """Flags of ``mace_run_train``; all others have their defaults, which are those of the recipe."""
-    from ase.data import atomic_numbers
-
-    energies = {atomic_numbers[symbol]: energy for symbol, energy in options.energies.items()}
-    flags = ["--name=peer", f"--seed={options.seed}", "--device=cpu", f"--E0s={energies}", f"--r_max={CUTOFF}"]
-    flags += [f"--train_file={options.output / 'train.xyz'}", f"--valid_file={options.output / 'val.xyz'}"]
-    flags += [f"--{MACE_FLAGS[name]}={value}" for name, value in MACE_SIZES.items()] + [f"--radial_MLP={RADIAL}"]
-    flags += ["--energy_key=energy", "--forces_key=forces", f"--max_num_epochs={options.epochs}", "--plot=False"]
-    flags += ["--ema"] * ("average" not in options.without)
-    flags += ["--clip_grad=None"] * ("clip" in options.without)
-    flags += ["--weight_decay=0"] * ("decay" in options.without)
-    if options.stage_two is not None:
-        flags += ["--stage_two", f"--start_stage_two={options.stage_two}"]
-    return flags
-
-
-def train_mace(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses of steps and errors of epochs of ``mace_run_train``."""
-    flags, folder = mace_flags(options), options.output / "peer"
-    print("mace_run_train", " ".join(flags), flush=True)
-    folder.mkdir(exist_ok=True)
-    start = [] if options.own else ["--start", str(options.output / "start.pt")]
-    seconds = _run([sys.executable, __file__, "mace", "--peer", json.dumps(flags), *start], folder)
-    (path,) = (folder / "results").glob("*_train.txt")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [{"loss": float(row["loss"])} for row in rows if row["mode"] == "opt"]
-    epochs = [
-        {name: float(row[theirs]) for name, theirs in COLUMNS.items()}
-        for row in rows
-        if row["mode"] == "eval" and row["epoch"] is not None
-    ]
-    return {"steps": steps, "epochs": epochs, "seconds": seconds}
-
-
-def run_mace(start: Path | None, flags: list[str]) -> None:
-    """Be ``mace_run_train``, from other weights and with other batches if they are given."""
-    import mace  # noqa: F401  # before e3nn
-    import torch
-    from mace import tools
-    from mace.cli import run_train
-    from mace.tools import torch_geometric
-
-    if start is not None:
-        given = torch.load(start, weights_only=True)
-        groups, train = run_train.get_params_options, tools.train
-
-        def params_options(args: Any, model: Any) -> Any:
-            adopt(model, given["weights"])  # before the average copies them
-            return groups(args, model)
-
-        def train_in_order(*, train_loader: Any, **options: Any) -> Any:
-            ordered = torch_geometric.dataloader.DataLoader(
-                train_loader.dataset, batch_sampler=InOrder(given["order"], itertools.count().__next__)
-            )
-            return train(train_loader=ordered, **options)
-
-        run_train.get_params_options, tools.train = params_options, train_in_order
-    sys.argv = ["mace_run_train", *flags]
-    run_train.main()
-
-
-# --- nequip-train ---
-
-
-def nequip_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Config of ``nequip-train``: the tutorial's, with these data, sizes and references."""
-    types = list(options.energies)
-    metrics = {
-        "_target_": "nequip.train.EnergyForceMetrics",
-        "coeffs": {"total_energy_mae": 1.0, "forces_mae": 1.0, "per_atom_energy_rmse": None, "forces_rmse": None},
-    }
-    loader = {"_target_": "torch.utils.data.DataLoader", "num_workers": 0}
-    monitor, averages = "val0_epoch/weighted_sum", "average" not in options.without
-    return {
-        "run": ["train"],
-        "data": {
-            "_target_": "nequip.data.datamodule.ASEDataModule",
-            "seed": options.seed,
-            "train_file_path": str(options.output / "train.xyz"),
-            "val_file_path": str(options.output / "val.xyz"),
-            "transforms": [
-                {"_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper", "model_type_names": types},
-                {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": CUTOFF},
-            ],
-            "train_dataloader": {**loader, "batch_size": 5, "shuffle": True},
-            "val_dataloader": {**loader, "batch_size": 10},
-            "stats_manager": {
-                "_target_": "nequip.data.CommonDataStatisticsManager",
-                "dataloader_kwargs": {"batch_size": 10},
-                "type_names": types,
-            },
-        },
-        "trainer": {
-            "_target_": "lightning.Trainer",
-            "accelerator": "cpu",
-            "max_epochs": options.epochs,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-            "enable_progress_bar": False,
-            "logger": {
-                "_target_": "lightning.pytorch.loggers.CSVLogger",
-                "save_dir": ".",
-                "name": "",
-                "version": "csv",
-            },
-            "callbacks": [
-                {
-                    "_target_": "lightning.pytorch.callbacks.EarlyStopping",
-                    "monitor": monitor,
-                    "min_delta": 1e-3,
-                    "patience": 20,
-                },
-                {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": monitor, "dirpath": "."},
-            ],
-        },
-        "training_module": {
-            "_target_": "nequip.train." + ("EMALightningModule" if averages else "NequIPLightningModule"),
-            **({"ema_decay": 0.999} if averages else {}),
-            "loss": {
-                "_target_": "nequip.train.EnergyForceLoss",
-                "per_atom_energy": True,
-                "coeffs": {"total_energy": 1.0, "forces": 1.0},
-            },
-            "val_metrics": metrics,
-            "train_metrics": metrics,
-            "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
-            "lr_scheduler": {
-                "scheduler": {
-                    "_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
-                    "factor": 0.6,
-                    "patience": 5,
-                    "threshold": 0.2,
-                    "min_lr": 1e-6,
-                },
-                "monitor": monitor,
-                "interval": "epoch",
-                "frequency": 1,
-            },
-            "model": {
-                "_target_": "nequip.model.NequIPGNNModel",
-                "compile_mode": "eager",
-                "seed": options.seed,
-                "model_dtype": "float64",
-                "type_names": types,
-                "r_max": CUTOFF,
-                **NEQUIP_SIZES,
-                "parity": True,
-                "avg_num_neighbors": "${training_data_stats:num_neighbors_mean}",
-                "per_type_energy_scales": "${training_data_stats:forces_rms}",
-                "per_type_energy_shifts": options.energies,
-            },
-        },
-    }
-
-
-def train_nequip(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses of steps and errors of epochs of ``nequip-train``."""
-    from omegaconf import OmegaConf
-
-    folder = options.output / "peer"
-    folder.mkdir(exist_ok=True)
-    OmegaConf.save(OmegaConf.create(nequip_config(options)), folder / "config.yaml")
-    flags = [f"--config-path={folder}", "--config-name=config", f"hydra.run.dir={folder}"]
-    print("nequip-train", " ".join(flags), flush=True)
-    start = [] if options.own else ["--start", str(options.output / "start.pt")]
-    seconds = _run([sys.executable, __file__, "nequip", "--peer", json.dumps(flags), *start], folder)
-    with (folder / "csv" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    steps = [
-        {"loss": float(row["train_loss_step/weighted_sum"])} for row in rows if row["train_loss_step/weighted_sum"]
-    ]
-    epochs = [
-        {name: float(row[f"val0_epoch/{name}"]) for name in COLUMNS}
-        for row in rows
-        if row.get("val0_epoch/forces_rmse")
-    ]
-    return {"steps": steps, "epochs": epochs, "seconds": seconds}
-
-
-def run_nequip(start: Path | None, flags: list[str]) -> None:
-    """Be ``nequip-train``, from other weights and with other batches if they are given."""
-    import lightning
-    import torch
-    from nequip.scripts import train
-
-    if start is not None:
-        given = torch.load(start, weights_only=True)
-        fit = lightning.Trainer.fit
-
-        def fit_in_order(trainer: Any, model: Any, datamodule: Any, **options: Any) -> Any:
-            adopt(model.model["sole_model"], given["weights"])
-            if hasattr(model, "ema"):
-                model.ema.num_updates = 0  # the average copies them again
-                model.ema.update_parameters(model.model)
-            loader = datamodule.train_dataloader
-
-            def in_order() -> Any:
-                made = loader()
-                return torch.utils.data.DataLoader(
-                    made.dataset,
-                    batch_sampler=InOrder(given["order"], lambda: trainer.current_epoch),
-                    collate_fn=made.collate_fn,
-                )
-
-            datamodule.train_dataloader = in_order
-            return fit(trainer, model=model, datamodule=datamodule, **options)
-
-        lightning.Trainer.fit = fit_in_order
-    sys.argv = ["nequip-train", *flags]
-    train.main()
-
-
-# --- both ---
-
-
-def _run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> float:
-    """CPU seconds of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    statistics = job.datamodule.statistics  # type: ignore[attr-defined]
+    options.facts = {name: float(getattr(statistics, name)) for name in ("mean_neighbors", "force_rms")}
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -407,23 +146,26 @@ def prepare(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace, own: dict[str, Any], peer: dict[str, Any]) -> float:
     """Print the table of both sides; returns the largest relative difference."""
-    print(f"\n| epoch | error | ours | {PEERS[options.package][0]} | ratio - 1 |\n| ---: | --- | ---: | ---: | ---: |")
+    command = peer_of(options.package).COMMAND
+    print(f"\n| epoch | error | ours | {command} | ratio - 1 |\n| ---: | --- | ---: | ---: | ---: |")
     largest = 0.0
     for epoch, (ours, theirs) in enumerate(zip(own["epochs"], peer["epochs"], strict=True)):
-        for name in COLUMNS:
+        for name in ours:
             ratio = ours[name] / theirs[name] - 1
             largest = max(largest, abs(ratio))
             print(f"| {epoch} | {name} | {1000 * ours[name]:.6f} | {1000 * theirs[name]:.6f} | {ratio:.1e} |")
     print(f"\nmeV/atom and meV/Å. Largest relative difference of {len(own['epochs'])} epochs: {largest:.1e}")
-    if not options.own:
-        losses = [ours["loss"] / theirs["loss"] - 1 for ours, theirs in zip(own["steps"], peer["steps"], strict=True)]
+    if not options.own and peer["steps"]:
+        losses = [ours / theirs - 1 for ours, theirs in zip(own["steps"], peer["steps"], strict=True)]
         print(f"Largest relative difference of the losses of {len(losses)} steps: {max(map(abs, losses)):.1e}")
     ratio = own["seconds"] / peer["seconds"]
     print(f"CPU seconds, start included: {own['seconds']:.1f} ours, {peer['seconds']:.1f} theirs, ratio {ratio:.2f}")
+    ratio = own["epoch_seconds"] / peer["epoch_seconds"]
+    print(
+        f"CPU seconds an epoch (median without the first): {own['epoch_seconds']:.2f} ours, "
+        f"{peer['epoch_seconds']:.2f} theirs, ratio {ratio:.2f}"
+    )
     return largest
-
-
-PEERS = {"mace": ("mace_run_train", train_mace, run_mace), "nequip": ("nequip-train", train_nequip, run_nequip)}
 
 
 def main() -> None:
@@ -443,15 +185,15 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer is not None:
-        PEERS[options.package][2](options.start, options.peer)
+        peer_of(options.package).be(options.start, options.peer)
         return
     if options.data is None:
         parser.error("--data is needed")
-    options.output = options.output.absolute()
+    options.output, options.facts = options.output.absolute(), None
     prepare(options)
     if not options.own:
         write_start(options)
-    report(options, train_own(options), PEERS[options.package][1](options))
+    report(options, train_own(options), train_peer(options))
 
 
 if __name__ == "__main__":

@@ -1,41 +1,42 @@
 """Losses and error metrics for training interatomic potentials, exact on any number of ranks."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from harness.fields import (
-    FieldSpec,
-    MappedFieldModifier,
-    PerAtomModifier,
-    field_spec,
-    register_field,
-    registered_fields,
-)
-from harness.metrics import (
-    ErrorMetric,
-    HuberLoss,
-    MaximumAbsoluteError,
-    MeanAbsoluteError,
-    MeanSquaredError,
-    MetricsManager,
-    RootMeanSquaredError,
-    StratifiedHuberForceLoss,
-    Values,
-    Window,
-    compute_together,
-    merge_accumulated,
-    step_together,
-)
-from harness.presets import (
-    EnergyForceLoss,
-    EnergyForceMetrics,
-    EnergyForceStressLoss,
-    EnergyForceStressMetrics,
-    EnergyOnlyLoss,
-    EnergyOnlyMetrics,
-)
+from harness.support.lazy import names_of
 
 if TYPE_CHECKING:
+    from harness.fields import (
+        FieldSpec,
+        MappedFieldModifier,
+        PerAtomModifier,
+        field_spec,
+        register_field,
+        registered_fields,
+    )
+    from harness.metrics import (
+        ErrorMetric,
+        HuberLoss,
+        MaximumAbsoluteError,
+        MeanAbsoluteError,
+        MeanSquaredError,
+        MetricsManager,
+        RootMeanSquaredError,
+        StratifiedHuberForceLoss,
+        Values,
+        Window,
+        compute_together,
+        merge_accumulated,
+        step_together,
+    )
     from harness.module import ForceFieldModule
+    from harness.presets import (
+        EnergyForceLoss,
+        EnergyForceMetrics,
+        EnergyForceStressLoss,
+        EnergyForceStressMetrics,
+        EnergyOnlyLoss,
+        EnergyOnlyMetrics,
+    )
     from harness.trained import load_model
 
 __version__ = "0.1.0"
@@ -70,15 +71,42 @@ __all__ = [
     "step_together",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Names that need Lightning, on first use: losses and metrics alone need none."""
-    if name == "ForceFieldModule":
-        from harness.module import ForceFieldModule
-
-        return ForceFieldModule
-    if name == "load_model":
-        from harness.trained import load_model
-
-        return load_model
-    raise AttributeError(f"module 'harness' has no attribute {name!r}. Public names: {', '.join(__all__)}.")
+# on first use: a command that has nothing to train imports no torch, and losses and metrics alone need no Lightning
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "harness.fields": (
+            "FieldSpec",
+            "MappedFieldModifier",
+            "PerAtomModifier",
+            "field_spec",
+            "register_field",
+            "registered_fields",
+        ),
+        "harness.metrics": (
+            "ErrorMetric",
+            "HuberLoss",
+            "MaximumAbsoluteError",
+            "MeanAbsoluteError",
+            "MeanSquaredError",
+            "MetricsManager",
+            "RootMeanSquaredError",
+            "StratifiedHuberForceLoss",
+            "Values",
+            "Window",
+            "compute_together",
+            "merge_accumulated",
+            "step_together",
+        ),
+        "harness.module": ("ForceFieldModule",),
+        "harness.presets": (
+            "EnergyForceLoss",
+            "EnergyForceMetrics",
+            "EnergyForceStressLoss",
+            "EnergyForceStressMetrics",
+            "EnergyOnlyLoss",
+            "EnergyOnlyMetrics",
+        ),
+        "harness.trained": ("load_model",),
+    },
+)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,37 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["COMPLETE", "AtomicCheckpointIO", "newest_valid", "read", "step_of", "why_invalid"]
+from harness.models.conversion import KINDS, kind_of
+from harness.support.text import some
+
+__all__ = [
+    "COMPLETE",
+    "OF_A_TRAINING",
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "best_in",
+    "newest_valid",
+    "read",
+    "step_of",
+    "why_invalid",
+]
 
 COMPLETE = "complete"
 """Key in the checkpoint of a complete training, with its last values by log key."""
+OF_A_TRAINING = ("state_dict", "loops", "epoch", "global_step")
+"""Keys of a checkpoint that a training goes on from."""
+
+
+class CheckpointError(ValueError):
+    """A file that is no whole checkpoint.
+
+    Attributes:
+        reason: without the name of the file, such as ``its end is missing``.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -79,10 +107,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             torch.load(part, map_location="meta", weights_only=True)
         except Exception as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
                 f"The checkpoint holds something that does not load with weights_only=True: "
-                f"{found.group(1) if found else error}, in a callback's state or the hyperparameters, perhaps. Keep to "
+                f"{_unsafe(error) or error}, in a callback's state or the hyperparameters, perhaps. Keep to "
                 f"tensors, numbers, strings, lists and dictionaries."
             ) from error
         self._proven = True
@@ -108,26 +135,129 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def why_invalid(path: Path) -> str | None:
-    """Reason why a file is no valid checkpoint, or None; reads all of it, and runs nothing that it holds."""
+def _unsafe(error: BaseException) -> str | None:
+    """Name of the callable that ``weights_only=True`` has refused to load."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found.group(1) if found else None
+
+
+def best_in(folder: str | Path) -> Path | None:
+    """Path of the best checkpoint in the folder of a run, or in its folder of checkpoints; None without one."""
+    candidates = (Path(folder) / "checkpoints" / "best.ckpt", Path(folder) / "best.ckpt")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def read(
+    path: str | Path,
+    needs: Sequence[str] = ("state_dict",),
+    checksums: bool = False,
+    setting: str | None = None,
+) -> dict[str, Any]:
+    """Content of a checkpoint file, by ``torch.load(..., weights_only=True)``: nothing that it holds is run.
+
+    Tensors are on the CPU, and are read from the file when they are used.
+
+    Args:
+        path: of the file.
+        needs: keys that it must have.
+        checksums: read the whole file first and compare its checksums, which ``torch.load`` does not look at.
+        setting: name of the setting that has the path, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is a folder, a model of another package, damaged, or no checkpoint.
+    """
+    file = Path(path)
+    assigned = f"{setting}=" if setting else ""
+    shown = f"{assigned}{file}"
+    if file.is_dir():
+        inside = best_in(file)
+        example = f" in it: {assigned}{inside}, or last.ckpt beside it" if inside else " in one file, such as best.ckpt"
+        raise CheckpointError(f"{shown} is a folder, expected a checkpoint{example}.", "it is a folder")
+    if not file.is_file():
+        raise FileNotFoundError(f"{shown}: there is no such file, expected a checkpoint.")
+    kind = kind_of(file)
+    if kind is not None:  # a pickle, which is not read here
+        raise CheckpointError(
+            f"{shown} is a {KINDS[kind]}: convert it once, which runs the code that it holds, and go on with what is "
+            f"written:\n  harness-convert {file} --unpickle -o {file.name.partition('.')[0]}.ckpt",
+            f"it is a {KINDS[kind]}",
+        )
+    damage = _damage(file, checksums)
+    if damage is not None:
+        raise CheckpointError(
+            f"{shown} is damaged: {damage}. Copy it again, or take another one, such as previous.ckpt.", damage
+        )
+    cause: Exception | None = None
     try:
-        if path.stat().st_size == 0:
-            return "it is empty"
-        with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()  # torch.load does not look at the checksums
-        if torn is not None:
-            return f"the checksum of {torn} is wrong"
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a torn or foreign file brings up
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'unreadable'}"
-    missing = [key for key in ("state_dict", "loops", "global_step") if key not in checkpoint]
-    return f"it has no {', '.join(missing)}" if missing else None
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        foreign = _foreign(found, needs)
+    except Exception as error:  # of pickle, zip and torch, each in its own words
+        cause, foreign = error, _why_unreadable(file, error)
+    if foreign is not None:
+        raise CheckpointError(
+            f"{shown} is no checkpoint of this package: {foreign}. Give one of the files in the folder "
+            f"checkpoints/ of a run, such as best.ckpt.",
+            foreign,
+        ) from cause
+    return found  # type: ignore[no-any-return]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint file; its tensors are read when they are used."""
-    found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return found
+def _damage(file: Path, checksums: bool) -> str | None:
+    """Part of a file that is missing or wrong, as far as it is an archive; None if none is."""
+    size = file.stat().st_size
+    if not size:
+        return "it is empty"
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as opened:
+            is_archive = opened.read(2) == b"PK"
+        return f"it was cut off after {size} bytes, its end is missing" if is_archive else None
+    if not checksums:
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            torn = archive.testzip()
+    except Exception as error:  # whatever a torn archive brings up
+        return f"it cannot be read to its end ({type(error).__name__}: {error})"
+    return None if torn is None else f"the checksum of {torn} is wrong"
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    """Reason why ``torch.load`` has refused a file."""
+    if not zipfile.is_zipfile(file):
+        return "it is no archive, as torch.save writes it"
+    with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            return "it is an archive, but none that torch.save has written"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            f"it holds {_unsafe(error) or 'something'}, which only unpickling could load, and that would run what the "
+            f"file says. It was not loaded"
+        )
+    first = (str(error).splitlines() or ["without words"])[0]
+    return f"torch cannot read it ({type(error).__name__}: {first})"
+
+
+def _foreign(found: Any, needs: Sequence[str]) -> str | None:
+    """Reason why content that was read is not that of a checkpoint; None if it is."""
+    if not isinstance(found, dict):
+        return f"it holds {type(found).__name__}, expected a dictionary with {', '.join(needs)}"
+    missing = [key for key in needs if key not in found]
+    if missing:
+        return f"it has no {', '.join(missing)}; it has {some(map(str, found)) or 'nothing'}"
+    weights = found.get("state_dict", {})
+    return None if isinstance(weights, dict) else f"its state_dict is {type(weights).__name__}, expected a dictionary"
+
+
+def why_invalid(path: Path) -> str | None:
+    """Reason why a file is no whole checkpoint of a training, or None; reads all of it, and runs nothing of it."""
+    try:
+        read(path, OF_A_TRAINING, checksums=True)
+    except CheckpointError as error:
+        return error.reason
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def step_of(path: Path) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,16 @@ from harness.checkpoints import AtomicCheckpointIO
 from harness.data import Frame, collate, frame_to_sample
 from harness.job.consistency import settings_of, versions
 from harness.models.conversion import KINDS, Converted, kind_of, patterns
+from harness.support.process import mistakes_reported
 from harness.trained.record import ARCHITECTURE, MADE_WITH, packages_of, plain, units
 
 __all__ = ["convert", "main"]
 
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
-"""Largest difference of energies per atom in eV and of forces in eV/Å by the dtype of the weights: rounding."""
+"""Largest difference of energies per atom in eV, forces in eV/Å and stresses in eV/Å³ by the dtype of the weights:
+rounding."""
+_COMPARED = {"total_energy": ("energies", "eV/atom"), "forces": ("forces", "eV/Å"), "stress": ("stresses", "eV/Å³")}
+"""Predictions that are compared, with their names and units."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,11 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--head", metavar="NAME", help="of a MACE model with several heads, or a SevenNet modality")
     parser.add_argument("--elements", nargs="+", metavar="X", help="of a MACE model: keep these alone")
     options = parser.parse_args(arguments)
-    try:
+    with mistakes_reported():
         _run(options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -140,33 +140,34 @@ def _described(converted: Converted) -> list[str]:
 
 
 def _compared(converted: Converted) -> str:
-    """A line with the differences of energies and forces between the package and the converted model.
+    """A line with the differences between the package and the converted model, of what both of them predict.
 
     Raises:
         ValueError: they are more than rounding.
     """
-    energy, forces = 0.0, 0.0
-    of_energy, of_forces = 1.0, 1.0  # largest values: rounding of large energies excuses nothing in the forces
+    differences: dict[str, float] = {}
+    largest = dict.fromkeys(_COMPARED, 1.0)  # rounding of large energies excuses nothing in the forces
     for seed in range(2):
         atoms = _structure(converted.type_names, converted.cutoff, seed)
         sample = frame_to_sample(Frame(atoms), converted.type_names, converted.cutoff, dtype=torch.float64)
-        both = converted.both(collate([sample]))
-        theirs, ours = ({name: value.detach() for name, value in each.items()} for each in both)
-        per_atom = (theirs["total_energy"] - ours["total_energy"]).abs().max() / len(atoms)
-        energy = max(energy, float(per_atom))
-        forces = max(forces, float((theirs["forces"] - ours["forces"]).abs().max()))
-        of_energy = max(of_energy, float(theirs["total_energy"].abs()) / len(atoms))
-        of_forces = max(of_forces, float(theirs["forces"].abs().max()))
+        theirs, ours = converted.both(collate([sample]))
+        for name in _COMPARED:
+            if name in theirs and name in ours:
+                size = len(atoms) if name == "total_energy" else 1
+                expected, found = (each[name].detach().double() / size for each in (theirs, ours))
+                difference = float((expected - found.reshape(expected.shape)).abs().max())
+                differences[name] = max(differences.get(name, 0.0), difference)
+                largest[name] = max(largest[name], float(expected.abs().max()))
     rounding = _TOLERANCE[converted.dtype]
-    if not (energy <= rounding * of_energy and forces <= rounding * of_forces):
+    if not all(difference <= rounding * largest[name] for name, difference in differences.items()):
+        texts = [f"{_COMPARED[name][0]} by {each:.2g} {_COMPARED[name][1]}" for name, each in differences.items()]
         raise ValueError(
-            f"the converted model is another one: energies differ by {energy:.2g} eV/atom and forces by "
-            f"{forces:.2g} eV/Å from those of {converted.package}. Nothing was written."
+            f"the converted model is another one: it differs from {converted.package} in {', '.join(texts)}. Nothing "
+            f"was written."
         )
-    return (
-        f"compared    energies and forces of 2 structures are those of {converted.package} within {energy:.1g} eV/atom "
-        f"and {forces:.1g} eV/Å"
-    )
+    names = " and ".join(_COMPARED[name][0] for name in differences)
+    texts = [f"{each:.1g} {_COMPARED[name][1]}" for name, each in differences.items()]
+    return f"compared    {names} of 2 structures are those of {converted.package} within {' and '.join(texts)}"
 
 
 def _structure(type_names: Sequence[str], cutoff: float, seed: int) -> Atoms:

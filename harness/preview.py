@@ -29,7 +29,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from harness.config.explain import BAD_INPUT, HINT, explain, message
+from harness.config.bad_input import BAD_INPUT
+from harness.config.explain import HINT, explain, message
 from harness.config.resolvers import config_folder
 from harness.data.labels import entries_of
 from harness.job import follow_schedule, read_schedule

@@ -13,34 +13,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
-import time
 import traceback
-from contextlib import nullcontext, suppress
-from datetime import timedelta
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig
 
 from harness.config.command_line import ConfigError, run_with_hydra
-from harness.config.explain import BAD_INPUT, HINT, message
 from harness.config.resolvers import now
-from harness.distributed import (
-    START_LIMIT,
-    RankAbsentError,
-    agree,
-    launched_rank,
-    launched_ranks,
-    share,
-)
-from harness.job import Job, execute
-from harness.job.consistency import refusal
-from harness.job.failures import reported
-from harness.job.protocols import FinishesRun
-from harness.job.start import absent_ranks_reported, settle_ranks, start, time_limit
+from harness.distributed import launched_rank, launched_ranks
 from harness.runs import (
     POINT,
     RUN_STAMP,
@@ -55,29 +41,25 @@ from harness.runs import (
     asks_for_sweep,
     command,
     current_session,
-    finished_result,
-    goes_on,
     hydra_elsewhere,
     interrupted_stamp,
-    keyboard_interrupts,
     label,
     new_session,
     note_failure,
-    objective,
     point_name,
-    record,
-    report_entries,
     typed,
     with_run_dir,
-    write_result,
 )
+from harness.runs.ranks import absent_ranks_reported, settle_ranks
+from harness.support.deferred import defer
+from harness.support.garbage import importing
 from harness.support.process import end_with_parent
-from harness.support.warn import quieten
+from harness.support.warn import own_handlers, quieten, settle_rank
 
-__all__ = ["main", "run_job", "train"]
+if TYPE_CHECKING:
+    from harness.job.run import Objective
 
-Objective = float | tuple[float | None, ...] | None
-"""Monitored value, or a tuple of those of ``objectives``, for the sampler of a sweep; None instead of NaN."""
+__all__ = ["main", "run_job"]
 
 
 def main() -> None:
@@ -86,8 +68,9 @@ def main() -> None:
         os.environ.pop(POINT, None)  # this command was started by a rank of a sweep point, and is none
     quieten()
     with new_session() as session, absent_ranks_reported():
-        settle_ranks()
-        _settle_arguments()
+        with importing():  # of torch, where there are ranks that have to meet
+            settle_ranks()
+            _settle_arguments()
         try:
             run_with_hydra(run_job)
             if session.failed:
@@ -123,6 +106,8 @@ def _settle_arguments() -> None:
         sys.exit(_SWEEP_ON_RANKS.format(num_ranks) if launched_rank() == 0 else 1)
     stamp = interrupted_stamp(is_sweep) if launched_rank() == 0 else None
     if num_ranks > 1:  # each rank's clock would give it a folder of its own
+        from harness.distributed import agree, share
+
         stamp = share("run_stamp", agree("run_stamp", stamp or now()) if launched_rank() == 0 else "")
     else:  # points of a sweep, if it is one, may be composed in other processes
         os.environ[TYPED] = json.dumps(typed())
@@ -131,6 +116,9 @@ def _settle_arguments() -> None:
 
 def _refuse(error: ConfigError) -> NoReturn:
     """Report a wrong configuration once for all ranks, and exit."""
+    from harness.distributed import share
+    from harness.job.consistency import refusal
+
     if launched_rank() == 0:
         share("output_dir", "")  # which ranks that found no mistake are waiting for
     refused = refusal(str(error))
@@ -153,7 +141,7 @@ def run_job(config: DictConfig) -> Objective:
     if launched_rank() == 0 and (away := hydra_elsewhere(config)):
         _refuse(ConfigError(away, 1))
     if asked_for.point is None:
-        return train(config, asked_for)
+        return _run(config, asked_for)
     is_rank = SweepPoint.of_environment() is not None
     if not is_rank:
         if launched_ranks() > 1 and os.environ.get(TYPED) is None:
@@ -162,7 +150,7 @@ def run_job(config: DictConfig) -> Objective:
             quieten()
             settle_ranks()
     try:
-        return train(config, asked_for)
+        return _run(config, asked_for)
     except SystemExit as error:
         if isinstance(error, Preempted | Interrupted) or not error.code:
             raise
@@ -180,80 +168,21 @@ def run_job(config: DictConfig) -> Objective:
     raise PointFailedError(f"{name} failed: {reason}")
 
 
-@absent_ranks_reported()
-def train(config: DictConfig, asked_for: Command) -> Objective:
-    """Train and test on this rank: start the job, execute it, write its result.
-
-    Args:
-        config: the whole configuration.
-        asked_for: command that has started the run.
-
-    Raises:
-        JobFailed: the job has failed and has reported why.
-        Preempted: it was asked to stop, and has saved.
-    """
-    config.output_dir = share("output_dir", str(Path(config.output_dir).absolute()))
-    output_dir, limit, is_point = Path(config.output_dir), time_limit(config), asked_for.point is not None
-    if is_point and goes_on(config):
-        before = json.loads(share("finished", json.dumps(finished_result(output_dir, asked_for)), limit))
-        if before:
-            print(f"finished before: {output_dir}", flush=True)
-            return objective(config, before["values"])
-    job, begin, ranks = None, time.monotonic(), launched_ranks()  # Lightning may have forgotten them in the end
-    try:
-        job = start(config, limit, asked_for)
-        with (
-            record(output_dir, asked_for, report_entries(config)) if launched_rank() == 0 else nullcontext(),
-            reported(job.position, limit),
-            keyboard_interrupts(),
-        ):
-            results = execute(job)
-            if launched_rank() == 0:
-                seconds = time.monotonic() - begin
-                write_result(output_dir, config.monitor, results, seconds, ranks, config.get("objectives") or ())
-    except (Preempted, Interrupted) as error:
-        if launched_rank() == 0:
-            reason = "interrupted" if isinstance(error, Interrupted) else error
-            print(f"\nstopped: {reason}. The same command with resume=auto goes on.", flush=True)
-        raise
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        if getattr(error, "on_all_ranks", False) is True:  # such as a loss that is not finite
-            _fail_together(error, job, max(limit, START_LIMIT))
-        if not isinstance(error, BAD_INPUT):
-            raise
-        if launched_rank() == 0:
-            if not is_point:
-                _remove_if_empty(output_dir)
-            print(f"\nerror: {message(error)}\n{HINT}", file=sys.stderr, flush=True)
-        raise JobFailed(message(error)) from error
-    finally:
-        if is_point:  # the next point in this process has a run of its own
-            _finish_loggers(job, exit_code=1 if sys.exc_info()[0] else 0)
-    return objective(config, results)
+def _run(config: DictConfig, asked_for: Command) -> Objective:
+    """Train on this rank."""
+    run: Callable[[DictConfig, Command], Objective] = _training().run
+    return run(config, asked_for)
 
 
-def _fail_together(error: Exception, job: Job | None, limit: timedelta) -> NoReturn:
-    """Report an error of all ranks once, and exit when all is written: a launcher ends the others with the first."""
-    if launched_rank() == 0:
-        _finish_loggers(job, exit_code=1)
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-    with suppress(RankAbsentError):
-        share("all is written", "", limit)
-    raise JobFailed(str(error)) from error
+@cache
+def _training() -> ModuleType:
+    """Import all that a training is made of, once it is certain that there will be one."""
+    defer()
+    with importing(), own_handlers():
+        import harness.job.run as training
 
-
-def _finish_loggers(job: Job | None, exit_code: int) -> None:
-    for logger in job.loggers if job else []:
-        if isinstance(logger, FinishesRun):
-            logger.finish(exit_code)
-
-
-def _remove_if_empty(output_dir: Path) -> None:
-    """Remove the output directory of a refused job, which holds nothing but Hydra's copy of the config."""
-    if output_dir.is_dir() and {path.name for path in output_dir.iterdir()} == {".hydra"}:
-        shutil.rmtree(output_dir, ignore_errors=True)
+        settle_rank(launched_rank())
+    return training
 
 
 _SWEEP_ON_RANKS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -17,6 +18,10 @@ SMALL = {
     "logging.py": (["--types", "2", "--steps", "60", "--atoms", "8"], "| 2 | with everything |"),
     "continuation.py": (["--output", "rates"], "| extended to 8 |  |  |  |  | 0.0025 |"),
     "store.py": (["formats", "--frames", "200", "--only", "records", "columns"], "told (ValueError)"),
+    "data.py": (
+        ["--only", "hand-over", "plans", "--frames", "16", "--repeats", "1", "--frames-planned", "2000"],
+        "      2000  evaluation by 1000 atoms",
+    ),
     "schedules.py": (["--epochs", "1", "--seeds", "0", "--only", "constant", "deepmd"], "| deepmd |"),
 }
 
@@ -41,6 +46,21 @@ def test_every_benchmark_is_run() -> None:
 def test_a_script_does_not_find_this_folder(script: str, tmp_path: Path) -> None:
     """Where logging.py would hide Python's own module."""
     assert "--help" in run(script, ["--help"], tmp_path)
+
+
+def test_loaders_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, and without the other packages: the table starts each in a process of its own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the script changes
+    spec = importlib.util.spec_from_file_location("benchmark_of_data", ROOT / "benchmarks" / "data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.write_frames(tmp_path / "frames.xyz", 8, 1)
+    made, kept = (
+        benchmark.measure_loader("harness", tmp_path / "frames.xyz", 3.0, kept, 2, workers=0) for kept in (False, True)
+    )
+    assert kept > made > 10  # samples a second
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import importlib
 import math
 import pickle
 import warnings
@@ -564,10 +565,21 @@ def test_checkpoints_know_schedules_as_in_version_0_1_0() -> None:
         EnergyForceLoss(schedule=ramp).set_extra_state(state)
 
 
+MODULES = ("combined", "ramps", "schedule", "stages")
+
+
+def test_the_kinds_that_a_message_names_are_all_schedules() -> None:
+    kinds = [getattr(schedules, name) for name in schedules.__all__]
+    made = [k for k in kinds if isinstance(k, type) and issubclass(k, Schedule) and k not in (Schedule, Ramp)]
+    with pytest.raises(TypeError, match=f"one of {', '.join(kind.__name__ for kind in made)} of harness.schedules"):
+        schedules.as_schedule(3)
+
+
 def test_examples_of_the_docstrings_run() -> None:
-    results = doctest.testmod(schedules)
-    assert results.failed == 0
-    assert results.attempted >= 15
+    modules = [schedules, *(importlib.import_module(f"harness.schedules.{name}") for name in MODULES)]
+    results = [doctest.testmod(module, extraglobs=vars(schedules)) for module in modules]
+    assert sum(each.failed for each in results) == 0
+    assert sum(each.attempted for each in results) >= 15
     for name in schedules.__all__:
         value = getattr(schedules, name)
         if isinstance(value, type) and value not in (Schedule, Ramp):

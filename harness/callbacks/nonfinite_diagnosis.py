@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from harness.distributed import named
 from harness.fields import ATOM_TYPES, Batch, as_modifier, registered_fields
 from harness.metrics import ErrorMetric, MetricsManager, Values
+from harness.support.text import some
 
 __all__ = [
     "NonFiniteField",
@@ -64,8 +65,9 @@ class NonFiniteField:
     micro_batch: int | None = None
 
     def __str__(self) -> str:
-        types = f", of atoms of type {_some(self.types)}" if self.types else ""
-        frames = f"all {len(self.frames)} frames" if self.everywhere and len(self.frames) > 1 else _some(self.frames)
+        types = f", of atoms of type {some(self.types, _SHOWN)}" if self.types else ""
+        are_all = self.everywhere and len(self.frames) > 1
+        frames = f"all {len(self.frames)} frames" if are_all else some(self.frames, _SHOWN)
         micro_batch = "" if self.micro_batch is None else f"micro-batch {self.micro_batch}, "
         return (
             f"{micro_batch}{self.side} of {self.field}: {self.number} of {self.total} numbers {self.kind}{types}, "
@@ -362,7 +364,7 @@ def explain(
     if is_finite and trained and weights:
         lines = [f"The weights are NaN or infinite after {where}, whose loss is {weighted_sum:g}."]
     elif is_finite:
-        whose = f", of the parameters {_some(gradients)}" if gradients else ""
+        whose = f", of the parameters {some(gradients, _SHOWN)}" if gradients else ""
         lines = [f"The gradient of the loss is NaN or infinite in {where}{whose}. The loss is {weighted_sum:g}."]
     else:
         loss = "of coefficients that are not finite" if not causes else f"of {'; '.join(causes)}"
@@ -379,7 +381,7 @@ def explain(
         lines.append("  Asked again, no rank's part of it is NaN or infinite: it comes from their sum, or by chance.")
     if weights:
         since = "are now, after the optimizer has stepped with it" if trained else "were so before this step"
-        lines.append(f"  weights that are NaN or infinite {since}: {_some(weights, 'parameters')}")
+        lines.append(f"  weights that are NaN or infinite {since}: {some(weights, _SHOWN, 'more parameters')}")
     elif trained:
         lines.append("  The optimizer has stepped with it; the weights are finite.")
     of_gradient = is_finite or (bool(weights) and not trained)
@@ -388,7 +390,7 @@ def explain(
 
 def _by_type(name: str, own: Mapping[str, float]) -> str:
     keys = [key for key in own if key != name]
-    return f" ({_some([f'{key} = {own[key]:g}' for key in keys], 'types')})" if keys else ""
+    return f" ({some((f'{key} = {own[key]:g}' for key in keys), _SHOWN, 'more types')})" if keys else ""
 
 
 def _fix(
@@ -424,8 +426,3 @@ def _fix(
             f"it with where() before and after), or from an overflow: {remedy}"
         )
     return remedy
-
-
-def _some(names: Sequence[str], what: str = "") -> str:
-    listed = ", ".join(names[:_SHOWN])
-    return listed if len(names) <= _SHOWN else f"{listed} and {len(names) - _SHOWN} more{f' {what}' if what else ''}"

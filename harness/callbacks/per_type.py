@@ -16,6 +16,7 @@ from harness.callbacks.tables import atoms_behind, component_unit
 from harness.loggers import WandbLogger, wandb_loggers
 from harness.metrics import MeanAbsoluteError, MetricsManager, RootMeanSquaredError
 from harness.module import ForceFieldModule, LogKeys, logged_step
+from harness.module.reporting import types_with_data
 from harness.support.checks import whole_number
 from harness.support.figures import new_figure, save_figure
 from harness.support.files import try_write
@@ -34,7 +35,7 @@ class PerTypeReport(Callback):
     After a validation, W&B gets the table ``val{i}_report/per_type`` with a row for each atom type, and the bar chart
     ``val{i}_report/per_type_{component}`` for each component that is an RMSE or MAE (the first component if none is).
     After a test, likewise with ``test{i}``, and ``test{i}_per_type.csv`` and ``per_type_test{i}.png`` are written.
-    Without per-type components nothing happens.
+    Without per-type components nothing happens. Types without data are in the CSV file alone.
 
     Args:
         every_n_epochs: epochs between reports of validations.
@@ -75,13 +76,15 @@ class PerTypeReport(Callback):
                 continue
             if not any(entry.per_type for entry in manager.entries.values()):
                 continue
-            table = _Table.of(manager, module.reports[stage].values, atoms_behind(manager, module.reports[stage]))
+            report = module.reports[stage]
+            table = _Table.of(manager, report.values, atoms_behind(manager, report))
+            present = table.of_types(types_with_data(report, manager))
             for logger in wandb_loggers(trainer):
-                self._send(logger, stage, table, step=logged_step(trainer), epoch=trainer.current_epoch)
+                self._send(logger, stage, present, step=logged_step(trainer), epoch=trainer.current_epoch)
             if what == "test" and self.output_dir is not None:
                 try_write(self.output_dir / f"{stage}_per_type.csv", table.write)
                 picture = self.output_dir / f"per_type_{stage}.png"
-                if try_write(picture, partial(table.draw, title=f"Errors of test set {index} by atom type")):
+                if try_write(picture, partial(present.draw, title=f"Errors of test set {index} by atom type")):
                     self.files.append(picture)
 
     @staticmethod
@@ -121,6 +124,7 @@ class _Table:
         charted: Sequence[str],
     ) -> None:
         self.type_names, self.values, self.units, self.charted = list(type_names), values, units, charted
+        self.all_atoms = atoms
         self.atoms = next(iter(atoms.values()), [])
         others = {name: each for name, each in atoms.items() if each != self.atoms}
         self.columns = ["type", *values, "atoms", *(f"atoms of {name}" for name in others)]
@@ -140,6 +144,13 @@ class _Table:
             {entry.name: component_unit(entry) for entry in entries},
             errors or [entry.name for entry in entries[:1]],
         )
+
+    def of_types(self, names: Sequence[str]) -> _Table:
+        """The same table of some of the types; of all if none is named."""
+        chosen = [at for at, name in enumerate(self.type_names) if name in names or not names]
+        values = {name: [each[at] for at in chosen] for name, each in self.values.items()}
+        atoms = {name: [each[at] for at in chosen] for name, each in self.all_atoms.items()}
+        return _Table([self.type_names[at] for at in chosen], values, atoms, self.units, self.charted)
 
     def write(self, path: Path) -> None:
         with path.open("w", newline="") as file:

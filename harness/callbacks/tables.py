@@ -91,6 +91,9 @@ def values_table(
     if WEIGHTED_SUM in values:
         table.add_section()
         row(WEIGHTED_SUM, [""] * len(shown), "")
+    absent = len(manager.type_names) - len(type_names)
+    if shown and absent:
+        table.caption = f"{absent} other type{'s' if absent > 1 else ''} of the model without data"
     if "types" in columns and len(type_names) > max_types:
         by_type = [entry.name for entry in manager.entries.values() if entry.per_type]
         table.caption = f"{len(type_names)} types: values of each are logged as {', '.join(by_type)} with _<type>"
@@ -99,7 +102,7 @@ def values_table(
 
 def component_unit(entry: MetricEntry) -> str:
     """Unit of a component's value; empty where it is not known."""
-    if not isinstance(entry.metric, ErrorMetric):
+    if not isinstance(entry.metric, ErrorMetric) or entry.metric.dimensionless:
         return ""
     match entry.field:
         case PlainField(field=name):

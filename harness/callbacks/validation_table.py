@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from harness.callbacks.tables import COLUMNS, is_better, output_console, print_above_bar, values_table
 from harness.metrics import WEIGHTED_SUM, MetricsManager
 from harness.module import ForceFieldModule, logged_step
+from harness.module.reporting import types_with_data
 from harness.support.checks import whole_number
 from harness.support.log_keys import TRAIN_LOSS, stage_of_set
 
@@ -30,7 +31,8 @@ class ValidationTable(Callback):
         every_n_epochs: epochs between tables.
         columns: which there are, beside the names of the components: ``value``, ``best`` so far, its ``epoch``,
             ``types`` and ``unit``.
-        max_types: the most atom types that have columns of their own; of more, only their number is shown.
+        max_types: the most atom types that have columns of their own; of more, only their number is shown. Types that
+            the data do not have are no columns.
 
     Raises:
         ValueError: an unknown column, or a number that is none.
@@ -59,16 +61,17 @@ class ValidationTable(Callback):
             stage = stage_of_set("val", index)
             if not isinstance(manager, MetricsManager) or stage not in pl_module.reports:
                 continue
-            values, best = pl_module.reports[stage].values, self._best.setdefault(stage, {})
+            report, best = pl_module.reports[stage], self._best.setdefault(stage, {})
+            values, present = report.values, types_with_data(report, manager)
             for name in (*manager, WEIGHTED_SUM):
                 if is_better(manager, name, values.get(name, math.nan), best.get(name, (math.nan, 0))[0]):
                     best[name] = values[name], trainer.current_epoch
             if prints:
                 title = f"validation set {index}" if len(pl_module.val_metrics) > 1 else ""
-                table = values_table(title, manager, values, best, self.columns, self.max_types)
+                table = values_table(title, manager, values, best, self.columns, self.max_types, present)
                 needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
                 if needed > console.width:  # a narrow terminal
-                    table = values_table(title, manager, values, best, self.columns, max_types=0)
+                    table = values_table(title, manager, values, best, self.columns, 0, present)
                 tables.append(table)
         if tables:
             print_above_bar(trainer, console, _heading(trainer, pl_module), *tables)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import reprlib
+import traceback
 import typing
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
@@ -28,11 +30,13 @@ from torch import Tensor
 
 from harness.config.explain import message
 from harness.models.packages import hosting
-from harness.support.text import did_you_mean
+from harness.support.arguments import misfits, type_hints
+from harness.support.text import did_you_mean, some
 
-__all__ = ["build"]
+__all__ = ["build", "build_part"]
 
 _KEYS = ("_target_", "_recursive_", "_convert_", "_args_", "_partial_", "needs")
+_SHOWN = 12  # arguments of a builder that has failed
 
 
 def build(section: DictConfig, offered: Mapping[str, Any], name: str = "model") -> Any:
@@ -61,6 +65,43 @@ def build(section: DictConfig, offered: Mapping[str, Any], name: str = "model") 
         return _call(builder, content, handed, name)
 
 
+def build_part(section: DictConfig, name: str) -> Any:
+    """Object of a section by ``hydra.utils.instantiate``, of which every plain argument is one of its annotation.
+
+    Annotations of this package and of Lightning are held to; those of others explain a failure.
+
+    Args:
+        section: with ``_target_``.
+        name: of the section, for messages.
+
+    Raises:
+        hydra.errors.InstantiationException: the target fails, or a config may not call it.
+        ValueError: an argument is none that it takes.
+    """
+    try:
+        made = instantiate(section)
+    except InstantiationException as error:
+        cause = error.__cause__
+        wrong = _misfits_of(section, name) if isinstance(cause, Exception) and not _is_explained(cause) else []
+        if not wrong:
+            raise
+        raise ValueError(f"{' '.join(wrong)} (target {section._target_})") from error
+    wrong = _misfits_of(section, name)
+    if wrong and str(section._target_).startswith(("harness.", "lightning.")):
+        raise ValueError(f"{' '.join(wrong)} (target {section._target_})")
+    return made
+
+
+def _misfits_of(section: DictConfig, name: str) -> list[str]:
+    content: Any = OmegaConf.to_container(section, resolve=True)
+    given = {
+        key: value
+        for key, value in content.items()
+        if key not in _KEYS and not (isinstance(value, dict) and "_target_" in value)
+    }
+    return misfits(_located(content["_target_"]), given, name)
+
+
 def _located(target: str) -> Callable[..., Any]:
     # by instantiate(), which refuses targets that a config may not call; get_object() would look up anything
     return instantiate({"_target_": target, "_partial_": True}).func  # type: ignore[no-any-return]
@@ -80,11 +121,41 @@ def _call(builder: Callable[..., Any], content: Mapping[str, Any], handed: Mappi
     call = functools.partial(builder, *positional, **{**arguments, **handed})
     if content.get("_partial_"):
         return call
+    target = content["_target_"]
+    wrong = misfits(builder, arguments, name)
+    if wrong and _is_ours(getattr(builder, "__module__", None)):  # annotations of others may mean less
+        raise ValueError(f"{' '.join(wrong)} (target {target})")
     try:
         return call()
     except Exception as error:
         note = f", which was given {' and '.join(kept)}" if kept else ""
-        raise InstantiationException(f"Error in call to target '{content['_target_']}'{note}:\n{error!r}") from error
+        if wrong or not _is_explained(error):
+            given = wrong or [f"{name} has {_given(builder, arguments)}."]
+            note += f". {' '.join(given)}"
+        raise InstantiationException(f"Error in call to target '{target}'{note}:\n{error!r}") from error
+
+
+def _is_ours(module: str | None) -> bool:
+    return str(module).partition(".")[0] == "harness"
+
+
+def _is_explained(error: Exception) -> bool:
+    """True for an error in words of this package; of a call with other arguments; or of a package that is missing."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    depth = sum(1 for _ in traceback.walk_tb(error.__traceback__))
+    raised_in = None if trace is None else trace.tb_frame.f_globals.get("__name__")
+    return depth < 2 or _is_ours(raised_in) or isinstance(error, ModuleNotFoundError | AssertionError)
+
+
+def _given(builder: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """Arguments that differ from the defaults of a builder, as ``name=value``."""
+    parameters = _parameters(builder)
+    changed = {
+        key: value for key, value in arguments.items() if key not in parameters or parameters[key].default != value
+    }
+    return some((f"{key}={reprlib.repr(value)}" for key, value in changed.items()), _SHOWN) or "its defaults"
 
 
 def _made(value: Any, name: str, kept: list[str], as_dictionary: bool = False) -> Any:
@@ -123,12 +194,7 @@ def _lacking(builder: Callable[..., Any], content: Mapping[str, Any]) -> list[st
 
 def _dictionary_parameters(builder: Callable[..., Any]) -> set[str]:
     """Parameters that are annotated as dictionaries: what a builder makes objects of by itself."""
-    owner = builder.__init__ if isinstance(builder, type) else builder  # type: ignore[misc]
-    try:
-        hints = typing.get_type_hints(owner)
-    except Exception:  # of names that are there for type checkers alone
-        hints = dict(getattr(owner, "__annotations__", {}))
-    return {key for key, hint in hints.items() if _is_dictionary(hint)}
+    return {key for key, hint in type_hints(builder).items() if _is_dictionary(hint)}
 
 
 def _is_dictionary(hint: Any) -> bool:

@@ -17,26 +17,15 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue
 
 from harness.config.resolvers import config_folder, register_resolvers
 from harness.runs import config_options
 from harness.support.text import did_you_mean, reason
 
-__all__ = ["BAD_INPUT", "HINT", "explain", "message"]
+__all__ = ["HINT", "explain", "message"]
 
-BAD_INPUT = (
-    ValueError,
-    TypeError,
-    KeyError,
-    OSError,
-    hydra.errors.InstantiationException,
-    OmegaConfBaseException,
-    MisconfigurationException,
-)
-"""Exceptions that a mistake of a user is raised as."""
 HINT = "(HYDRA_FULL_ERROR=1 shows where it was found)"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.checkpoints import read
 from harness.config.precision import DEFAULT, places, weights_dtype
 from harness.distributed import launched_on_node, launched_ranks
 from harness.loggers import wandb_variables
@@ -60,8 +59,10 @@ def _precision(place: str, _root_: DictConfig) -> str:
 def _recorded_cutoff(*paths: str | None) -> float | None:
     """Cutoff in Å of the first checkpoint that is given and can be read; None without one."""
     for path in filter(None, paths):
+        from harness.checkpoints import read  # here, with torch: hardly any command names a checkpoint
+
         with suppress(Exception):  # what is wrong with a file is told where it is read for good
-            found = (read(Path(path)).get("made_with") or {}).get("cutoff")
+            found = (read(path).get("made_with") or {}).get("cutoff")
             return None if found is None else float(found)
     return None
 

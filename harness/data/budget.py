@@ -25,7 +25,7 @@ _FRACTIONS = 64
 """Lowered sizes are compared in parts of one atom or edge."""
 
 _DEALT = "in rounds"
-"""How batches are made, in the saved position: those of version 0.1, which has no such entry, were others."""
+"""Manner in which batches are made, for the saved position: that of version 0.1 was another, and has no such entry."""
 
 
 class BudgetBatchSampler(GlobalBatchSampler):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from ase.data import atomic_numbers, chemical_symbols
+from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.data.batch_fields import BatchField, empty_fields, fields_of_frame
 from harness.data.neighbors import neighbor_list
+from harness.data.packing import pack_in_worker
 from harness.data.reading import Frame
 
 __all__ = ["collate", "empty_batch", "frame_to_sample", "type_indices"]
+
+_COUNTED = {"edge_index": "pos", "batch": "num_atoms"}
+"""Fields that count on from sample to sample, and the field with as many rows as they count."""
 
 
 def type_indices(frame: Frame, type_names: Sequence[str]) -> Tensor:
@@ -21,15 +29,29 @@ def type_indices(frame: Frame, type_names: Sequence[str]) -> Tensor:
     Raises:
         ValueError: if a symbol is not among the type names.
     """
-    index_of = {name: index for index, name in enumerate(type_names)}
-    symbols = frame.atoms.get_chemical_symbols()
-    unknown = sorted(set(symbols) - set(index_of))
-    if unknown:
+    return torch.from_numpy(_type_indices(frame, type_names))
+
+
+def _type_indices(frame: Frame, type_names: Sequence[str]) -> NDArray[np.int64]:
+    numbers = frame.atoms.numbers
+    indices: NDArray[np.int64] = _type_table(tuple(type_names))[numbers]
+    if indices.min(initial=0) < 0:
+        unknown = sorted({chemical_symbols[number] for number in numbers[indices < 0]})
         raise ValueError(
             f"{frame.location}: {', '.join(unknown)} is not among the type names {list(type_names)}; add it to "
             "type_names, or leave type_names out to take all symbols of the data"
         )
-    return torch.tensor([index_of[symbol] for symbol in symbols], dtype=torch.int64)
+    return indices
+
+
+@lru_cache(maxsize=8)
+def _type_table(type_names: tuple[str, ...]) -> NDArray[np.int64]:
+    """Type index of each atomic number; -1 for one that has none."""
+    table = np.full(len(chemical_symbols), -1, dtype=np.int64)
+    for index, name in enumerate(type_names):
+        if name in atomic_numbers:
+            table[atomic_numbers[name]] = index
+    return table
 
 
 def frame_to_sample(
@@ -65,25 +87,34 @@ def frame_to_sample(
     atoms = frame.atoms
     num_atoms = len(atoms)
     edge_index, edge_cell_shift = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, cutoff)
-    energy = np.nan if frame.energy is None else frame.energy
-    forces = np.full((num_atoms, 3), np.nan) if frame.forces is None else frame.forces
-    stress = np.full((3, 3), np.nan) if frame.stress is None else frame.stress
-    return {
-        "pos": torch.tensor(atoms.positions, dtype=dtype),
-        "atom_types": type_indices(frame, type_names),
-        "atomic_numbers": torch.tensor(atoms.numbers, dtype=torch.int64),
-        "batch": torch.zeros(num_atoms, dtype=torch.int64),
-        "num_atoms": torch.tensor([num_atoms], dtype=torch.int64),
-        "cell": torch.tensor(atoms.cell.array, dtype=dtype).unsqueeze(0),
-        "pbc": torch.tensor(atoms.pbc, dtype=torch.bool).unsqueeze(0),
-        "edge_index": torch.from_numpy(edge_index),
-        "edge_cell_shift": torch.tensor(edge_cell_shift, dtype=dtype),
-        "total_energy": torch.tensor([[energy]], dtype=torch.float64),
-        "forces": torch.tensor(forces, dtype=dtype),
-        "stress": torch.tensor(stress, dtype=dtype).unsqueeze(0),
-        "frame_index": torch.tensor([frame_index], dtype=torch.int64),
-        **fields_of_frame(frame, fields, dtype),
+    real = _FLOATS[dtype]
+    missing = np.array(np.nan)
+    arrays = {
+        "pos": np.array(atoms.positions, dtype=real),
+        "atom_types": _type_indices(frame, type_names),
+        "atomic_numbers": np.array(atoms.numbers, dtype=np.int64),
+        "batch": np.zeros(num_atoms, dtype=np.int64),
+        "num_atoms": np.array([num_atoms], dtype=np.int64),
+        "cell": np.array(atoms.cell.array[None], dtype=real),
+        "pbc": np.array(atoms.pbc[None], dtype=bool),
+        "edge_index": edge_index,
+        "edge_cell_shift": np.array(edge_cell_shift, dtype=real),
+        "total_energy": np.array([[np.nan if frame.energy is None else frame.energy]], dtype=np.float64),
+        "forces": _filled(missing if frame.forces is None else frame.forces, (num_atoms, 3), real),
+        "stress": _filled(missing if frame.stress is None else frame.stress, (1, 3, 3), real),
+        "frame_index": np.array([frame_index], dtype=np.int64),
     }
+    sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {**sample, **fields_of_frame(frame, fields, dtype)}
+
+
+_FLOATS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def _filled(values: NDArray[np.float64], shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    array = np.empty(shape, dtype=dtype)
+    array[...] = values
+    return array
 
 
 def empty_batch(dtype: torch.dtype = torch.float32, fields: Sequence[BatchField] = ()) -> dict[str, Tensor]:
@@ -133,10 +164,9 @@ def collate(
     batch: dict[str, Tensor] = {}
     for name in names:
         values = [sample[name] for sample in samples]
-        if name in ("edge_index", "batch"):
-            counted = "pos" if name == "edge_index" else "num_atoms"
-            lengths = torch.tensor([sample[counted].shape[0] for sample in samples])
-            offsets = (lengths.cumsum(0) - lengths).tolist()
-            values = [value + offset for value, offset in zip(values, offsets, strict=True)]
         batch[name] = torch.cat(values, dim=1 if name == "edge_index" else 0)
-    return batch
+        if name in _COUNTED and len(samples) > 1:
+            counted = np.array([sample[_COUNTED[name]].shape[0] for sample in samples])
+            lengths = np.array([value.shape[-1] for value in values])
+            batch[name] += torch.from_numpy(np.repeat(np.cumsum(counted) - counted, lengths))
+    return pack_in_worker(batch)

@@ -39,6 +39,7 @@ from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import isolated_energies
 from harness.data.loader import ResumableDataLoader
 from harness.data.reading import LabelKeys, file_fingerprint, fingerprint_text, read_frames
+from harness.data.references import SETTING
 from harness.data.repeats import repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
 from harness.data.sets import divided
@@ -181,6 +182,8 @@ class AtomsDataModule(LightningDataModule):
         self._fingerprint: dict[str, str] | None = None
         self.model_statistics: Any = None
         """Statistics that the model was built of where they are not those of this training set but of a checkpoint."""
+        self.reference_setting: str | None = SETTING
+        """Setting that the model takes reference energies by, for messages; None if it has no such setting."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read the files, split them and take the statistics; the first call does everything, later ones nothing.
@@ -303,7 +306,8 @@ class AtomsDataModule(LightningDataModule):
         if undetermined is None or (found is not None and not np.allclose(list(found.values()), shifts, 1e-6, 1e-9)):
             return
         directions = np.asarray(undetermined)
-        for text in reference_warnings(self.sets, directions, shifts, self.type_names, stage, is_fitted_here):
+        setting = self.reference_setting
+        for text in reference_warnings(self.sets, directions, shifts, self.type_names, stage, is_fitted_here, setting):
             if text:
                 rank_zero_warn(text)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from harness.data.batch_fields import BatchField
 from harness.data.collate import frame_to_sample, type_indices
@@ -17,6 +17,9 @@ from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame
 
 __all__ = ["AtomsDataset"]
+
+_CACHED_BYTES = 1 << 29
+"""Bound of the samples that a rank keeps of a data set; each worker of a loader has its share of it."""
 
 
 class AtomsDataset(Dataset[dict[str, Tensor]]):
@@ -27,7 +30,8 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         type_names: chemical symbols in the order of the type indices.
         cutoff: of the neighbour lists, in Å.
         dtype: of all floating-point fields but ``total_energy``.
-        cache_neighbors: whether a sample, with its neighbour list, stays in memory once it has been made.
+        cache_neighbors: whether a sample, with its neighbour list, stays in memory once it has been made; up to 512 MiB
+            of them on a rank, which its workers divide among them.
         fields: further ones of the samples: labels, inputs, weights, group.
 
     Raises:
@@ -50,6 +54,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         self.cache_neighbors = cache_neighbors
         self.fields = tuple(fields)
         self._samples: dict[int, dict[str, Tensor]] = {}
+        self._cached_bytes = 0
         self._num_edges: NDArray[np.int64] | None = None
         self._refuse_unknown_symbols()  # now rather than in the middle of an epoch
 
@@ -68,8 +73,16 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
             return self._samples[index]
         sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype, self.fields)
         if self.cache_neighbors:
-            self._samples[index] = sample
+            self._keep(index, sample)
         return sample
+
+    def _keep(self, index: int, sample: dict[str, Tensor]) -> None:
+        """Keep a sample if there is room: every one is drawn as often, so that none is worth more than another."""
+        worker = get_worker_info()
+        size = sum(value.nbytes for value in sample.values())
+        if self._cached_bytes + size <= _CACHED_BYTES // (1 if worker is None else worker.num_workers):
+            self._samples[index] = sample
+            self._cached_bytes += size
 
     def num_atoms(self) -> NDArray[np.int64]:
         """Number of atoms of each frame, ``[num_frames]``."""

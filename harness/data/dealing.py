@@ -61,7 +61,7 @@ def cut_equally(samples: NDArray[Any], num_batches: int) -> EpochPlan:
 
 @dataclass(frozen=True)
 class Dealt:
-    """Which share each item went to.
+    """Shares that items went to.
 
     Attributes:
         shares: share of each item, int32 ``[num_items]``.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from harness.data.facts import LABELS
 from harness.data.frames import FrameSet
-from harness.data.references import outside_text, undetermined_text
+from harness.data.references import SETTING, outside_text, undetermined_text
 from harness.data.sets import FrameSets
 from harness.data.statistics import DataStatistics
 
@@ -71,7 +71,13 @@ def _sizes(sets: Sequence[FrameSet]) -> str:
 
 
 def reference_warnings(
-    sets: FrameSets, undetermined: NDArray[np.float64], shifts: Any, type_names: Sequence[str], stage: str, fitted: bool
+    sets: FrameSets,
+    undetermined: NDArray[np.float64],
+    shifts: Any,
+    type_names: Sequence[str],
+    stage: str,
+    fitted: bool,
+    setting: str | None = SETTING,
 ) -> Iterator[str]:
     """Sentences on references that the training energies leave open, one for each set that they concern.
 
@@ -82,9 +88,10 @@ def reference_warnings(
         type_names: chemical symbols in the order of the types.
         stage: ``fit`` or ``test``.
         fitted: whether the references are fitted to this training set, and not to that of a checkpoint.
+        setting: of the model that references are given by; None if it has none.
     """
     if stage == "fit" and fitted and len(sets.train.labelled("energy")):
-        yield undetermined_text(undetermined, list(map(float, shifts)), type_names)
+        yield undetermined_text(undetermined, list(map(float, shifts)), type_names, setting)
     for name, frames in sets.evaluated().items():
         if stage == "fit" or name.startswith("test"):
-            yield outside_text(name, frames, undetermined, type_names)
+            yield outside_text(name, frames, undetermined, type_names, setting)

@@ -8,8 +8,6 @@ from pathlib import Path
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.build import bulk
-from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from filelock import FileLock
 
@@ -42,6 +40,9 @@ def alloy_frame(index: int, seed: int = 0) -> Atoms:
         index: number of the frame; a frame does not depend on how many others there are.
         seed: seed of the whole data set.
     """
+    from ase.build import bulk  # here, with parts of SciPy: the frames are made once for all trainings
+    from ase.calculators.emt import EMT
+
     generator = np.random.default_rng([seed, index])
     symbols = list(ALLOY_LATTICE_CONSTANTS)
     repeats = ((2, 2, 1), (2, 2, 2))[int(generator.integers(2))]

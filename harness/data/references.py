@@ -198,16 +198,34 @@ def _loose(undetermined: Array, type_names: Sequence[str]) -> tuple[list[str], l
     return entangled, [name for name, part in zip(type_names, parts, strict=True) if part >= 1 - 1e-9]
 
 
-def _remedy(names: Sequence[str]) -> str:
+SETTING = "model.energy_shifts"
+"""Setting of the reference energies of this package's models: ``fit``, numbers, or a file of isolated atoms."""
+
+
+def _remedy(names: Sequence[str], setting: str | None) -> str:
     wanted = ", ".join(f"{name}: eV" for name in names)
-    return (
-        f"Give the energies of isolated atoms: as frames with config_type=IsolatedAtom in data.train, as a file of "
-        f"them (model.energy_shifts=FILE), or as numbers for all types (model.energy_shifts={{{wanted}, ...}})"
+    ways = ["as frames with config_type=IsolatedAtom in data.train"]
+    if setting == SETTING:
+        ways.append(f"as a file of them ({setting}=FILE)")
+    ways.append(
+        "or as references of the model itself, for which its section of the config has no setting"
+        if setting is None
+        else f"or as numbers for all types ({setting}={{{wanted}, ...}})"
     )
+    return f"Give the energies of isolated atoms: {', '.join(ways)}"
 
 
-def undetermined_text(undetermined: Array, energies: Sequence[float], type_names: Sequence[str]) -> str:
-    """Sentences on references that training energies leave open, with what was chosen; no text if there are none."""
+def undetermined_text(
+    undetermined: Array, energies: Sequence[float], type_names: Sequence[str], setting: str | None = SETTING
+) -> str:
+    """Sentences on references that training energies leave open, with what was chosen; no text if there are none.
+
+    Args:
+        undetermined: ``[num_types, num_undetermined]``, see :class:`References`.
+        energies: references in eV in the order of the types.
+        type_names: chemical symbols in that order.
+        setting: that the model takes reference energies by; None if it has no such setting.
+    """
     entangled, absent = _loose(undetermined, type_names)
     if not entangled and not absent:
         return ""
@@ -225,7 +243,7 @@ def undetermined_text(undetermined: Array, energies: Sequence[float], type_names
     return (
         f"the training energies do not determine the reference energies of {', '.join(names)} (energy_shifts=fit): "
         f"{'; '.join(reasons)}. Chosen are {', '.join(f'{name} {chosen[name]:.4f}' for name in names)} eV, the nearest "
-        f"to a rough guess; energies of frames of other compositions will be off. {_remedy(names)}."
+        f"to a rough guess; energies of frames of other compositions will be off. {_remedy(names, setting)}."
     )
 
 
@@ -250,7 +268,13 @@ def refitted_text(undetermined: Array, type_names: Sequence[str], present: Seque
     )
 
 
-def outside_text(name: str, frames: FrameSet, undetermined: Array, type_names: Sequence[str]) -> str:
+def outside_text(
+    name: str,
+    frames: FrameSet,
+    undetermined: Array,
+    type_names: Sequence[str],
+    setting: str | None = SETTING,
+) -> str:
     """Sentences on frames of a set whose energies the training energies say nothing of; no text if there are none.
 
     Args:
@@ -258,6 +282,7 @@ def outside_text(name: str, frames: FrameSet, undetermined: Array, type_names: S
         frames: of the set; those without an energy are not looked at.
         undetermined: ``[num_types, num_undetermined]``, see :class:`References`.
         type_names: chemical symbols in the order of the types.
+        setting: that the model takes reference energies by; None if it has no such setting.
     """
     if not undetermined.shape[1]:
         return ""
@@ -284,5 +309,6 @@ def outside_text(name: str, frames: FrameSet, undetermined: Array, type_names: S
         f"{name}: the energies of {len(outside_frames)} of {len(labelled)} frames have an arbitrary reference "
         f"(energy_shifts=fit), and errors of them mean nothing: {'; '.join(reasons)}. The first is {first.location}, "
         f"{first.atoms.get_chemical_formula()}; forces and stresses are not concerned. Train on such frames, or give "
-        f"the energies of isolated atoms (in data.train with config_type=IsolatedAtom, or by model.energy_shifts)."
+        f"the energies of isolated atoms (in data.train with config_type=IsolatedAtom"
+        f"{f', or by {setting}' if setting else ''})."
     )

@@ -1,34 +1,38 @@
 """Ranks: launchers, collectives of a step, sharded parameters, the rendezvous, and notes after a failure."""
 
-from harness.distributed.collectives import (
-    ProcessGroup,
-    broadcast_from_first,
-    data_parallel_size,
-    gather_objects,
-    gradient_scale,
-    is_distributed,
-    known_backends,
-    max_over_ranks,
-    merge_over_ranks,
-    rank_in_group,
-    sum_over_ranks,
-)
-from harness.distributed.failures import Board, is_lost_connection, keep_alive
-from harness.distributed.launchers import LaunchError, take_ranks
-from harness.distributed.rendezvous import (
-    START_LIMIT,
-    RankAbsentError,
-    agree,
-    decide,
-    is_launched_by_torchrun,
-    join,
-    launched_on_node,
-    launched_rank,
-    launched_ranks,
-    named,
-    share,
-)
-from harness.distributed.sharding import join_shards, shard_parameters, sharded_parts, split_like
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from harness.support.lazy import names_of
+
+if TYPE_CHECKING:
+    from harness.distributed.collectives import (
+        ProcessGroup,
+        broadcast_from_first,
+        data_parallel_size,
+        gather_objects,
+        gradient_scale,
+        is_distributed,
+        known_backends,
+        max_over_ranks,
+        merge_over_ranks,
+        rank_in_group,
+        sum_over_ranks,
+    )
+    from harness.distributed.failures import Board, is_lost_connection, keep_alive
+    from harness.distributed.launched import (
+        START_LIMIT,
+        RankAbsentError,
+        is_launched_by_torchrun,
+        launched_on_node,
+        launched_rank,
+        launched_ranks,
+        named,
+    )
+    from harness.distributed.launchers import LaunchError, take_ranks
+    from harness.distributed.rendezvous import agree, decide, join, share
+    from harness.distributed.sharding import join_shards, shard_parameters, sharded_parts, split_like
 
 __all__ = [
     "START_LIMIT",
@@ -63,3 +67,35 @@ __all__ = [
     "sum_over_ranks",
     "take_ranks",
 ]
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "harness.distributed.collectives": (
+            "ProcessGroup",
+            "broadcast_from_first",
+            "data_parallel_size",
+            "gather_objects",
+            "gradient_scale",
+            "is_distributed",
+            "known_backends",
+            "max_over_ranks",
+            "merge_over_ranks",
+            "rank_in_group",
+            "sum_over_ranks",
+        ),
+        "harness.distributed.failures": ("Board", "is_lost_connection", "keep_alive"),
+        "harness.distributed.launchers": ("LaunchError", "take_ranks"),
+        "harness.distributed.launched": (
+            "START_LIMIT",
+            "RankAbsentError",
+            "is_launched_by_torchrun",
+            "launched_on_node",
+            "launched_rank",
+            "launched_ranks",
+            "named",
+        ),
+        "harness.distributed.rendezvous": ("agree", "decide", "join", "share"),
+        "harness.distributed.sharding": ("join_shards", "shard_parameters", "sharded_parts", "split_like"),
+    },
+)

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from harness.distributed.rendezvous import is_launched_by_torchrun, job_store, start_prefix
+from harness.distributed.launched import is_launched_by_torchrun
+from harness.distributed.rendezvous import job_store, start_prefix
 from harness.distributed.torch_private import TIMER_FILE, request_kill
 
 __all__ = ["Board", "is_lost_connection", "keep_alive"]

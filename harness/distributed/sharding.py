@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,17 +32,21 @@ def sharded_parts(model: nn.Module) -> list[str]:
 
 def split_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that all ranks have, split over them as a parameter is; itself where the parameter is whole."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+    if not _is_split(parameter) or whole.shape != parameter.shape:
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     # nothing is sent: every rank takes its shard of what it has
-    mesh, placements = parameter.device_mesh, parameter.placements
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     return distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 def join_shards(value: Tensor) -> Tensor:
     """The whole of a tensor that is split over the ranks, on all of them; all must call it. Else the tensor itself."""
-    from torch.distributed.tensor import DTensor
+    return value.full_tensor() if _is_split(value) else value  # type: ignore[attr-defined]
 
-    return value.full_tensor() if isinstance(value, DTensor) else value
+
+def _is_split(value: Tensor) -> bool:
+    """True of a ``DTensor``; whoever has one has imported its package, which takes the better part of a second."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(value, tensor.DTensor)

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from harness.config.explain import BAD_INPUT, HINT, message
+from harness.config.bad_input import BAD_INPUT
+from harness.config.explain import HINT, message
 from harness.data.reading import file_fingerprint
 from harness.distributed import START_LIMIT, RankAbsentError, launched_rank, launched_ranks, share
 from harness.evaluate.evaluation import Evaluation, build, picture_names
@@ -22,10 +23,10 @@ from harness.evaluate.report import CSV, JSON
 from harness.evaluate.settings import Request, parse
 from harness.job.consistency import Facts, refusal, versions
 from harness.job.failures import reported
-from harness.job.start import absent_ranks_reported, settle_ranks
 from harness.runs import Interrupted, JobFailed, keyboard_interrupts
+from harness.runs.ranks import absent_ranks_reported, settle_ranks
 from harness.strategies import connect
-from harness.support.warn import quieten
+from harness.support.warn import quieten, settle_rank
 
 __all__ = ["main"]
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     with absent_ranks_reported():
         settle_ranks()
+        settle_rank(launched_rank())
         try:
             with keyboard_interrupts():
                 _evaluate(sys.argv[1:] if arguments is None else arguments)

@@ -96,7 +96,8 @@ class PredictionFile(Callback):
                 by_field[name] = np.split(values, ends) if field_spec(field).level == "node" else values
         for position, number in enumerate(numbers):
             own = {name: np.array(values[position]) for name, values in by_field.items()}
-            own["energy"] = own["energy"].reshape(())
+            if "energy" in own:
+                own["energy"] = own["energy"].reshape(())
             self._own[self._places[dataloader_idx][number]] = own
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

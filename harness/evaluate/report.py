@@ -105,7 +105,7 @@ def write_json(
 def _content(errors: Errors) -> dict[str, Any]:
     values = {name: None if math.isnan(value) else value for name, value in errors.report.values.items()}
     found = {"frames": errors.frames, "atoms": errors.atoms, **errors.facts, "values": values}
-    found["elements"] = {name: _count(count) for name, count in errors.report.counts.items()}
+    found["elements"] = {name: _whole(count) for name, count in errors.report.counts.items()}
     if errors.groups:
         found["groups"] = {group.name: _content(group) for group in errors.groups}
     return found
@@ -134,9 +134,9 @@ def _rows(errors: Errors, manager: MetricsManager) -> Iterator[list[Any]]:
             value = report.values.get(key, math.nan)
             if not math.isnan(value):
                 count = report.counts.get(key)
-                yield [entry.name, kind, repr(value), component_unit(entry), "" if count is None else _count(count)]
+                yield [entry.name, kind, repr(value), component_unit(entry), "" if count is None else _whole(count)]
 
 
-def _count(count: float) -> float:
+def _whole(count: float) -> float:
     """A number of elements; not a whole one where frames have weights."""
     return int(count) if count.is_integer() else count

@@ -11,7 +11,6 @@ another package is tried before it gets its name: the package itself predicts a 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from harness.export.state_dict import state_dict_file
 from harness.export.structure import example_structure
 from harness.models.heads import heads_of
 from harness.support.files import replacing
+from harness.support.process import mistakes_reported
 from harness.trained import TrainedCheckpoint
 
 __all__ = ["FORMATS", "main"]
@@ -66,11 +66,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Command line of ``harness-export``."""
     arguments = _arguments(given)
-    try:
+    with mistakes_reported():
         _run(arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _run(arguments: argparse.Namespace) -> None:

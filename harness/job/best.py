@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
@@ -43,7 +42,7 @@ def best_before(trainer: Trainer, resumed_from: str | None) -> dict[str, Any]:
     monitoring = _monitoring(trainer)
     if monitoring is None or not resumed_from:
         return {}
-    checkpoint = read(Path(resumed_from))
+    checkpoint = read(resumed_from)
     return checkpoint["callbacks"].get(monitoring.state_key, {})  # type: ignore[no-any-return]
 
 
@@ -169,6 +168,6 @@ def load_checkpoint(module: ForceFieldModule, path: str) -> None:
 
     The trainer would let a callback that averages weights put back those that are not averaged.
     """
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    checkpoint = read(path)
     module.on_load_checkpoint(checkpoint)
     load_weights(module, checkpoint["state_dict"])

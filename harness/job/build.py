@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.config.builders import build as build_section
+from harness.config.builders import build_part
 from harness.distributed import START_LIMIT, launched_rank
 from harness.job.best import ComparableScores
 from harness.job.failures import TrainingPosition
@@ -31,6 +32,10 @@ from harness.schedules import Interval, Schedule, as_schedule
 from harness.support.configs import take_out
 
 __all__ = ["Job", "build", "build_module", "follow_schedule", "read_schedule", "time_limit"]
+
+
+_SHIFTS = "statistics.energy_shifts"
+"""Source of a model's fitted reference energies in ``needs``."""
 
 
 @dataclass
@@ -80,14 +85,16 @@ def build(config: DictConfig) -> Job:
     statistics = _statistics(record, datamodule)
     if hasattr(datamodule, "model_statistics") and isinstance(statistics, RecordedStatistics):
         vars(datamodule)["model_statistics"] = statistics
+    if hasattr(datamodule, "reference_setting"):
+        vars(datamodule)["reference_setting"] = _reference_setting(config.model)
     module = build_module(config, datamodule, statistics)
-    callbacks: list[Callback] = [instantiate(section) for section in (config.callbacks or {}).values() if section]
-    adaptive = instantiate(config.adaptive) if config.adaptive else None
+    callbacks: list[Callback] = _parts(config.callbacks, "callbacks")
+    adaptive = build_part(config.adaptive, "adaptive") if config.adaptive else None
     if isinstance(adaptive, Callback):
         callbacks.append(adaptive)
     elif adaptive is not None:
         module.loss.weigh_by(adaptive)
-    loggers: list[Logger] = [instantiate(section) for section in (config.logger or {}).values() if section]
+    loggers: list[Logger] = _parts(config.logger, "logger")
     position = TrainingPosition()
     with withheld() as device_notes:
         own = [position, MadeWith(config, datamodule, statistics), ComparableScores(config, datamodule)]
@@ -95,6 +102,12 @@ def build(config: DictConfig) -> Job:
         trainer = make_trainer(config, make_strategy(config, module.model), [guard, *callbacks, *own], loggers)
     vars(trainer)["datamodule"] = datamodule  # as fit() and test() set it; here so that checks find it
     return Job(config, _console(), datamodule, module, callbacks, loggers, trainer, position, device_notes)
+
+
+def _parts(group: DictConfig | None, name: str) -> list[Any]:
+    """Objects of the sections of a group, but for those that are null."""
+    sections: dict[str, Any] = dict(group.items()) if group else {}  # type: ignore[arg-type]
+    return [build_part(section, f"{name}.{key}") for key, section in sections.items() if section]
 
 
 def _console() -> Console:
@@ -122,6 +135,14 @@ def _statistics(record: dict[str, Any] | None, datamodule: LightningDataModule) 
     now = getattr(datamodule, "statistics", None)
     recorded = (record or {}).get("statistics")
     return RecordedStatistics(recorded, now) if recorded else now
+
+
+def _reference_setting(section: DictConfig) -> str | None:
+    """Setting of a model's section that takes reference energies in eV by type; None without one."""
+    needs = section.get("needs")
+    asked = [str(name) for name, source in needs.items() if source == _SHIFTS] if isinstance(needs, DictConfig) else []
+    known = [name for name in ("energy_shifts", "per_type_energy_shifts") if name in section]
+    return next((f"model.{name}" for name in (*known, *asked)), None)
 
 
 def build_module(config: DictConfig, datamodule: LightningDataModule, statistics: Any = None) -> ForceFieldModule:

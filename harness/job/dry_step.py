@@ -31,7 +31,7 @@ from harness.module import ForceFieldModule
 from harness.module.empty_batches import empty_like, fields_read, takes_empty_batches
 from harness.strategies import FlatStrategy
 from harness.support.lightning_private import ddp_options
-from harness.support.text import reason
+from harness.support.text import reason, some
 
 __all__ = ["check_batch", "check_first_batch"]
 
@@ -223,13 +223,13 @@ def _try_training(module: ForceFieldModule, batch: Batch, trainer: Trainer) -> N
     ]
     if broken:
         raise ValueError(
-            f"The gradient of {_some(broken)} is NaN or infinite in a first {_SETS['train']} batch, although the "
+            f"The gradient of {some(broken)} is NaN or infinite in a first {_SETS['train']} batch, although the "
             f"predictions are finite. The usual cause is the root or norm of a zero: mask it with where() before and "
             f"after."
         )
     if unused and launched_ranks() > 1 and _waits_for_all_gradients(trainer):
         raise ValueError(
-            f"No gradient reaches {_some(unused)}, and DDP waits for one of every parameter. Freeze what is not used "
+            f"No gradient reaches {some(unused)}, and DDP waits for one of every parameter. Freeze what is not used "
             f"(requires_grad=False), or set strategy=ddp +strategy.find_unused_parameters=true."
         )
 
@@ -261,7 +261,7 @@ def _try_without_graphs(module: ForceFieldModule, batch: Batch, name: str, train
     lacking = [name for name, weight in module.model.named_parameters() if weight.requires_grad and weight.grad is None]
     if lacking and _waits_for_all_gradients(trainer):
         raise ValueError(
-            f"No gradient reaches {_some(lacking)} from {what} and DDP waits for one of every parameter. A model whose "
+            f"No gradient reaches {some(lacking)} from {what} and DDP waits for one of every parameter. A model whose "
             f"takes_empty_batches is true adds 0 times each parameter there; without that attribute it is not called."
         )
 
@@ -343,11 +343,6 @@ def _on_cpu(trainer: Trainer) -> bool:
 
 def _not_finite(value: Tensor) -> str:
     return f"{int((~value.isfinite()).sum())} NaN or infinite numbers of {value.numel()}"
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:4])
-    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more parameters"
 
 
 _SETS = {"train": "training", "val": "validation"}

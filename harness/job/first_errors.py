@@ -27,6 +27,7 @@ from harness.distributed import launched_rank, share
 from harness.job.build import Job
 from harness.job.recorded_model import ReferenceChoice, chosen_references
 from harness.models import reference_energies, set_reference_energies
+from harness.support.text import some
 
 __all__ = ["settle_references"]
 
@@ -44,13 +45,13 @@ class _Predictions:
     """Energies of labelled frames in eV, by the model and of the labels, and errors of all their forces."""
 
     counts: Array  # [num_frames, num_types]
-    predicted: Array  # [num_frames]
+    predicted: Array  # [num_frames], NaN of a model that predicts no energy
     labels: Array  # [num_frames]
     force_squares: float
     num_components: int
 
     def energy_error(self, change: Array | None = None) -> float:
-        """Mean absolute error in eV per atom, with references that are changed by ``[num_types]`` eV."""
+        """Mean absolute error in eV per atom, with references changed by ``[num_types]`` eV; NaN without energies."""
         shifted = self.predicted if change is None else self.predicted + self.counts @ change
         return float(np.mean(np.abs(self.labels - shifted) / self.counts.sum(axis=1)))
 
@@ -114,10 +115,14 @@ def _on_one_rank(
         "per_atom_energy_mae": errors.energy_error(),
         "references": None if before is None else dict(before),
     }
+    has_energy = not np.isnan(errors.predicted).all()
+    energies = f"energies {facts['per_atom_energy_mae']:.4g} eV/atom (MAE)" if has_energy else "no energies"
     lines = [
-        f"before the first step, {len(chosen)} of {len(dataset)} frames of the {name}: energies "
-        f"{facts['per_atom_energy_mae']:.4g} eV/atom (MAE), forces {facts['forces_rmse']:.4g} eV/Å (RMSE)"
+        f"before the first step, {len(chosen)} of {len(dataset)} frames of the {name}: {energies}, forces "
+        f"{facts['forces_rmse']:.4g} eV/Å (RMSE)"
     ]
+    if choice != "keep" and not has_energy:
+        raise ValueError(f"model.energy_shifts={choice}: the model predicts no energies that references belong to.")
     if before is None:
         return lines, facts
     if choice == "keep":
@@ -179,12 +184,15 @@ def _refitted(job: Job, before: Mapping[str, float], type_names: Sequence[str]) 
 
 def _hint(errors: _Predictions) -> list[str]:
     """A line where most of the error of the energies is one of references."""
-    left, now = errors.energy_error(errors.fitted_change()), errors.energy_error()
+    now = errors.energy_error()
+    if not np.isfinite(now):
+        return []
+    left = errors.energy_error(errors.fitted_change())
     if now < _OFFSET or left > now / 3:
         return []
     return [
-        f"most of the error of the energies is one of references: model.energy_shifts=fit would leave about {left:.2g} "
-        f"eV/atom"
+        f"most of the error of the energies is one of references: model=from_checkpoint model.energy_shifts=fit would "
+        f"leave about {left:.2g} eV/atom"
     ]
 
 
@@ -193,10 +201,9 @@ def _changes(before: Mapping[str, float], now: Mapping[str, float]) -> str:
     names = sorted((name for name in now if now[name] != before[name]), key=lambda name: -abs(now[name] - before[name]))
     if not names:
         return "none has changed"
-    shown = ", ".join(f"{name} {before[name]:.4f} → {now[name]:.4f} eV" for name in names[:_SHOWN])
+    shown = some((f"{name} {before[name]:.4f} → {now[name]:.4f} eV" for name in names), _SHOWN)
     kept = len(now) - len(names)
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{shown}{more}" + (f"; {kept} of elements that the frames do not have are kept" if kept else "")
+    return shown + (f"; {kept} of elements that the frames do not have are kept" if kept else "")
 
 
 def _set_to_measure(job: Job) -> tuple[str, AtomsDataset] | None:
@@ -230,7 +237,8 @@ def _predicted(job: Job, dataset: AtomsDataset, indices: Sequence[int]) -> _Pred
         with job.trainer.precision_plugin.forward_context():
             for batch in _batches(job, dataset, indices):
                 found = model({name: value.to(device) for name, value in batch.items()})
-                energies += found["total_energy"].detach().double().flatten().cpu().tolist()
+                no_energy = torch.full_like(batch["num_atoms"], torch.nan, dtype=torch.float64)
+                energies += found.get("total_energy", no_energy).detach().double().flatten().cpu().tolist()
                 if "forces" in found and "forces" in batch:
                     differences = (found["forces"].detach().double().cpu() - batch["forces"].double()).numpy()
                     squares += float(np.nansum(differences**2))

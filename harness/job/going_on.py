@@ -30,7 +30,7 @@ def check_continuation(path: str, module: ForceFieldModule, trainer: Trainer) ->
     Raises:
         ValueError: with the reason.
     """
-    module.go_on_from(read(Path(path)), trainer)
+    module.go_on_from(read(path), trainer)
 
 
 def changed_settings(path: str, config: DictConfig) -> list[str]:
@@ -39,7 +39,7 @@ def changed_settings(path: str, config: DictConfig) -> list[str]:
     Those of the optimizer and the learning-rate scheduler are told by the module; those that concern the model are
     compared by :mod:`harness.job.match`.
     """
-    record = read(Path(path)).get(MADE_WITH)
+    record = read(path).get(MADE_WITH)
     if not isinstance(record, Mapping):
         return []
     changed = _whole_parts(differences(record, config))
@@ -89,7 +89,7 @@ def load_initial_weights(path: str, module: ForceFieldModule, anew: Sequence[str
         module: of the training, whose model has the weights of the checkpoint by name and shape.
         anew: patterns of names of weights that the model keeps as it was made with them.
     """
-    checkpoint = read(Path(path))
+    checkpoint = read(path)
     weights, own = model_weights(checkpoint), module.model.state_dict()
     loaded = {name: value for name, value in weights.items() if not is_made_anew(name, anew)}
     left_out = [name for name in weights if name not in loaded]

@@ -24,6 +24,7 @@ from harness.job.protocols import FinishesRun, WritesFiles
 from harness.job.recorded_model import settle_model
 from harness.metrics import MetricsManager
 from harness.module.horizon import Progress
+from harness.module.reporting import types_with_data
 from harness.strategies import connect
 from harness.support.log_keys import LogKeys, stage_of_set
 
@@ -121,7 +122,7 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
     before = best_before(trainer, start)
     if start and _are_other_scores(job, start):
         before = {}
-    complete = read(Path(job.resume_from)).get(COMPLETE) if job.resume_from else None
+    complete = read(job.resume_from).get(COMPLETE) if job.resume_from else None
     if complete is not None:
         job.console.print(f"training is complete in {job.resume_from}", highlight=False, soft_wrap=True)
         return dict(complete), best_checkpoint(trainer, before) or job.resume_from
@@ -130,7 +131,7 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
     if start and not job.resume_from:
         lines = [f"differs from the checkpoint: {line}" for line in changed_settings(start, job.config)]
         _print_lines(job, lines)
-        done, limit = Progress.of(read(Path(start))).epochs, trainer.max_epochs
+        done, limit = Progress.of(read(start)).epochs, trainer.max_epochs
         if limit not in (None, -1) and done >= limit:  # type: ignore[operator]
             job.console.print(f"nothing is left to train: {done} epochs are done, and max_epochs={limit}")
     trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=start, weights_only=True)
@@ -162,9 +163,11 @@ def _test(job: Job, best: str | None) -> dict[str, float]:
     results = _floats(job.trainer.callback_metrics)
     for index, manager in enumerate(job.module.test_metrics):
         if isinstance(manager, MetricsManager):
-            keys = LogKeys(stage_of_set("test", index))
+            stage = stage_of_set("test", index)
+            keys, report = LogKeys(stage), job.module.reports.get(stage)
+            present = None if report is None else types_with_data(report, manager)
             values = {name: results[key] for name in manager.value_names if (key := keys.key(name)) in results}
-            job.console.print(values_table(f"test set {index}", manager, values))
+            job.console.print(values_table(f"test set {index}", manager, values, type_names=present))
     return results
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -133,7 +132,7 @@ def types_of_checkpoint(config: DictConfig) -> dict[str, list[str]]:
     start = Start.of(config)
     if start is None or "type_names" not in config.data or config.data.type_names is not None:
         return {}
-    names = read(Path(start.path)).get("type_names")
+    names = read(start.path).get("type_names")
     return {"type_names": [str(name) for name in names]} if names else {}
 
 
@@ -155,7 +154,7 @@ def compare(
     Raises:
         ValueError: a difference that the weights of the checkpoint cannot go with.
     """
-    checkpoint = read(Path(start.path))
+    checkpoint = read(start.path)
     record: dict[str, Any] | None = checkpoint.get(MADE_WITH)
     lines, warned = [], []
     if record is None:
@@ -388,7 +387,7 @@ def energy_level_text(start: Start, record: Mapping[str, Any], datamodule: Light
                 raise ValueError(
                     f"{text}. This is no difference between structures, whose cohesive energies are below 9 eV/atom: "
                     f"the labels have another reference level, or the compositions of before did not determine the "
-                    f"references (model.energy_shifts=<file of isolated atoms> would have). The model keeps its own. "
+                    f"references (energies of isolated atoms would have). The model keeps its own. "
                     f"Label both with the same (total energies of one code and its settings, or both less the same "
                     f"isolated atoms), or train anew."
                 )

@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from harness.checkpoints import read
+from harness.checkpoints import OF_A_TRAINING, best_in, read
 from harness.config.precision import DEFAULT, disagreement, places
 from harness.config.resolvers import config_folder
 from harness.distributed import launched_on_node, launched_ranks
@@ -31,8 +30,8 @@ from harness.job.match import ACCEPTED, Start, compare
 from harness.job.monitors import check_monitors, missing_labels
 from harness.job.protocols import ChecksJob
 from harness.metrics import MetricsManager
-from harness.models.conversion import KINDS, kind_of
 from harness.module import ForceFieldModule
+from harness.module.build import try_first_turn
 from harness.module.coefficient_control import NORMALISING, controllers_of, refuse_several
 from harness.module.continuation import parts_of
 from harness.module.horizon import TrainingLength
@@ -199,35 +198,9 @@ def check_files(config: DictConfig) -> None:
 def _check_file(name: str, path: object) -> None:
     if not isinstance(path, str):
         raise ValueError(f"{name} is the path of a checkpoint or null, found {path!r}.")
-    if Path(path).is_dir():
-        inside = [file for file in (Path(path) / "checkpoints", Path(path)) if (file / "best.ckpt").is_file()]
-        if inside:
-            raise ValueError(
-                f"{name}={path} is a folder, expected a checkpoint in it: {name}={inside[0] / 'best.ckpt'}, or "
-                f"last.ckpt beside it."
-            )
+    if best_in(path) is None:
         refuse_folder(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name}={path}: there is no such file.")
-    kind = kind_of(path)
-    if kind is not None:  # a pickle, which is not read here
-        raise ValueError(
-            f"{name}={path} is a {KINDS[kind]}: convert it once, which runs the code that it holds, and start from "
-            f"what is written:\n  harness-convert {path} --unpickle -o {Path(path).name.partition('.')[0]}.ckpt"
-        )
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # of pickle, zip and torch, each in its own words
-        raise ValueError(
-            f"{name}={path} cannot be read as a checkpoint ({type(error).__name__}). Is the file complete, and "
-            f"written by this command?"
-        ) from error
-    missing = {"state_dict", "epoch", "loops"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise ValueError(
-            f"{name}={path} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}. Give one of the "
-            f"files in the folder checkpoints/ of a run."
-        )
+    read(path, OF_A_TRAINING, checksums=True, setting=name)
 
 
 def _check_cutoffs(config: DictConfig) -> None:
@@ -261,7 +234,7 @@ def check(job: Job) -> None:
     start = Start.of(config)
     if start is not None:
         job.notes, of_checkpoint = compare(start, config, job.datamodule, module, job.references == "keep")
-        states = read(Path(start.path))["state_dict"]
+        states = read(start.path)["state_dict"]
         warned += [*of_checkpoint, *filter(None, [rounded_by_checkpoint(states, module.model, job.trainer.precision)])]
     for text in warned:
         rank_zero_warn(text)
@@ -273,7 +246,10 @@ def check(job: Job) -> None:
     # the trainer makes them anew; here for the mistakes in their sections
     made = module.configure_optimizers(TrainingLength.of(job.trainer) if config.train else None)
     if config.train:
-        job.parameters = parameter_table(module.model, parts_of(made)[0])
+        optimizer, scheduler = parts_of(made)
+        job.parameters = parameter_table(module.model, optimizer)
+        if scheduler is not None:
+            try_first_turn(scheduler)
     if config.train:
         if config.ckpt_path:
             check_continuation(config.ckpt_path, module, job.trainer)

@@ -3,61 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
-from harness.config.explain import BAD_INPUT, message
+from harness.config.bad_input import BAD_INPUT
+from harness.config.explain import message
 from harness.distributed import (
     START_LIMIT,
-    LaunchError,
-    RankAbsentError,
     launched_rank,
     launched_ranks,
     share,
-    take_ranks,
 )
 from harness.job.build import time_limit
 from harness.job.consistency import facts, refusal
 from harness.job.job import Job, prepare
 from harness.job.protocols import KeepsCheckpoints
-from harness.runs import Command, JobFailed, claim, goes_on, is_interrupted
-from harness.support.warn import settle_rank
+from harness.runs import Command, claim, goes_on, is_interrupted
 
-__all__ = ["absent_ranks_reported", "settle_ranks", "start", "time_limit"]
-
-
-@contextmanager
-def absent_ranks_reported() -> Iterator[None]:
-    """Raise :class:`~harness.runs.JobFailed` where ranks did not come; the rank that has waited reports it."""
-    try:
-        yield
-    except RankAbsentError as error:
-        if str(error).startswith(f"Rank {launched_rank()} "):  # not if another rank has reported it
-            print(f"\nerror: {error}", file=sys.stderr)
-        raise JobFailed(str(error)) from error
-
-
-def settle_ranks() -> None:
-    """Take the ranks of the launcher, whichever it is, into torch's variables.
-
-    Raises:
-        JobFailed: the launcher's variables make no sense; rank 0 has reported it.
-    """
-    try:
-        notes = take_ranks()
-    except LaunchError as error:
-        if not error.rank:  # otherwise rank 0 finds the same
-            print(f"\nerror: {error}", file=sys.stderr)
-        raise JobFailed(str(error)) from None
-    settle_rank(launched_rank())
-    for note in notes:
-        print(f"launch: {note}", flush=True)
+__all__ = ["start", "time_limit"]
 
 
 def start(config: DictConfig, limit: timedelta, command: Command) -> Job:

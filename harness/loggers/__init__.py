@@ -7,9 +7,24 @@ step in it once. What fails is warned about once, and the training goes on. No s
 
 from __future__ import annotations
 
-from harness.loggers.csv_file import CSVLogger
-from harness.loggers.of_trainer import log_image, wandb_loggers
-from harness.loggers.secrets import without_secrets
-from harness.loggers.wandb_logger import WandbLogger
+from typing import TYPE_CHECKING
+
+from harness.support.lazy import names_of
+
+if TYPE_CHECKING:
+    from harness.loggers.csv_file import CSVLogger
+    from harness.loggers.of_trainer import log_image, wandb_loggers
+    from harness.loggers.secrets import without_secrets
+    from harness.loggers.wandb_logger import WandbLogger
 
 __all__ = ["CSVLogger", "WandbLogger", "log_image", "wandb_loggers", "without_secrets"]
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "harness.loggers.csv_file": ("CSVLogger",),
+        "harness.loggers.of_trainer": ("log_image", "wandb_loggers"),
+        "harness.loggers.secrets": ("without_secrets",),
+        "harness.loggers.wandb_logger": ("WandbLogger",),
+    },
+)

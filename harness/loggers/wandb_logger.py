@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._run: WandbRun | None = None
         self._resumed_step: int | None = None
         self._last_step: int | None = None
+        self._left_out: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, which has a run of its own."""
@@ -140,8 +142,17 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log values of a step."""
-        self._log({key: _copied(value) for key, value in metrics.items()}, step)
+        """Log values of a step, but for those that are left out."""
+        kept = {key: value for key, value in metrics.items() if key not in self._left_out or not _is_nan(value)}
+        self._log({key: _copied(value) for key, value in kept.items()}, step)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Leave values out as long as they are NaN, such as those of atom types that the data do not have.
+
+        Args:
+            names: of the values.
+        """
+        self._left_out.update(names)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -165,8 +176,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         Raises:
             ValueError: a pattern instead of a name, or a name in ``minimised`` alone.
         """
-        axes = axes_of(epoch, step, minimised, epoch_name=self._prefixed("epoch"), step_name=STEP)
-        self._begin().define({self._prefixed(name): axis for name, axis in axes.items()})
+        axes = axes_of(epoch, step, minimised, epoch_name=_prefixed(self, "epoch"), step_name=STEP)
+        self._begin().define({_prefixed(self, name): axis for name, axis in axes.items()})
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -264,7 +275,7 @@ class WandbLogger(lightning_loggers.WandbLogger):
 
     def _log(self, row: dict[str, Any], step: int | None) -> None:
         at = self._step_of(step)
-        self._begin().log({self._prefixed(key): value for key, value in row.items()}, at)
+        self._begin().log({_prefixed(self, key): value for key, value in row.items()}, at)
 
     def _step_of(self, step: int | None) -> int | None:
         """The step; without one that of the row before, as W&B does by itself in one start."""
@@ -315,8 +326,14 @@ class WandbLogger(lightning_loggers.WandbLogger):
     def _submit(self, call: Callable[[], None]) -> None:
         self._begin().thread.submit(call)
 
-    def _prefixed(self, key: str) -> str:
-        return f"{self._prefix}{self.LOGGER_JOIN_CHAR}{key}" if self._prefix else key
+
+def _prefixed(logger: WandbLogger, key: str) -> str:
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{key}" if logger._prefix else key
+
+
+def _is_nan(value: Any) -> bool:
+    """True for a NaN on the host; a tensor on a device is not asked, which would wait."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _copied(value: Any) -> Any:

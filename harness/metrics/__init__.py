@@ -4,6 +4,7 @@ from harness.metrics.accumulation import Window
 from harness.metrics.adapters import GatheredAdapter, MergedAdapter
 from harness.metrics.coefficients import Coefficients, Normalisation, WeightedComponents, Weighting
 from harness.metrics.components import WEIGHTED_SUM, MetricEntry, WeightedEntry, parse_entries
+from harness.metrics.distributions import ErrorQuantile, RelativeMeanAbsoluteError, RelativeRootMeanSquaredError
 from harness.metrics.errors import (
     ErrorMetric,
     HuberLoss,
@@ -24,26 +25,36 @@ from harness.metrics.layout import Layout
 from harness.metrics.manager import MetricsManager, compute_together, merge_accumulated, step_together
 from harness.metrics.measure import BatchReader, Reading, modifier_key
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
+from harness.metrics.structures import EnergyForcesWithinThreshold, MeanOverStructures
 from harness.metrics.values import Evaluated, Report, Values
+from harness.metrics.vectors import FractionWithin, MeanCosineSimilarity, MeanVectorError
 
 __all__ = [
     "WEIGHTED_SUM",
     "BatchReader",
     "Coefficients",
     "Elements",
+    "EnergyForcesWithinThreshold",
     "ErrorMetric",
+    "ErrorQuantile",
     "Evaluated",
+    "FractionWithin",
     "GatheredAdapter",
     "HuberLoss",
     "Layout",
     "MaximumAbsoluteError",
     "MeanAbsoluteError",
+    "MeanCosineSimilarity",
+    "MeanOverStructures",
     "MeanSquaredError",
+    "MeanVectorError",
     "MergedAdapter",
     "MetricEntry",
     "MetricsManager",
     "Normalisation",
     "Reading",
+    "RelativeMeanAbsoluteError",
+    "RelativeRootMeanSquaredError",
     "Report",
     "RootMeanSquaredError",
     "Row",

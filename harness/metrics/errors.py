@@ -104,6 +104,8 @@ class ErrorMetric(Metric, ABC):
 
     See :func:`is_linear`.
     """
+    dimensionless: ClassVar[bool] = False
+    """True of a fraction or cosine, whose unit is not that of the target."""
 
     full_state_update = False
     is_differentiable = True

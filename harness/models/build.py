@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from ase.data import atomic_numbers
@@ -11,6 +12,7 @@ from ase.data import atomic_numbers
 from harness.models.force_field import ForceField
 from harness.models.scale_shift import ScaleShift, TypeStatistics, resolve_scales, resolve_shifts
 from harness.models.schnet import SchNetEnergy
+from harness.support.arguments import AtLeast, Count, Positive
 
 __all__ = ["schnet_force_field"]
 
@@ -18,11 +20,11 @@ __all__ = ["schnet_force_field"]
 def schnet_force_field(
     statistics: TypeStatistics,
     *,
-    cutoff: float,
-    hidden_channels: int = 32,
-    num_filters: int = 32,
-    num_interactions: int = 2,
-    num_gaussians: int = 24,
+    cutoff: Positive,
+    hidden_channels: Annotated[int, AtLeast(2)] = 32,
+    num_filters: Count = 32,
+    num_interactions: Count = 2,
+    num_gaussians: Annotated[int, AtLeast(2)] = 24,
     energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
     energy_scales: Mapping[str, float] | str | float = "force_rms",
     trainable_scales: bool = False,

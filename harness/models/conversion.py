@@ -53,8 +53,8 @@ class Converted:
         target: dotted path of the builder.
         arguments: of the builder, plain data: the whole architecture, nothing is left to the statistics of data.
         model: made by it, with the weights of the file, in evaluation mode.
-        both: predictions of a batch by the package itself and by ``model``, ``total_energy`` ``[num_graphs, 1]`` and
-            ``forces``; in float64 where the package can.
+        both: predictions of a batch by the package itself and by ``model``, ``total_energy`` ``[num_graphs, 1]``,
+            ``forces``, and ``stress`` ``[num_graphs, 3, 3]`` where it has it; in float64 where the package can.
         type_names: chemical symbols in the order of the types.
         cutoff: in Å.
         dtype: of the weights, ``float32`` or ``float64``.

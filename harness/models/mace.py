@@ -16,6 +16,7 @@ from harness.models.heads import head_of_graphs, resolve_heads, shifts_of_heads
 from harness.models.packages import missing_package
 from harness.models.references import connected_zero
 from harness.models.scale_shift import ScaleShift, TypeStatistics, resolve_scales, resolve_shifts
+from harness.support.arguments import Count, Order, Positive, WeightsDtype
 from harness.support.guest import guest
 
 __all__ = ["MACEEnergy", "mace_force_field"]
@@ -76,24 +77,24 @@ class MACEEnergy(nn.Module):
 def mace_force_field(
     statistics: TypeStatistics,
     *,
-    cutoff: float,
-    channels: int = 64,
-    max_L: int = 1,
-    max_ell: int = 3,
-    num_interactions: int = 2,
-    correlation: int = 3,
-    num_bessel: int = 8,
-    num_polynomial_cutoff: int = 5,
-    radial_mlp: Sequence[int] = (64, 64, 64),
+    cutoff: Positive,
+    channels: Count = 64,
+    max_L: Order = 1,
+    max_ell: Order = 3,
+    num_interactions: Count = 2,
+    correlation: Count | Sequence[Count] = 3,
+    num_bessel: Count = 8,
+    num_polynomial_cutoff: Count = 5,
+    radial_mlp: Sequence[Count] = (64, 64, 64),
     mlp_irreps: str = "16x0e",
-    gate: str = "silu",
+    gate: str | None = "silu",
     interaction_first: str = "RealAgnosticResidualInteractionBlock",
     interaction: str = "RealAgnosticResidualInteractionBlock",
-    avg_num_neighbors: float | None = None,
+    avg_num_neighbors: Positive | None = None,
     energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
     energy_scales: float | str = "force_rms",
     stress: bool = True,
-    dtype: str = "float32",
+    dtype: WeightsDtype = "float32",
     seed: int | None = None,
     heads: Sequence[str] | str | None = None,
     **options: Any,
@@ -173,7 +174,7 @@ def mace_force_field(
             avg_num_neighbors=float(neighbors),
             atomic_numbers=ordered,
             correlation=correlation,
-            gate=_named(modules.gate_dict, gate, "gate"),
+            gate=_named(modules.gate_dict, str(gate), "gate"),  # "None" is a name there
             radial_MLP=list(radial_mlp),
             atomic_inter_scale=[scale] * len(names) if names else scale,
             atomic_inter_shift=[0.0] * len(names) if names else 0.0,

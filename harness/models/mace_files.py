@@ -226,6 +226,7 @@ class _Both:
             },
             training=False,
             compute_force=True,
+            compute_stress=True,
         )
-        energy = found["energy"].reshape(-1, 1)
-        return {"total_energy": energy.detach(), "forces": found["forces"].detach()}, self.model(batch)
+        theirs = {"total_energy": found["energy"].reshape(-1, 1), "forces": found["forces"], "stress": found["stress"]}
+        return {name: value.detach() for name, value in theirs.items()}, self.model(batch)

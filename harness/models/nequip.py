@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harness.models.packages import missing_package
 from harness.models.references import ReferenceEnergies, connected_zero
 from harness.models.scale_shift import TypeStatistics, resolve_scales, resolve_shifts
+from harness.support.arguments import Count, OneOf, Order, Positive, WeightsDtype
 from harness.support.guest import guest
 from harness.support.text import reason
 
@@ -103,19 +104,19 @@ class NequIPForceField(nn.Module):
 def nequip_force_field(
     statistics: TypeStatistics,
     *,
-    cutoff: float,
-    num_layers: int = 4,
-    l_max: int = 1,
+    cutoff: Positive,
+    num_layers: Count = 4,
+    l_max: Order = 1,
     parity: bool = True,
-    num_features: int | Sequence[int] = 32,
-    radial_mlp_depth: int = 1,
-    radial_mlp_width: int = 128,
-    avg_num_neighbors: float | None = None,
+    num_features: Count | Sequence[Order] = 32,
+    radial_mlp_depth: Order = 1,
+    radial_mlp_width: Count = 128,
+    avg_num_neighbors: Positive | Mapping[str, Positive] | None = None,
     energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
     energy_scales: Mapping[str, float] | str | float = "force_rms",
     stress: bool = True,
-    dtype: str = "float32",
-    compile_mode: str = "eager",
+    dtype: WeightsDtype = "float32",
+    compile_mode: Annotated[str, OneOf("eager", "compile")] = "eager",
     seed: int = 0,
     **options: Any,
 ) -> NequIPForceField:
@@ -169,19 +170,19 @@ def nequip_force_field(
 def allegro_force_field(
     statistics: TypeStatistics,
     *,
-    cutoff: float,
-    num_layers: int = 2,
-    l_max: int = 1,
+    cutoff: Positive,
+    num_layers: Count = 2,
+    l_max: Order = 1,
     parity: bool = True,
-    num_scalar_features: int = 64,
-    num_tensor_features: int = 16,
+    num_scalar_features: Count = 64,
+    num_tensor_features: Count = 16,
     radial_chemical_embed: Mapping[str, Any] | None = None,
-    avg_num_neighbors: float | None = None,
+    avg_num_neighbors: Positive | Mapping[str, Positive] | None = None,
     energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
     energy_scales: Mapping[str, float] | str | float = "force_rms",
     stress: bool = True,
-    dtype: str = "float32",
-    compile_mode: str = "eager",
+    dtype: WeightsDtype = "float32",
+    compile_mode: Annotated[str, OneOf("eager", "compile")] = "eager",
     seed: int = 0,
     **options: Any,
 ) -> NequIPForceField:

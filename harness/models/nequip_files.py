@@ -177,4 +177,5 @@ class _Both:
         """Predictions of a batch of float64."""
         read = ("pos", "edge_index", "edge_cell_shift", "cell", "batch", "num_atoms", "atom_types")
         found = self.own({name: batch[name].clone() for name in read})
-        return {name: found[name].detach() for name in ("total_energy", "forces")}, self.model(batch)
+        names = [name for name in ("total_energy", "forces", "stress") if name in found]
+        return {name: found[name].detach() for name in names}, self.model(batch)

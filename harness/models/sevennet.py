@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from ase.data import atomic_numbers
@@ -16,6 +16,7 @@ from harness.models.geometry import edge_vectors
 from harness.models.packages import missing_package
 from harness.models.references import connected_zero
 from harness.models.scale_shift import ScaleShift, TypeStatistics, resolve_scales, resolve_shifts
+from harness.support.arguments import Count, OneOf, Order, Positive, WeightsDtype
 from harness.support.guest import guest
 
 __all__ = ["SevenNetEnergy", "sevennet_force_field"]
@@ -79,22 +80,22 @@ class SevenNetEnergy(nn.Module):
 def sevennet_force_field(
     statistics: TypeStatistics,
     *,
-    cutoff: float,
-    channels: int = 32,
-    lmax: int = 1,
-    num_convolution_layer: int = 3,
+    cutoff: Positive,
+    channels: Count = 32,
+    lmax: Order = 1,
+    num_convolution_layer: Count = 3,
     is_parity: bool = True,
-    weight_nn_hidden_neurons: Sequence[int] = (64, 64),
-    num_bessel: int = 8,
-    cutoff_p: int = 6,
-    self_connection_type: str = "nequip",
-    conv_denominator: float | None = None,
+    weight_nn_hidden_neurons: Sequence[Count] = (64, 64),
+    num_bessel: Count = 8,
+    cutoff_p: Count = 6,
+    self_connection_type: Annotated[str, OneOf("nequip", "linear", "none")] = "nequip",
+    conv_denominator: Positive | None = None,
     energy_shifts: Mapping[str, float] | str | os.PathLike[str] = "fit",
     energy_scales: Mapping[str, float] | str | float = "force_rms",
     modalities: Sequence[str] = (),
     modality: str | None = None,
     stress: bool = True,
-    dtype: str = "float32",
+    dtype: WeightsDtype = "float32",
     seed: int | None = None,
     **options: Any,
 ) -> ForceField:

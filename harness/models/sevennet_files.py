@@ -178,4 +178,7 @@ class _Both:
             if name == "onehot_idx_to_onehot":  # which sevenn makes float32 whatever the weights are
                 data["x"], data["node_attr"] = data["x"].double(), data["node_attr"].double()
         found = {"total_energy": data["inferred_total_energy"].reshape(-1, 1), "forces": data["inferred_force"]}
+        if "inferred_stress" in data:
+            xx, yy, zz, xy, yz, zx = (-data["inferred_stress"]).unbind(-1)  # in sevenn's order and sign
+            found["stress"] = torch.stack((xx, xy, zx, xy, yy, yz, zx, yz, zz), dim=-1).reshape(-1, 3, 3)
         return found, self.model(batch)

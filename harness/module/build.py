@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import math
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,14 +19,17 @@ from weakref import WeakKeyDictionary
 import torch
 from hydra.utils import instantiate
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.metrics import MetricsManager
 from harness.module.horizon import HORIZON, Pace
 from harness.module.learning_rates import WarmUp
 from harness.module.parameters import ParameterGroups
 from harness.schedules import check_interval
-from harness.support.checks import whole_number
-from harness.support.configs import take_out
+from harness.support.arguments import misfits
+from harness.support.checks import is_number, whole_number
+from harness.support.configs import take_out, unwrapped
+from harness.support.text import reason
 
 __all__ = [
     "CODE",
@@ -36,6 +41,7 @@ __all__ = [
     "build_optimizer",
     "recipe",
     "scheduler_options",
+    "try_first_turn",
     "warm_up_of",
 ]
 
@@ -317,10 +323,44 @@ def _call(
         if named:
             turns = 1 if length is None else max(length(), 1)
             source = functools.partial(source.func, *source.args, **source.keywords | dict.fromkeys(named, turns))
+    target, options = getattr(source, "func", source), getattr(source, "keywords", {})
+    wrong = _no_numbers(target, options, what if what == "optimizer" else f"{what}.scheduler")
+    name = getattr(getattr(target, "target", target), "__name__", repr(target))
+    if wrong:
+        raise ValueError(f"{' '.join(wrong)} (target {name})")
     try:
         return source(argument)
-    except (TypeError, ValueError) as error:
-        target = getattr(source, "func", source)
-        options = getattr(source, "keywords", {})
-        name = getattr(getattr(target, "target", target), "__name__", repr(target))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"The {what}, {name} with {dict(options)}, cannot be made: {error}") from error
+
+
+def _no_numbers(target: Callable[..., Any], options: Mapping[str, Any], section: str) -> list[str]:
+    """Sentences about texts, lists and the like in the place of numbers; torch takes whole numbers as floats too."""
+    plain = {name: unwrapped(value) for name, value in options.items() if not is_number(value)}
+    return misfits(target, plain, section)
+
+
+def try_first_turn(options: Mapping[str, Any]) -> None:
+    """Let a scheduler that is thrown away afterwards take a turn, so that a setting that fails then is found before.
+
+    Args:
+        options: Lightning's dictionary of it.
+
+    Raises:
+        ValueError: it fails, or gives a learning rate that is no number of at least 0.
+    """
+    scheduler = options["scheduler"]
+    name = type(scheduler).__name__
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no step of the optimizer has come before
+            scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+    except Exception as error:
+        raise ValueError(f"lr_scheduler.scheduler: {name} fails at its first turn: {reason(error)}") from error
+    wrong = [rate for rate in map(float, rates) if not (math.isfinite(rate) and rate >= 0)]
+    if wrong:
+        raise ValueError(
+            f"lr_scheduler.scheduler: the first turn of {name} gives a learning rate of {wrong[0]:g}, expected a "
+            f"number of at least 0. Look at its settings."
+        )

@@ -115,7 +115,7 @@ def skip_empty_batches(model: nn.Module, rows: PredictedRows) -> None:
     """
     if not isinstance(model, _SkipsEmptyBatches):
         kind = type(model)
-        model.__class__ = type(f"Skipping{kind.__name__}", (_SkipsEmptyBatches, kind), {})
+        model.__class__ = type(f"Skipping{kind.__name__}", (_SkipsEmptyBatches, kind), {"__module__": kind.__module__})
     vars(model)["_predicted_rows"] = rows
 
 

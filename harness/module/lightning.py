@@ -45,7 +45,7 @@ from harness.module.empty_batches import (
 )
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
 from harness.module.optimizer_settings import OptimizerSettings, check_averaging
-from harness.module.reporting import define_axes_of_stages, epoch_row, log_to_all, step_row
+from harness.module.reporting import define_axes_of_stages, epoch_row, leave_out, log_to_all, step_row
 from harness.module.schedule_following import (
     ScheduleFollower,
     check_length,
@@ -64,7 +64,7 @@ from harness.strategies import (
     splits_parameters,
 )
 from harness.support.lightning_private import trainer_of
-from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, stage_of_set
+from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys, stage_of_set
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
 
@@ -290,6 +290,7 @@ class ForceFieldModule(LightningModule):
         if is_whole and is_nth_step(self.trainer, every) and self.trainer.is_global_zero:
             report = values[0].to_report()
             self.latest = report.values
+            leave_out(self.trainer, LogKeys(TRAIN_LOSS, "step"), report, self.loss)
             log_to_all(self.trainer, step_row(report, self.loss, *values[1:]))
         return self.objective(values[0], is_whole)
 
@@ -328,6 +329,7 @@ class ForceFieldModule(LightningModule):
         for stage, values in zip(managers, compute_together(list(managers.values())), strict=True):
             report = self.reports[stage] = values.to_report()
             row = epoch_row(stage, report, managers[stage])
+            leave_out(self.trainer, LogKeys(stage), report, managers[stage])
             # as float64 tensors: Lightning would round Python numbers to float32
             self.log_dict({key: torch.tensor(value, dtype=torch.float64) for key, value in row.items()})
             managers[stage].reset()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from harness.support.checks import is_number
-from harness.support.text import did_you_mean
+from harness.support.text import did_you_mean, some
 
 __all__ = ["ParameterGroup", "ParameterGroups", "freeze", "parameter_names", "parameter_table"]
 
@@ -25,7 +25,6 @@ _COMPILED = "_orig_mod."
 """Part of the names of a module that ``torch.compile`` has wrapped."""
 _MODEL = "model."
 _REST = "rest"
-_NUM_SHOWN = 6
 
 
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,23 +44,17 @@ def _matching(pattern: str, model: nn.Module, setting: str) -> list[str]:
         return found
     inside = pattern.removeprefix(_MODEL)
     buffers = [name for name, _ in model.named_buffers() if fnmatch.fnmatchcase(name, pattern)]
-    hint = f"Expected some of {_some(names)}."
+    hint = f"Expected some of {some(names)}."
     if inside != pattern and any(fnmatch.fnmatchcase(name, inside) for name in names):
         hint = f"Names are those within the model, without `{_MODEL}`: {inside!r}."
     elif buffers:
-        hint = f"{_some(buffers)} is a buffer, which is no parameter and is not trained."
+        hint = f"{some(buffers)} is a buffer, which is no parameter and is not trained."
     else:
         words = dict.fromkeys(word for name in names for word in name.split(".") if not word.isdigit())
         parts = [part for part in pattern.replace("*", ".").split(".") if part]
         near = next(filter(None, (did_you_mean(part, words) for part in parts if part not in words)), "")
         hint = near + hint
     raise ValueError(f"{setting}: the pattern {pattern!r} matches no parameter of the model. {hint}")
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(dict.fromkeys(names))
-    more = f" and {len(listed) - _NUM_SHOWN} more" if len(listed) > _NUM_SHOWN else ""
-    return ", ".join(listed[:_NUM_SHOWN]) + more
 
 
 def _check_patterns(patterns: Any, setting: str) -> list[str]:
@@ -194,7 +187,7 @@ class ParameterGroups:
                 found = _matching(pattern, model, setting)
                 if not any(parameters[name].requires_grad for name in found):
                     raise ValueError(
-                        f"{setting}: the pattern {pattern!r} matches frozen parameters alone: {_some(found)}. Leave it "
+                        f"{setting}: the pattern {pattern!r} matches frozen parameters alone: {some(found)}. Leave it "
                         f"out, or let some of them be trained (freeze)."
                     )
                 for name in found:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
@@ -11,7 +12,17 @@ from harness.metrics import WEIGHTED_SUM, MetricsManager, Report, Values
 from harness.support.lightning_private import logged_step
 from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys
 
-__all__ = ["AxesLogger", "define_axes", "define_axes_of_stages", "epoch_row", "log_to_all", "step_row"]
+__all__ = [
+    "AxesLogger",
+    "SparseLogger",
+    "define_axes",
+    "define_axes_of_stages",
+    "epoch_row",
+    "leave_out",
+    "log_to_all",
+    "step_row",
+    "types_with_data",
+]
 
 
 @runtime_checkable
@@ -20,6 +31,47 @@ class AxesLogger(Protocol):
 
     def define_axes(self, epoch: list[str], step: list[str], minimised: list[str]) -> None:
         """Take keys of values before any is logged; for those in ``minimised``, smaller is better."""
+
+
+@runtime_checkable
+class SparseLogger(Protocol):
+    """A logger whose rows need not have the same names."""
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Take keys of values without data, which are NaN: none of them is logged as long as it is NaN."""
+
+
+def types_with_data(report: Report, manager: MetricsManager) -> list[str]:
+    """Atom types that any per-type component of a report has data of, in the order of the manager."""
+    entries = [entry for entry in manager.entries.values() if entry.per_type]
+    keys = zip(*(entry.type_keys(manager.type_names) for entry in entries), strict=True)
+    return [name for name, own in zip(manager.type_names, keys, strict=False) if any(_has_data(report, k) for k in own)]
+
+
+def _has_data(report: Report, key: str) -> bool:
+    # a maximum has no count of its own
+    return report.counts[key] > 0 if key in report.counts else not math.isnan(report.values.get(key, math.nan))
+
+
+def leave_out(trainer: Trainer, keys: LogKeys, report: Report, manager: MetricsManager) -> None:
+    """Hand every :class:`SparseLogger` the values of atom types that a report has no data of.
+
+    A universal model knows 89 types, of which the data may have two.
+
+    Args:
+        trainer: whose loggers are asked.
+        keys: of the stage.
+        report: of the step or epoch.
+        manager: that it is of.
+    """
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, SparseLogger)]
+    if not loggers:
+        return
+    present = set(types_with_data(report, manager))
+    absent = [name for name in manager.type_names if name not in present]
+    names = [key for entry in manager.entries.values() if entry.per_type for key in entry.type_keys(absent)]
+    for logger in loggers:
+        logger.leave_out(keys.keys(names))
 
 
 def log_to_all(trainer: Trainer, values: Mapping[str, Any], step: int | None = None, epoch: int | None = None) -> None:

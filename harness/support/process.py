@@ -1,4 +1,4 @@
-"""Processes that end with the process that has started them."""
+"""Ends of processes: with the process that has started them, and with a message about a mistake."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import ctypes
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-__all__ = ["PARENT", "end_with_parent"]
+__all__ = ["PARENT", "end_with_parent", "mistakes_reported"]
 
 PARENT = "HARNESS_PARENT"
 """Environment variable with the process id of the parent, which it sets for children that are to end with it."""
@@ -34,3 +35,16 @@ def end_with_parent(number: signal.Signals) -> bool:
     if os.getppid() != int(parent):
         sys.exit(1)
     return True
+
+
+@contextmanager
+def mistakes_reported() -> Iterator[None]:
+    """End a command with exit code 1 and one line on standard error where a mistake of its user is raised.
+
+    Mistakes are ``ValueError``, ``OSError`` and ``ModuleNotFoundError``; all else is an error of the program.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["did_you_mean", "one_line", "reason"]
+__all__ = ["did_you_mean", "one_line", "reason", "some"]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -33,3 +33,10 @@ def one_line(error: BaseException) -> str:
     """An error as part of a warning."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def some(names: Iterable[str], limit: int = 6, more: str = "more") -> str:
+    """The first few different names of a list, and the number of the others: ``a, b and 3 more``."""
+    listed = list(dict.fromkeys(names))
+    rest = f" and {len(listed) - limit} {more}" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + rest

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-__all__ = ["OneWarning", "is_rank_zero", "quieten", "settle_rank", "warn"]
+__all__ = ["OneWarning", "is_rank_zero", "own_handlers", "quieten", "settle_rank", "warn"]
 
 
 def is_rank_zero() -> bool:
-    """True on the rank that writes files and logs."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    """True on the rank that writes files and logs: Lightning's, or the launcher's before Lightning is there."""
+    lightning: Any = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    if lightning is None:
+        return int(os.environ.get("RANK", "0")) == 0
+    return getattr(lightning.rank_zero_only, "rank", 0) == 0
 
 
 def warn(text: str) -> None:
@@ -26,6 +31,8 @@ def warn(text: str) -> None:
 
 def settle_rank(rank: int) -> None:
     """Let Lightning's messages of rank 0 be those of this rank 0, before Lightning knows the ranks itself."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # here: it takes a second
+
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
@@ -58,6 +65,21 @@ def quieten() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of Optuna
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     warnings.formatwarning = _formatted
+
+
+@contextmanager
+def own_handlers() -> Iterator[None]:
+    """Import libraries as if nobody had set up logging: Lightning then shows its messages itself, as they are.
+
+    It looks when it is imported, and else leaves them to the handlers of the root logger, which are Hydra's.
+    """
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    root.handlers.clear()
+    try:
+        yield
+    finally:
+        root.handlers[:0] = handlers
 
 
 _FORMAT = warnings.formatwarning

@@ -10,7 +10,6 @@ W&B as one run of the job type ``sweep``, in the project and group of the points
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from harness.support.process import mistakes_reported
 from harness.sweep.output import draw, log_to_wandb, table, table_width, write_csv
 from harness.sweep.ranking import RankedSweep, rank
 from harness.sweep.reading import read_sweep
@@ -48,11 +48,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Command line of ``harness-sweep``."""
     arguments = _arguments(given)
-    try:
+    with mistakes_reported():
         _run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -24,11 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["RankFailedError", "close_all", "spawn"]
+__all__ = ["PRELOAD", "RankFailedError", "close_all", "spawn"]
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=20)
 STARTUP_TIMEOUT = 120.0
 GRACE = 2.0  # for the other ranks to answer once one has failed
+
+PRELOAD = ["torch.distributed", "harness.metrics", "harness.presets"]
+"""Modules that are imported once for all ranks; add those that your ranks use, before the first :func:`spawn`."""
 
 _POOLS: dict[int, _Pool] = {}
 
@@ -75,7 +78,7 @@ atexit.register(close_all)
 class _Pool:
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "harness"])
+        context.set_forkserver_preload(PRELOAD)
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.connections: list[Connection] = []
         self.processes: list[Any] = []

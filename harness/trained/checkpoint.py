@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,10 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from harness.checkpoints import read
 from harness.config.builders import build
 from harness.config.explain import message
-from harness.models.conversion import KINDS, kind_of
+from harness.support.text import some
 from harness.trained.record import ARCHITECTURE, MADE_WITH, RecordedStatistics
 from harness.trained.targets import TARGET, Trust, check_targets
 
@@ -25,7 +24,6 @@ __all__ = ["TrainedCheckpoint", "model_weights"]
 
 _MODEL = "model."
 _COMPILED = "_orig_mod."
-_PATHS = 6  # names shown of a list
 
 
 def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +68,12 @@ class TrainedCheckpoint:
             ValueError: it is none of this package, or a damaged one.
         """
         file = Path(path).expanduser()
-        found = _read(file)
+        found = read(file, checksums=True)
+        if not any(name.startswith(_MODEL) for name in found["state_dict"]):
+            raise ValueError(
+                f"{file} is no checkpoint of this package: no weight in its state_dict has a name that begins with "
+                f"{_MODEL}"
+            )
         record = found.get(MADE_WITH)
         record = record if isinstance(record, dict) else {}
         names = found.get("type_names") or record.get("type_names")
@@ -211,65 +214,4 @@ def _misfits(model: nn.Module, weights: Mapping[str, Any]) -> str:
         "the file lacks": [name for name in own if name not in weights],
         "the model has no": [name for name in weights if name not in own],
     }
-    return "; ".join(f"{what} {_some(names)}" for what, names in lists.items() if names)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _PATHS} more" if len(names) > _PATHS else ""
-    return ", ".join(names[:_PATHS]) + more
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint in one file; nothing that it holds is run."""
-    if path.is_dir():
-        inside = next(
-            (file for file in (path / "checkpoints" / "best.ckpt", path / "best.ckpt") if file.is_file()), None
-        )
-        raise ValueError(
-            f"{path} is a folder, expected a checkpoint"
-            + (f": {inside}" if inside else " in one file, such as best.ckpt.")
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    kind = kind_of(path)
-    if kind is not None:
-        raise ValueError(
-            f"{path} is a {KINDS[kind]}: convert it once, which runs the code that it holds, and load what is written: "
-            f"harness-convert {path} --unpickle -o {path.name.partition('.')[0]}.ckpt"
-        )
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            begins = file.read(2)
-        raise ValueError(
-            f"{path} is a checkpoint that was cut off after {path.stat().st_size} bytes: its end is missing. Copy it "
-            f"again, or take another one, such as previous.ckpt."
-            if begins == b"PK"
-            else f"{path} is no checkpoint of this package, which is an archive that torch.save has written."
-        )
-    with zipfile.ZipFile(path) as archive:
-        torn = archive.testzip()  # torch.load does not look at the checksums
-        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-            raise ValueError(f"{path} is an archive, but none that torch.save has written: no checkpoint.")
-    if torn is not None:
-        raise ValueError(f"{path} is damaged: the checksum of {torn} is wrong. Copy it again, or take another one.")
-    try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{path} is no checkpoint of this package: it holds "
-            f"{unsafe.group(1) if unsafe else 'something'} that only unpickling could load, which would run what the "
-            f"file says. It was not loaded."
-        ) from error
-    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
-        held = (
-            f"a dictionary of {_some([str(name) for name in found])}"
-            if isinstance(found, dict)
-            else type(found).__name__
-        )
-        raise ValueError(f"{path} is no checkpoint: it holds {held}, expected state_dict and {MADE_WITH}.")
-    if not any(name.startswith(_MODEL) for name in found["state_dict"]):
-        raise ValueError(
-            f"{path} is no checkpoint of this package: no weight in its state_dict has a name that begins with {_MODEL}"
-        )
-    return found
+    return "; ".join(f"{what} {some(names)}" for what, names in lists.items() if names)

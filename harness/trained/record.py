@@ -47,7 +47,7 @@ _WITHOUT_VERSION = ("harness", "torch", "builtins", "__main__")
 
 def made_with(path: str | Path) -> dict[str, Any] | None:
     """Record of a checkpoint file; None in one that has none, as those of version 0.1.0."""
-    found = read(Path(path)).get(MADE_WITH)
+    found = read(path).get(MADE_WITH)
     return found if isinstance(found, dict) else None
 
 
@@ -63,10 +63,29 @@ def units() -> dict[str, str]:
 
 
 def packages_of(model: nn.Module) -> dict[str, str]:
-    """Versions of the installed packages that a model's parts are of, but for torch and this package."""
-    names = sorted({type(part).__module__.partition(".")[0] for part in model.modules()} - {*_WITHOUT_VERSION})
-    distributions = importlib.metadata.packages_distributions() if names else {}
-    return {name: importlib.metadata.version(distributions[name][0]) for name in names if name in distributions}
+    """Versions of the installed packages that a model's parts are of, but for torch and this package.
+
+    Those of base classes are among them: FSDP2 and the like put a class of their own in front of a model's.
+    """
+    kinds = {base for part in model.modules() for base in type(part).__mro__}
+    names = sorted({kind.__module__.partition(".")[0] for kind in kinds} - {*_WITHOUT_VERSION})
+    found = {name: _version_by_name(name) for name in names}
+    if None in found.values():  # half a second, at the first checkpoint of a training
+        distributions = importlib.metadata.packages_distributions()
+        for name in names:
+            if found[name] is None and name in distributions:
+                found[name] = importlib.metadata.version(distributions[name][0])
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version_by_name(package: str) -> str | None:
+    """Version of a package that is distributed under its own name; None of one that is not, such as ``mace``."""
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    is_its_own = any(file.parts[0] in (package, f"{package}.py") for file in distribution.files or ())
+    return distribution.version if is_its_own else None
 
 
 def self_contained(architecture: Mapping[str, Any], energy_shifts: Mapping[str, float] | None) -> dict[str, Any]:

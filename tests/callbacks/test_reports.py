@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
-from support.alloy import build, data, trainer  # noqa: F401 - a fixture
+from support.alloy import LOSS, build, data, trainer  # noqa: F401 - a fixture
 from support.commands import BIN, ROOT, TINY, Finished, read_csv, read_wandb, run
 
 import harness
@@ -25,6 +26,7 @@ from harness.callbacks.per_type import _Table
 from harness.callbacks.tables import atoms_behind, values_table
 from harness.data import EmbeddedAlloyDataModule
 from harness.metrics import Report
+from harness.module.reporting import types_with_data
 
 PER_TYPE = ("forces_rmse_per_type", "forces_mae_per_type")
 
@@ -268,6 +270,40 @@ def test_many_types_are_told_and_not_shown() -> None:
     assert " ".join(map(str.strip, text[-2:])) == "12 types: values of each are logged as rmse, largest with _<type>"
     text = lines_of(values_table("", managed(12), report.values, columns=["value", "types"], max_types=12))
     assert cells_of(text[1]) == ["component", "value", *NAMES]
+
+
+class Row(CSVLogger):
+    """Keeps what it is to leave out."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.left_out: list[str] = []
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        self.left_out += names
+
+
+def test_types_that_the_data_do_not_have_are_not_shown(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:  # noqa: F811
+    """As after the fine-tuning of a universal model, which knows 89; the CSV files have their columns."""
+    report = measured(managed(12), [3, 7, 7], torch.ones(3, 3))
+    present = types_with_data(report, managed(12))
+    assert present == ["T3", "T7"]
+    text = lines_of(values_table("", managed(12), report.values, type_names=present))
+    assert cells_of(text[1]) == ["component", "value", "T3", "T7", "unit"]
+    assert "10 other types of the model without data" in " ".join(" ".join(text[-2:]).split())
+    table = _Table.of(managed(12), report.values, atoms_behind(managed(12), report))
+    assert len(table.rows) == 12
+    assert [row[0] for row in table.of_types(present).rows] == present
+    assert table.of_types(present).rows[1] == table.rows[7]
+    diverged = measured(managed(2), [0], torch.full((1, 3), torch.nan))
+    assert types_with_data(diverged, managed(2)) == ["T0"]  # a value that is NaN, but counted
+
+    types = [*data.type_names, "He", "Xe"]
+    row = Row(tmp_path)
+    fit = trainer(tmp_path, callbacks=[ValidationTable()], max_epochs=1, logger=row, log_every_n_steps=1)
+    fit.fit(build(data, type_names=types, val_metrics=LOSS), datamodule=data)
+    assert {"val0_epoch/by_type_He", "train_loss_step/by_type_Xe"} <= set(row.left_out)
+    assert not any(name.endswith("_Cu") for name in row.left_out if name.startswith("val"))
 
 
 class AtEpochs(Callback):

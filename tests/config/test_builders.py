@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from support.configs import composed
 from support.own_builders import Embedding, OfTypes
 
 from harness.config.builders import build
-from harness.config.explain import message
+from harness.config.explain import BAD_INPUT, message
 from harness.data import DataStatistics
 from harness.job import prepare
 
@@ -191,3 +192,76 @@ def test_the_builder_of_allegro_makes_its_embedding_itself(tmp_path: Path) -> No
     settings = f"seed: 0, model_dtype: float32, r_max: 4.5, {sizes}, {embed}, {NEEDS}"
     section = f"{{_target_: allegro.model.AllegroModel, {settings}}}"
     assert type(prepared(tmp_path, f"+model={section}")).__name__ == "GraphModel"
+
+
+def values(name: str, **changes: Any) -> Any:
+    """The section of a model in ``conf/model`` with other values, built of statistics."""
+    section = composed(f"model={name}", "precision=float32").model
+    return build(OmegaConf.merge(section, changes), OFFERED)  # type: ignore[arg-type]
+
+
+_COUNT, _ORDER = "is a whole number, at least 1, found {!r}.", "is a whole number, at least 0, found {!r}."
+WRONG_VALUES = [
+    ("schnet", {"num_filters": "two"}, _COUNT),
+    ("schnet", {"hidden_channels": 1}, "is a whole number, at least 2, found {!r}."),
+    ("schnet", {"cutoff": math.nan}, "is a number above 0, found {!r}."),
+    ("schnet", {"stress": "maybe"}, "is true or false, found {!r}."),
+    ("schnet", {"seed": "two"}, "is a whole number or null, found {!r}."),
+    ("nequip", {"num_layers": "two"}, _COUNT),
+    ("nequip", {"l_max": -1}, _ORDER),
+    ("nequip", {"num_features": 0}, "is a whole number, at least 1 or a list of which each entry is"),
+    ("nequip", {"num_features": [4, "a"]}, "is a whole number, at least 1 or a list of which each entry is"),
+    ("nequip", {"avg_num_neighbors": 0}, "is a number above 0 or a mapping in which each value is a number above 0"),
+    ("nequip", {"dtype": "float16"}, "is a text: float32 or float64, found {!r}."),
+    ("nequip", {"compile_mode": "fast"}, "is a text: eager or compile, found {!r}."),
+    ("allegro", {"num_tensor_features": 2.5}, _COUNT),
+    ("mace", {"channels": 0}, _COUNT),
+    ("mace", {"max_L": None}, _ORDER),
+    ("mace", {"radial_mlp": [8, 0]}, "is a list of which each entry is a whole number, at least 1, found {!r}."),
+    ("mace", {"correlation": "two"}, "is a whole number, at least 1 or a list"),
+    ("mace", {"avg_num_neighbors": "abc"}, "is a number above 0 or null, found {!r}."),
+    ("sevennet", {"lmax": "one"}, _ORDER),
+    ("sevennet", {"self_connection_type": "other"}, "is a text: nequip, linear or none, found {!r}."),
+    ("sevennet", {"weight_nn_hidden_neurons": 64}, "is a list of which each entry is a whole number"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), WRONG_VALUES)
+def test_a_wrong_value_of_a_model_is_told_with_its_setting(name: str, changes: dict[str, Any], words: str) -> None:
+    """Before the package of the model is imported, which may not be here."""
+    ((key, value),) = changes.items()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        values(name, **changes)
+    assert message(caught.value).startswith(f"model.{key} {words.format(value)}")
+    assert "(target harness.models." in message(caught.value)
+
+
+def test_what_a_package_of_a_model_says_comes_with_the_settings(tmp_path: Path) -> None:
+    text = told("fails_deep_inside", size=0, names=["a"])
+    assert "list index out of range (in call to target" in text
+    assert "model has size=0, names=['a']." in text
+    text = told("fails_deep_inside", size="two", names=["a"])
+    assert "model.size is a whole number, found 'two'." in text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr=abc", "optimizer.lr is a finite number, found 'abc'"),
+        ("optimizer.lr=-1", "Adam with {'lr': -1}, cannot be made: Invalid learning rate: -1"),
+        ("lr_scheduler.scheduler.T_max=nonsense", "lr_scheduler.scheduler.T_max is a whole number, found 'nonsense'"),
+        ("lr_scheduler.scheduler.T_max=0", "CosineAnnealingLR fails at its first turn: "),
+        ("lr_scheduler=exponential lr_scheduler.scheduler.gamma=nan", "ExponentialLR gives a learning rate of nan"),
+        ("lr_scheduler=plateau lr_scheduler.scheduler.factor=two", "factor is a finite number, found 'two'"),
+        ("callbacks.progress.refresh_rate=two", "callbacks.progress.refresh_rate is a whole number, found 'two'"),
+        ("callbacks.best.monitor=[1]", "callbacks.best.monitor is a text or null, found [1]"),
+        ("callbacks.best.enable_version_counter=maybe", "enable_version_counter is true or false, found 'maybe'"),
+    ],
+)
+def test_a_wrong_number_is_told_before_training(override: str, words: str, tmp_path: Path) -> None:
+    own = [each for each in TINY if each != "callbacks=none"]
+    config = composed(*override.split(), *own, "trainer.accelerator=cpu", "dry_step=false")
+    config.output_dir = str(tmp_path)
+    with pytest.raises(BAD_INPUT) as caught:
+        prepare(config)
+    assert words in message(caught.value)

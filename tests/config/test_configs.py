@@ -10,11 +10,13 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from support.configs import CONF, composed
+from torch import nn
 
 import harness
 from harness.callbacks import ExponentialMovingAverage
 from harness.job import build_module
 from harness.job.trainer import make_trainer
+from harness.module.build import build_optimizer
 
 CHOICES = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in ("experiment", "data")
@@ -77,3 +79,15 @@ def test_every_group_is_in_the_table_of_contents() -> None:
     (defaults,) = [OmegaConf.load(CONF / "train.yaml")["defaults"]]
     listed = {next(iter(entry)) for entry in defaults if not isinstance(entry, str)} - {"override hydra/job_logging"}
     assert listed == {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+
+
+@pytest.mark.parametrize("recipe", ["mace_recipe", "nequip_recipe"])
+def test_each_choice_of_a_recipe_can_be_replaced(recipe: str) -> None:
+    """Nothing of the one that it replaces is left: its section is that of the choice alone."""
+    choices = ("lr_scheduler=cosine", "optimizer=adamw", "callbacks=[default,early_stopping]", "model=schnet")
+    config, alone = composed(f"experiment={recipe}", *choices), composed(*choices)
+    for group in ("lr_scheduler", "callbacks", "model"):
+        assert OmegaConf.to_container(config[group]) == OmegaConf.to_container(alone[group])
+    assert config.optimizer == (alone.optimizer if recipe == "mace_recipe" else {**alone.optimizer, "lr": 0.01})
+    made = build_optimizer(nn.Linear(1, 1), config.optimizer, config.lr_scheduler)
+    assert type(made["lr_scheduler"]["scheduler"]).__name__ == "CosineAnnealingLR"

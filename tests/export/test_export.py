@@ -371,7 +371,7 @@ def test_the_name_is_made_of_that_of_the_checkpoint(runs: Any) -> None:
 def test_what_is_no_checkpoint_or_lacks_what_is_needed_is_told(
     runs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no checkpoint at" in refused(capsys, tmp_path / "none.ckpt", "--to", "state-dict")
+    assert "none.ckpt: there is no such file" in refused(capsys, tmp_path / "none.ckpt", "--to", "state-dict")
     (tmp_path / "text.ckpt").write_text("no archive")
     assert "is no checkpoint" in refused(capsys, tmp_path / "text.ckpt", "--to", "mace")
     old = torch.load(runs("schnet", *AVERAGED).checkpoint, weights_only=True)

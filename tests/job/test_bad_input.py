@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from support.bad_input import BASE, CASES, Said, composed, expected, output_of, run_case, write_files
 from support.commands import BIN, ROOT, run, train
 
-from harness.config.explain import BAD_INPUT, message
+from harness.config.bad_input import BAD_INPUT
+from harness.config.explain import message
 from harness.job import prepare
 
 

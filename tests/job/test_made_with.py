@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from support.bad_input import BASE, composed, frames
+from torch.distributed.fsdp import FSDPModule
 
 import harness
 from harness.job import train
 from harness.job.made_with import MADE_WITH, NOT_SET, differences, made_with
+from harness.module.empty_batches import PredictedRows, skip_empty_batches
+from harness.trained.record import packages_of
 
 made_with_module = importlib.import_module("harness.job.made_with")
 
@@ -117,3 +121,19 @@ def test_secrets_of_the_command_are_masked_at_any_depth(
     monkeypatch.setattr(made_with_module, "command", lambda: typed)
     monkeypatch.setattr(made_with_module.HydraConfig, "initialized", staticmethod(lambda: True))
     assert made_with_module._command() == [kept]
+
+
+def test_the_package_of_a_model_is_found_behind_a_class_of_a_strategy() -> None:
+    """FSDP2 and the skipping of empty batches put a class of their own in front of a model's."""
+    kind = type("Own", (torch.nn.Module,), {"__module__": "omegaconf.own"})  # of a package that is installed
+    expected = {"omegaconf": importlib.metadata.version("omegaconf")}
+    assert packages_of(kind()) == expected
+    skipping = kind()
+    skip_empty_batches(skipping, PredictedRows([]))
+    assert type(skipping) is not kind
+    assert type(skipping).__module__ == "omegaconf.own"
+    assert packages_of(skipping) == expected
+    split = kind()
+    split.__class__ = type("FSDPOwn", (FSDPModule, kind), {})
+    split.__class__.__module__ = "torch.distributed.fsdp"
+    assert packages_of(split) == expected

@@ -23,11 +23,12 @@ from support.spawning import spawn
 
 import harness
 from harness.callbacks import REQUEUE_EXIT_CODE, ExponentialMovingAverage, Preempted, ResumeCheckpoint
-from harness.checkpoints import AtomicCheckpointIO, newest_valid, step_of, why_invalid
+from harness.checkpoints import AtomicCheckpointIO, CheckpointError, newest_valid, read, step_of, why_invalid
 from harness.data import EmbeddedAlloyDataModule
 from harness.loggers import CSVLogger
 from harness.models import schnet_force_field
 from harness.module import ForceFieldModule
+from harness.trained import TrainedCheckpoint
 
 NUM_SAVES = 12
 """4 steps in each of 3 epochs: 3 within each, and one when it is complete."""
@@ -164,7 +165,7 @@ def test_a_training_of_another_rhythm_may_be_cut(name: str, data: EmbeddedAlloyD
 
 def save(path: Path, step: int = 1) -> None:
     AtomicCheckpointIO().save_checkpoint(
-        {"state_dict": {"weight": torch.arange(1000.0)}, "loops": {}, "global_step": step}, path
+        {"state_dict": {"weight": torch.arange(1000.0)}, "loops": {}, "epoch": 0, "global_step": step}, path
     )
 
 
@@ -223,7 +224,7 @@ def test_a_flipped_bit_is_found(position: float, tmp_path: Path) -> None:
 
 def test_weights_alone_are_not_enough_to_go_on(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
-    assert why_invalid(tmp_path / "weights.ckpt") == "it has no loops, global_step"
+    assert why_invalid(tmp_path / "weights.ckpt") == "it has no loops, epoch, global_step; it has state_dict"
 
 
 def test_a_write_that_fails_leaves_the_old_one_and_one_warning(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ class Hostile:
 
 def hostile(path: Path, trace: Path) -> None:
     """A checkpoint that leaves a trace if it is unpickled without restrictions, as is shown here."""
-    torch.save({"state_dict": {}, "loops": {}, "global_step": 1, "x": Hostile(f"touch {trace}")}, path)
+    torch.save({"state_dict": {}, "loops": {}, "epoch": 0, "global_step": 1, "x": Hostile(f"touch {trace}")}, path)
     torch.load(path, weights_only=False)
     assert trace.exists()
     trace.unlink()
@@ -269,7 +270,10 @@ def test_a_checkpoint_from_elsewhere_runs_nothing(tmp_path: Path) -> None:
     hostile(path, trace)
     with pytest.raises(pickle.UnpicklingError):
         AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
-    assert "UnpicklingError" in str(why_invalid(path))
+    assert "it holds posix.system, which only unpickling could load" in str(why_invalid(path))
+    for reader in (read, TrainedCheckpoint.read):
+        with pytest.raises(CheckpointError, match=r"evil\.ckpt is no checkpoint .*posix\.system"):
+            reader(path)
     done = train(*TINY, "logger=none", f"ckpt_path={path}", folder=tmp_path)
     assert done.code == 1
     assert "evil.ckpt" in done.err

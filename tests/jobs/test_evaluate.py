@@ -14,19 +14,22 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
+from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from support.commands import BIN, ROOT, SHARED, Finished, run, same, train
 from support.configs import composed
 
 import harness
 from harness.callbacks.tables import values_table
-from harness.data import EmbeddedAlloyDataModule, read_frames
+from harness.data import EmbeddedAlloyDataModule, Frame, read_frames
 from harness.evaluate import main
 from harness.evaluate.metrics import metrics_of_training
 from harness.evaluate.predictions import PredictionFile, with_predictions
@@ -557,6 +560,20 @@ def test_metrics_of_the_training_are_taken_without_its_sets_and_groups() -> None
         "metrics": [mae],
     }
     assert metrics_of_training({"val_metrics": {**own, "metrics": of_one}}) == (None, "")
+
+
+def test_predictions_without_energies_are_written(tmp_path: Path) -> None:
+    atoms = [molecule("H2O"), molecule("OH")]
+    file = PredictionFile(tmp_path / "out.xyz", [Frame(each) for each in atoms], [[1, 0]])
+    batch = {"frame_index": torch.tensor([0, 1]), "num_atoms": torch.tensor([2, 3])}
+    module, fit = cast(Any, SimpleNamespace(process_group=None)), cast(Any, SimpleNamespace(is_global_zero=True))
+    file.on_test_start(fit, module)
+    file.on_test_batch_end(fit, module, {"forces": torch.arange(15.0).reshape(5, 3)}, batch, 0)
+    file.on_test_end(fit, module)
+    water, radical = ase.io.read(tmp_path / "out.xyz", index=":")
+    assert water.arrays["predicted_forces"].tolist() == [[6, 7, 8], [9, 10, 11], [12, 13, 14]]
+    assert radical.arrays["predicted_forces"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert "predicted_energy" not in water.info
 
 
 def test_calculator_results_and_information_of_one_name_are_written_once(tmp_path: Path) -> None:

@@ -484,6 +484,7 @@ class Watched(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/best", [3.0, math.nan, 2.0][self.current_epoch])  # type: ignore[arg-type]
+        self.log("val/absent", math.nan)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.01)
@@ -495,6 +496,7 @@ def test_wandb_axes_and_summaries_of_a_training(tmp_path: Path) -> None:
     epoch, step = ["loss_epoch", "val.error", "val/best"], ["loss_step"]
     for _ in range(2):  # the second time changes nothing
         logger.define_axes(epoch, step, minimised=epoch[1:])
+    logger.leave_out(["val/absent", "val.error"])
     data = torch.utils.data.DataLoader(torch.ones(4, 2), batch_size=None)
     trainer = Trainer(
         max_epochs=3, logger=logger, log_every_n_steps=1, accelerator="cpu", enable_checkpointing=False,
@@ -521,6 +523,7 @@ def test_wandb_axes_and_summaries_of_a_training(tmp_path: Path) -> None:
     summary = summary_of(tmp_path)
     assert summary["val.error"] == {"min": 1, "last": 2}
     assert summary["val/best"] == {"min": 2, "last": 2}  # W&B alone would say NaN
+    assert "val/absent" not in {*summary, *(name for row in rows for name in row)}  # NaN all along
     assert summary["loss_epoch"] == [row["loss_epoch"] for row in rows if "loss_epoch" in row][-1]
     assert [summary[f"best/{name}"] for name in ("epoch", "error", "checkpoint")] == [1, 1.5, "best.ckpt"]
 

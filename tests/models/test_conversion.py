@@ -70,7 +70,7 @@ def test_energies_and_forces_are_those_of_the_package(
     assert model.energy_shifts == pytest.approx(REFERENCES, rel=1e-7 if name == "sevennet" else 1e-15)
     out = capsys.readouterr().out
     assert "the code that it holds has been run (--unpickle)" in out
-    assert "compared    energies and forces of 2 structures are those of" in out
+    assert "compared    energies and forces and stresses of 2 structures are those of" in out
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_nothing_is_run_without_being_asked_for(name: str, tmp_path: Path, capsy
 
 
 @each
-@pytest.mark.parametrize(("field", "off"), [("forces", 1e-6), ("total_energy", 1e-3)])
+@pytest.mark.parametrize(("field", "off"), [("forces", 1e-6), ("total_energy", 1e-3), ("stress", 1e-6)])
 def test_a_model_that_predicts_something_else_is_not_written(
     name: str,
     field: str,

@@ -432,7 +432,7 @@ CASES: dict[str, Case] = {
     "no checkpoint": case("ckpt_path=nope.ckpt", words=["nope.ckpt", "no such file"]),
     "checkpoint that is none": case(
         "ckpt_path=NAME",
-        words=["ckpt_path", "checkpoint that is none", "cannot be read"],
+        words=["ckpt_path", "checkpoint that is none", "is no checkpoint of this package", "no archive"],
         write=lambda path: path.write_text("x" * 50),
     ),
     "test of nothing": case("train=false", words=["ckpt_path"]),

@@ -63,10 +63,30 @@ def changes_the_process(**given: Any) -> Built:
     return Built(**given)
 
 
+def fails_deep_inside(size: int, names: list[str], width: int = 1) -> Built:
+    return Built(chosen=names[size + 1 :][0])
+
+
 def warns() -> Built:
     warnings.warn("The TorchScript type system doesn't support instance-level annotations", UserWarning, stacklevel=2)
     warnings.warn("mine: look at the units", UserWarning, stacklevel=2)
     return Built()
+
+
+class ForcesOnly(nn.Module):
+    """A model that predicts no energy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"forces": self.model(batch)["forces"]}
+
+
+def forces_only(statistics: Any, references: Any = None) -> nn.Module:
+    sizes = {"hidden_channels": 4, "num_filters": 4, "num_interactions": 1, "num_gaussians": 4}
+    return ForcesOnly(schnet_force_field(statistics, cutoff=4.5, **sizes))
 
 
 def schnet_by_keywords(**given: Any) -> nn.Module:

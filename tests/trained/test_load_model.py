@@ -153,21 +153,21 @@ def test_files_that_are_no_checkpoint_are_told_apart(checkpoint: Path, tmp_path:
         "text.ckpt": (b"epoch,loss\n1,2\n", "is no checkpoint of this package"),
         "cut.ckpt": (whole[: len(whole) // 2], f"cut off after {len(whole) // 2} bytes"),
         "flipped.ckpt": (bytes(flipped), "is damaged: the checksum"),
-        "empty.ckpt": (b"", "is no checkpoint"),
+        "empty.ckpt": (b"", "is damaged: it is empty"),
     }
     for name, (content, words) in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):
             harness.load_model(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="it holds a dictionary of epoch, expected state_dict"):
+    with pytest.raises(ValueError, match="it has no state_dict; it has epoch"):
         harness.load_model(tmp_path / "other.ckpt")
     torch.save({"state_dict": {"net.weight": torch.zeros(1)}}, tmp_path / "lightning.ckpt")
     with pytest.raises(ValueError, match="no weight in its state_dict"):
         harness.load_model(tmp_path / "lightning.ckpt")
-    with pytest.raises(ValueError, match=r"is a folder, expected a checkpoint: .*best\.ckpt"):
+    with pytest.raises(ValueError, match=r"is a folder, expected a checkpoint in it: .*best\.ckpt"):
         harness.load_model(checkpoint.parents[1])
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt: there is no such file"):
         harness.load_model(tmp_path / "nothing.ckpt")
 
 
