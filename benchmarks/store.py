@@ -493,7 +493,7 @@ def start(sizes: list[int], steps: int, folder: Path, options: list[str]) -> Non
             raise SystemExit(f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         measured = json.loads(result.read_text())
         own, resident, largest = measured["last"]
-        found[size] = measured["seconds"], measured["last"]
+        found[size] = measured["processor"], measured["last"]
         disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
         times = f"{measured['seconds']:14.1f} {measured['processor']:20.1f}"
         print(f"{size:<10} {disk:10.1f} {times} {own:9.0f} {resident:14.0f} {largest:13.0f}", flush=True)
@@ -504,9 +504,9 @@ def start(sizes: list[int], steps: int, folder: Path, options: list[str]) -> Non
         (seconds, memories), (more_seconds, more_memories) = found[small], found[large]
         ten = seconds + factor * (more_seconds - seconds)
         resident = memories[1] + factor * (more_memories[1] - memories[1])
-        more = f"{more_seconds - seconds:.1f} s more"
+        more = f"{more_seconds - seconds:.1f} s of the processor more"
         print(f"{large} beside {small} frames: {more}, {more_memories[1] / memories[1]:.3f} x the memory")
-        print(f"extrapolated to 10000000: {ten:.0f} s, {resident:.0f} MiB resident")
+        print(f"extrapolated to 10000000: {ten:.0f} s of the processor, {resident:.0f} MiB resident")
 
 
 def build(num_frames: int, workers: int, folder: Path) -> None:

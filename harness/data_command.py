@@ -181,7 +181,7 @@ def _description(store: StoredFrames) -> dict[str, str]:
     size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
     found = {
         "store": f"{store.path}, {size / 2**20:.1f} MiB, {size / len(store) / 1024:.2f} KiB a frame",
-        "frames": f"{len(store)}, of {atoms.min()} to {atoms.max()} atoms, {store.total_atoms()} in all",
+        "frames": f"{len(store)}, of {atoms.min()} to {atoms.max()} atoms, {store.num_atoms().sum()} in all",
         "elements": ", ".join(sorted(store.symbols())),
         "labels": ", ".join(f"{name} {number}" for name, number in store.label_counts().items()),
     }

@@ -20,9 +20,12 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from hydra.utils import instantiate
+from support.configs import composed
 from support.spawning import spawn
 
 import harness.data.store.sources as sources
+from harness.config.resolvers import register_resolvers
 from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_store
 from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
@@ -573,3 +576,13 @@ def test_mistakes_of_the_command(
         main([str(folder / "more.xyz") if each == "IN" else each for each in arguments])
     assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "a.store").exists()
+
+
+def test_the_config_makes_the_data_module(folder: Path) -> None:
+    register_resolvers()
+    config = composed("data=store", f"data.train={folder / 'train.store'}", "cutoff=3.0", "data.split={val: 2}")
+    data = instantiate(config.data)
+    assert isinstance(data, StoreDataModule)
+    data.setup()
+    assert [len(each) for each in (data.train_set, *data.val_sets, *data.test_sets)] == [25, 2, 3]  # of 30 structures
+    assert data.train_set.cache_neighbors is False

@@ -195,7 +195,7 @@ def header_of(record: bytes | bytearray) -> RecordHeader | None:
     """Header of a record; None if the record is not what was written."""
     if len(record) < _HEADER.size:
         return None
-    header = RecordHeader._make(_HEADER.unpack_from(record))
+    header = RecordHeader(*_HEADER.unpack_from(record))
     start = _HEADER.pack(*header[:-1], 0)
     checksum = zlib.crc32(memoryview(record)[_HEADER.size :], zlib.crc32(start))
     return header if checksum == header.checksum else None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.data.facts import WEIGHTS, Compositions
-from harness.data.frames import FrameArrays, FrameSet, absent_column
+from harness.data.frames import FrameArrays, FrameSet, absent_column, checked_index
 from harness.data.reading import Frame
 from harness.data.store.format import (
     COMPOSITION_COLUMNS,
@@ -145,11 +145,11 @@ class StoredFrames(FrameSet):
 
     def arrays(self, index: int) -> FrameArrays:
         """Numbers of one frame."""
-        return arrays_of(self._record(self._checked(index))[0])
+        return arrays_of(self._record(checked_index(self, index))[0])
 
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
-        """Where the record of each frame starts in its file."""
+        """Place of each frame's record in its file."""
         return self._mapped("offset")
 
     def _mapped(self, name: str) -> NDArray[Any]:
