@@ -10,6 +10,8 @@ from harness.data.neighbors import neighbor_list
 from harness.data.reading import Frame, LabelKeys, read_frames
 from harness.data.samplers import EvaluationBatchSampler, GlobalBatchSampler, TrainingBatchSampler
 from harness.data.statistics import DataStatistics, training_statistics
+from harness.data.store import StoredFrames, build_store
+from harness.data.store_datamodule import StoreDataModule
 
 __all__ = [
     "AtomsDataModule",
@@ -24,7 +26,10 @@ __all__ = [
     "LabelKeys",
     "LookAheadLoader",
     "ResumableDataLoader",
+    "StoreDataModule",
+    "StoredFrames",
     "TrainingBatchSampler",
+    "build_store",
     "collate",
     "embedded_alloy_file",
     "empty_batch",

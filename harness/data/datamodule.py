@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from harness.data.arguments import (
@@ -38,11 +38,14 @@ from harness.data.groups import GROUP_KEY, groups_of
 from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import isolated_energies
 from harness.data.loader import ResumableDataLoader
-from harness.data.reading import LabelKeys, file_fingerprint, read_frames
+from harness.data.reading import LabelKeys, file_fingerprint, fingerprint_text, read_frames
 from harness.data.repeats import repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
 from harness.data.sets import divided
 from harness.data.statistics import DataStatistics, training_statistics
+from harness.data.store import BuildSettings, StoredFrames, is_store
+from harness.data.store.building import found_of
+from harness.data.store.cache import cached_store, is_large, num_bytes
 from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
 from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
@@ -97,6 +100,10 @@ class AtomsDataModule(LightningDataModule):
             training files give the energies of their elements in ``statistics.energy_shifts``, and all of them are left
             out of the sets; ``frames``: frames like any other.
 
+        store_above: size such as ``512 MiB``: files that are larger, all together, are not kept in memory, but put into
+            stores in the cache directory, once; None for never.
+        cache_dir: of these stores; ``$HARNESS_CACHE`` or ``~/.cache/harness`` if None.
+
     Raises:
         KeyError: if ``keys`` or ``split`` has an unknown name.
         TypeError: if an argument is of the wrong kind.
@@ -132,6 +139,8 @@ class AtomsDataModule(LightningDataModule):
         min_distance: float | None = 0.1,
         check_units: bool = True,
         isolated_atoms: str = "references",
+        store_above: str | int | None = "512 MiB",
+        cache_dir: PathLike | None = None,
     ) -> None:
         super().__init__()
         self._files = checked_files(train, val, test)
@@ -164,8 +173,11 @@ class AtomsDataModule(LightningDataModule):
         if isolated_atoms not in ("references", "frames"):
             raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
         self.isolated_atoms = isolated_atoms
+        self._store_above = num_bytes(store_above)
+        self._cache_dir = cache_dir
         self._asked_type_names = checked_type_names(type_names)
         self._is_set_up = False
+        self._stores: dict[Path, StoredFrames] = {}
         self._fingerprint: dict[str, str] | None = None
         self.model_statistics: Any = None
         """Statistics that the model was built of where they are not those of this training set but of a checkpoint."""
@@ -308,12 +320,20 @@ class AtomsDataModule(LightningDataModule):
             for name, paths in self._files.items()
             for number, path in enumerate(paths, start=1)
         }
-        found = {name: file_fingerprint(path.expanduser()) for name, path in files.items()}
+        found = {name: fact for file, path in files.items() for name, fact in self._facts_of(file, path).items()}
         for part, indices in self.sets.indices.items():
             digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
             found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
         self._fingerprint = found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
         return dict(self._fingerprint)
+
+    def _facts_of(self, name: str, path: Path) -> dict[str, str]:
+        """Facts of the content of a file, by name."""
+        store = self._stores.get(path)
+        if store is None:
+            return {name: file_fingerprint(path.expanduser())}
+        (source,) = store.manifest["sources"]
+        return {name: fingerprint_text(path.name, source["bytes"], source["sha256"])}
 
     def describe(self) -> str:
         """Summary in a few lines: sizes of the sets, types, neighbours, forces and fitted shifts."""
@@ -323,6 +343,12 @@ class AtomsDataModule(LightningDataModule):
         )
 
     def _read(self, path: Path) -> FrameSet:
+        """Frames of a file, checked; as a store where the files are large."""
+        if path.expanduser().is_dir():
+            advice = f"data=store data.train={path}" if is_store(path.expanduser()) else "harness-data build OUT FOLDER"
+            raise ValueError(f"{path} is a folder, expected a file that ASE reads; for stores and folders: {advice}")
+        if is_large([path for paths in self._files.values() for path in paths], self._store_above):
+            return self._read_as_store(path)
         read = read_frames(path, self.keys, require_labels=not self.extras.labels)
         frames = FrameList(self.extras.read(read, require_labels=True))
         self._found |= self.extras.found(frames)
@@ -331,6 +357,15 @@ class AtomsDataModule(LightningDataModule):
         if self.min_distance is not None:
             check_distances(frames, self.min_distance)
         return frames
+
+    def _read_as_store(self, path: Path) -> FrameSet:
+        cutoffs = (self.cutoff,) if "edges" in (self._limited.removeprefix("max_"), self.balance) else ()
+        settings = BuildSettings(self.keys, self.extras, self.min_distance, self.check_units, cutoffs)
+        store = cached_store(path, settings, self._cache_dir, rank_zero_info)
+        self._stores[path] = store
+        self._found |= found_of(store.manifest["found"])
+        self.cache_neighbors = False  # they would fill the memory that the store leaves free
+        return store
 
     def _dataset(self, frames: FrameSet) -> AtomsDataset:
         fields = self.batch_fields
@@ -398,4 +433,5 @@ class EmbeddedAlloyDataModule(AtomsDataModule):
         if fixed:
             raise TypeError(f"the embedded alloy has its own files and keys, found {fixed}; use AtomsDataModule")
         path = embedded_alloy_file(num_frames, data_seed, cache_dir)
-        super().__init__(path, split={"val": 0.1, "test": 0.1} if split is None else split, **options)
+        split = {"val": 0.1, "test": 0.1} if split is None else split
+        super().__init__(path, split=split, cache_dir=cache_dir, **options)

@@ -8,7 +8,7 @@ both; whether its frames are in memory or on disk is its own business.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, overload
 
@@ -111,17 +111,7 @@ class FrameSet(Sequence[Frame], ABC):
         """A frame, or the set of a range of them."""
         if isinstance(index, slice):
             return self.subset(np.arange(len(self))[index])
-        return self._frame(self._checked(index))
-
-    def __iter__(self) -> Iterator[Frame]:
-        """All frames in order, each read when it is its turn."""
-        return (self._frame(index) for index in range(len(self)))
-
-    def _checked(self, index: int) -> int:
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
-            raise IndexError(f"frame {index} of a set of {len(self)}")
-        return int(position)
+        return self._frame(checked_index(self, index))
 
     def arrays(self, index: int) -> FrameArrays:
         """Numbers of one frame."""
@@ -132,13 +122,11 @@ class FrameSet(Sequence[Frame], ABC):
             frame.energy, frame.forces, frame.stress, frame.extras, frame.weights,
         )  # fmt: skip
 
-    def origin(self, index: int) -> str:
-        """File of a frame, for messages; the frame is not read."""
-        return self.origin_names()[int(self.column("origin")[self._checked(index)])]
-
     def location(self, index: int) -> str:
         """File of a frame and index in it, for messages; the frame is not read."""
-        return f"{self.origin(index)}, frame {int(self.column('index')[self._checked(index)])}"
+        place = checked_index(self, index)
+        origin = self.origin_names()[int(self.column("origin")[place])]
+        return f"{origin}, frame {int(self.column('index')[place])}"
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> FrameSet:
         """The set of some of the frames, in the order of ``indices``."""
@@ -147,10 +135,6 @@ class FrameSet(Sequence[Frame], ABC):
     def num_atoms(self) -> NDArray[np.int64]:
         """Number of atoms of each frame, ``[num_frames]``."""
         return self.column("num_atoms").astype(np.int64)
-
-    def total_atoms(self) -> int:
-        """Number of atoms of all frames together."""
-        return int(self.column("num_atoms").sum(dtype=np.int64))
 
     def symbols(self) -> set[str]:
         """Chemical symbols of all frames."""
@@ -281,15 +265,11 @@ class FrameSubset(FrameSet):
 
     def arrays(self, index: int) -> FrameArrays:
         """Numbers of one frame."""
-        return self.frames.arrays(int(self.indices[self._checked(index)]))
-
-    def origin(self, index: int) -> str:
-        """File of a frame."""
-        return self.frames.origin(int(self.indices[self._checked(index)]))
+        return self.frames.arrays(int(self.indices[checked_index(self, index)]))
 
     def location(self, index: int) -> str:
         """File of a frame and index in it."""
-        return self.frames.location(int(self.indices[self._checked(index)]))
+        return self.frames.location(int(self.indices[checked_index(self, index)]))
 
     def column(self, name: str) -> NDArray[Any]:
         """One of the columns; see :meth:`FrameSet.column`."""
@@ -350,17 +330,12 @@ class JoinedFrames(FrameSet):
 
     def arrays(self, index: int) -> FrameArrays:
         """Numbers of one frame."""
-        part, position = self._place(self._checked(index))
+        part, position = self._place(checked_index(self, index))
         return part.arrays(position)
-
-    def origin(self, index: int) -> str:
-        """File of a frame."""
-        part, position = self._place(self._checked(index))
-        return part.origin(position)
 
     def location(self, index: int) -> str:
         """File of a frame and index in it."""
-        part, position = self._place(self._checked(index))
+        part, position = self._place(checked_index(self, index))
         return part.location(position)
 
     def column(self, name: str) -> NDArray[Any]:
@@ -413,8 +388,31 @@ class JoinedFrames(FrameSet):
 
 
 def as_frame_set(frames: Iterable[Frame]) -> FrameSet:
-    """The frames themselves if they are a set, and a set of them in memory otherwise."""
-    return frames if isinstance(frames, FrameSet) else FrameList(frames)
+    """The frames themselves if they are a set, and a set of them in memory otherwise.
+
+    Args:
+        frames: or other objects with ``atoms`` and, perhaps, labels of the names of a frame's.
+    """
+    if isinstance(frames, FrameSet):
+        return frames
+    return FrameList(frame if isinstance(frame, Frame) else _frame_like(frame) for frame in frames)
+
+
+def _frame_like(found: Any) -> Frame:
+    energy, forces, stress = (getattr(found, name, None) for name in LABELS)
+    return Frame(found.atoms, energy, forces, stress)
+
+
+def checked_index(frames: FrameSet, index: int) -> int:
+    """Index of a frame, counted from the beginning.
+
+    Raises:
+        IndexError: there is no such frame.
+    """
+    position = index + len(frames) if index < 0 else index
+    if not 0 <= position < len(frames):
+        raise IndexError(f"frame {index} of a set of {len(frames)}")
+    return int(position)
 
 
 def absent_column(name: str, num_frames: int) -> NDArray[Any]:

@@ -64,7 +64,7 @@ def mixed_family_hint(frames: FrameSet, keys: LabelKeys) -> str:
         return ""
     named = ", ".join(f"data.keys.{label}={key}" for label, key in changed.items())
     return (
-        f"{frames.origin(0)}: {named} is given, but energies or forces are read under their usual names, though the "
+        f"{frames[0].origin}: {named} is given, but energies or forces are read under their usual names, though the "
         f"frames also have {', '.join(name.partition('=')[2] for name in found)}: labels of two methods may be mixed. "
         f"If those belong together, give {' '.join(found)}, too."
     )

@@ -22,9 +22,12 @@ __all__ = [
     "available_labels",
     "chemical_symbols",
     "file_fingerprint",
+    "fingerprint_text",
+    "frames_of",
     "has_key",
     "information",
     "read_frames",
+    "structures_of",
     "suggested_keys",
 ]
 
@@ -160,12 +163,17 @@ def read_frames(
     """
     names = LabelKeys.from_mapping(keys)
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(
+            f"{file} is a folder, expected a file of structures. Stores are for trainings, by data=store, and are "
+            f"built of files and folders by harness-data build"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"no file of structures at {file}; relative paths start at {Path.cwd()}")
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty; expected structures, such as extended XYZ. Was it copied completely?")
     try:
-        structures = _structures(file)
+        structures = structures_of(file)
     except Exception as error:  # every format of ASE fails in its own way
         raise ValueError(
             f"ASE cannot read {file} as a file of structures ({type(error).__name__}: {error}); is it an extended XYZ, "
@@ -179,13 +187,31 @@ def read_frames(
             available = available_keys(structures)
             raise KeyError(f"no frame of {file} has the {label} key {key!r}; the frames have {available}")
 
-    frames = [_frame(atoms, names, str(file), index) for index, atoms in enumerate(structures)]
+    return frames_of(structures, names, str(file), require_labels=require_labels)
+
+
+def frames_of(
+    structures: Sequence[Atoms], keys: LabelKeys, origin: str, first: int = 0, require_labels: bool = True
+) -> list[Frame]:
+    """Frames of structures that ASE has read from a file.
+
+    Args:
+        structures: in their order.
+        keys: names of the labels.
+        origin: the file, for messages.
+        first: number of the first structure in the file.
+        require_labels: whether a frame without any label is an error.
+
+    Raises:
+        ValueError: as :func:`read_frames`.
+    """
+    frames = [_frame(atoms, keys, origin, index) for index, atoms in enumerate(structures, first)]
     for frame in frames:
         if require_labels and not frame.is_labelled:
-            available = available_labels([frame])
+            under = available_labels([frame])
             raise ValueError(
-                f"{frame.location}: no label under the keys {names}; the frame has {sorted(available)}. "
-                f"{suggested_keys(available, names)}Give the keys that the file uses, or remove the frame"
+                f"{frame.location}: no label under the keys {keys}; the frame has {sorted(under)}. "
+                f"{suggested_keys(under, keys)}Give the keys that the file uses, or remove the frame"
             )
     return frames
 
@@ -256,7 +282,8 @@ def information(atoms: Atoms, key: str) -> Any:
     return _find(atoms, key)
 
 
-def _structures(file: Path) -> list[Atoms]:
+def structures_of(file: Path) -> list[Atoms]:
+    """All structures of a file, as ASE reads it."""
     if file.suffix in (".db", ".json"):  # ase.io.read leaves out the key-value pairs and data of a database
         with ase.db.connect(file) as database:
             return [row.toatoms(add_additional_information=True) for row in database.select()]
@@ -402,4 +429,9 @@ def file_fingerprint(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return f"{path.name}, {path.stat().st_size} bytes, sha256 {digest.hexdigest()}"
+    return fingerprint_text(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def fingerprint_text(name: str, num_bytes: int, digest: str) -> str:
+    """Fingerprint of a file from its name, size and the SHA-256 of its content."""
+    return f"{name}, {num_bytes} bytes, sha256 {digest}"

@@ -87,7 +87,7 @@ def training_statistics(
         force_rms=float(np.sqrt(squares / num_components)) if num_components else float("nan"),
         mean_neighbors=num_edges / sum(sample["pos"].shape[0] for sample in samples),
         num_frames=len(dataset),
-        num_atoms=frames.total_atoms(),
+        num_atoms=int(frames.num_atoms().sum()),
         undetermined=torch.from_numpy(references.undetermined),
         isolated_atoms=isolated,
         energy_key=names.energy,

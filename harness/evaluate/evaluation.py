@@ -121,7 +121,7 @@ class Evaluation:
         ]
         return Errors(name, len(frames), _num_atoms(frames), report, groups)
 
-    def _frames(self, index: int) -> list[Frame]:
+    def _frames(self, index: int) -> Sequence[Frame]:
         return self.data.test_sets[index].frames
 
     def print_results(self, console: Console) -> None:
