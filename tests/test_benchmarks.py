@@ -16,6 +16,7 @@ SMALL = {
     "balance.py": (["--ranks", "2", "--drawn", "100"], "heavy tail            2  edges  budget"),
     "logging.py": (["--types", "2", "--steps", "60", "--atoms", "8"], "| 2 | with everything |"),
     "continuation.py": (["--output", "rates"], "| extended to 8 |  |  |  |  | 0.0025 |"),
+    "store.py": (["formats", "--frames", "200", "--only", "records", "columns"], "told (ValueError)"),
     "schedules.py": (["--epochs", "1", "--seeds", "0", "--only", "constant", "deepmd"], "| deepmd |"),
 }
 
