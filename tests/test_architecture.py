@@ -128,7 +128,7 @@ LISTS = {  # files that may reach for the private parts of one library, each wit
     "harness/support/lightning_private.py",
     "harness/support/torch_private.py",
 }
-NOT_PRIVATE = {"_exit", "_target_"}  # of os, and in configs
+NOT_PRIVATE = {"_exit", "_replace", "_target_"}  # of os, of named tuples, and in configs
 
 
 def is_private(name: str) -> bool:

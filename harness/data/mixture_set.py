@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.data.batch_fields import BatchField, GroupField
 from harness.data.dataset import AtomsDataset
-from harness.data.frames import FrameArrays, FrameSet, JoinedFrames
+from harness.data.frames import FrameArrays, FrameSet, JoinedFrames, checked_index
 from harness.data.mixture_references import Moves
 from harness.data.reading import Frame
 
@@ -40,7 +40,7 @@ class MixtureFrames(JoinedFrames):
         Raises:
             IndexError: there is no such frame.
         """
-        position = self._checked(index)
+        position = checked_index(self, index)
         part = int(np.searchsorted(self._starts, position, side="right")) - 1
         return part, position - int(self._starts[part])
 

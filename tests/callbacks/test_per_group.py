@@ -137,7 +137,7 @@ def test_names_go_from_the_data_of_a_job_to_all_that_ask_for_them(data: GroupedA
     module = build_module(config, data)
     expected = ["F_mae@even", "F_mae@odd", "F_mae@none", "F_mae"]
     assert module.val_metrics[0].value_names == module.train_metrics.value_names == expected
-    assert module.loss.names.sets == data.set_names
+    assert list(module.loss.names.sets) == data.set_names
     stress = next(entry for entry in module.loss.entries.values() if str(entry.field) == "stress")
     assert stress.sets == (0,)  # those of the second have none
 

@@ -314,7 +314,7 @@ def test_two_ranks_train_as_one(file: Path, accumulate: int) -> None:
 def trained_charges(inputs: Any) -> TrainedModel:
     extras = Extras.from_config(inputs=inputs)
     record = {"extras": extras.plain(), "cutoff": 3.0, "dtype": "float64"}
-    return TrainedModel(Charges(), TrainedCheckpoint(Path("some.ckpt"), record, {}, False, TYPES, 0, 0)).eval()
+    return TrainedModel(Charges(), TrainedCheckpoint(Path("some.ckpt"), record, {}, False, TYPES, None, 0, 0)).eval()
 
 
 def test_a_loaded_model_and_its_calculator_get_the_inputs() -> None:

@@ -510,7 +510,7 @@ def test_tables_show_the_types_that_the_files_have() -> None:
     values = {"mae": 1.0, "mae_T3": 2.0, "mae_T7": 0.5}
     table = values_table("", manager, values, type_names=["T3", "T7"])
     assert [str(column.header) for column in table.columns] == ["component", "value", "T3", "T7", "unit"]
-    assert table.caption is None
+    assert table.caption == "87 other types of the model without data"
 
 
 def test_commands_and_settings_of_the_page_are_those_of_the_command() -> None:

@@ -15,8 +15,10 @@ __all__ = ["GroupedAlloyDataModule"]
 class GroupedAlloyDataModule(EmbeddedAlloyDataModule):
     """Frames are in groups and sets by their number, and every third counts twice."""
 
-    group_names = ("even", "odd", "none")
-    set_names = ("first", "second")
+    def setup(self, stage: str | None = None) -> None:
+        """Read the frames, and give their groups and sets names."""
+        super().setup(stage)
+        self.group_names, self.set_names = ["even", "odd", "none"], ["first", "second"]
 
     @staticmethod
     def labelled_sets(name: str) -> dict[str, list[str]]:
