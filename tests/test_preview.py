@@ -250,10 +250,7 @@ MISTAKES = [
     (["--every", "0"], ["--every", "at least 1"]),
     (["--evry", "3"], ["unrecognized arguments: --evry"]),
     (["--output", "somewhere.doc"], ["doc", "png"]),
-    (
-        ["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"],
-        ["CosineAnnealingLR cannot be moved on", "'str'"],
-    ),
+    (["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"], ["lr_scheduler.scheduler.T_max is a whole number", "'x'"]),
 ]
 
 

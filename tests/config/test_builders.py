@@ -18,7 +18,8 @@ from support.configs import composed
 from support.own_builders import Embedding, OfTypes
 
 from harness.config.builders import build
-from harness.config.explain import BAD_INPUT, message
+from harness.config.bad_input import BAD_INPUT
+from harness.config.explain import message
 from harness.data import DataStatistics
 from harness.job import prepare
 
