@@ -17,8 +17,8 @@ from omegaconf.errors import MissingMandatoryValue
 from support.configs import composed
 from support.own_builders import Embedding, OfTypes
 
-from harness.config.builders import build
 from harness.config.bad_input import BAD_INPUT
+from harness.config.builders import build
 from harness.config.explain import message
 from harness.data import DataStatistics
 from harness.job import prepare
