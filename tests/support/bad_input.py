@@ -464,7 +464,7 @@ CASES: dict[str, Case] = {
     "file that is not named": case("data.train=???", words=["data.train", "on the command line"]),
     "missing file": case("data.train=nowhere.xyz", words=["nowhere.xyz", "no file"]),
     "missing validation file": case("data.val=nowhere.xyz", words=["nowhere.xyz", "no file"]),
-    "folder": case("data.train=FOLDER", words=["FOLDER", "no file"]),
+    "folder": case("data.train=FOLDER", words=["FOLDER", "a file that ASE reads", "harness-data build"]),
     "empty file": own_file(words=["NAME", "empty"], write=lambda path: path.touch()),
     "binary file": own_file(
         words=["NAME", "ASE cannot read"], write=lambda path: path.write_bytes(bytes(range(256)) * 9)
