@@ -93,6 +93,34 @@ class Extras:
             entry.register()
         return cls(entries, Weighting.from_config(weight_keys, weights), group_key)
 
+    @classmethod
+    def joined(cls, of_sets: Mapping[str, Extras]) -> Extras:
+        """Extras of several data sets: the labels, inputs and weights of any, each as the first set that has it.
+
+        Args:
+            of_sets: by the names of the sets.
+
+        Raises:
+            ValueError: an input without a default, which another set does not have.
+        """
+        entries: dict[str, FieldEntry] = {}
+        factors: dict[str, dict[str, float]] = {}
+        for name, extras in of_sets.items():
+            for entry in extras.entries:
+                entries.setdefault(entry.field, entry)
+            for key, factor_of in extras.weighting.factors.items():
+                factors[key] = {**factor_of, **factors.get(key, {})}
+            for entry in extras.inputs:
+                for other, its in of_sets.items():
+                    if entry.default is None and entry.field not in {each.field for each in its.inputs}:
+                        raise ValueError(
+                            f"the set {other} has no input {entry.field}, which the model gets of the set {name} and "
+                            f"which has no default; expected it in every set. Add it to data.sets.{other}.inputs, or "
+                            f"give data.sets.{name}.inputs.{entry.field}.default"
+                        )
+        first = next(iter(of_sets.values()))
+        return replace(first, entries=tuple(entries.values()), weighting=replace(first.weighting, factors=factors))
+
     @property
     def labels(self) -> tuple[FieldEntry, ...]:
         """Entries of labels."""

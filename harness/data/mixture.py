@@ -20,6 +20,7 @@ from harness.data.budget import BudgetBatchSampler
 from harness.data.collate import collate, empty_batch
 from harness.data.datamodule import AtomsDataModule
 from harness.data.evaluation import evaluation_loader, sizes_of
+from harness.data.extras import Extras
 from harness.data.loader import ResumableDataLoader
 from harness.data.mixing import Mixing, MixtureBatchSampler, frames_of_shares, shares_of
 from harness.data.mixture_references import MixtureStatistics, Moves, References, mixture_statistics
@@ -175,6 +176,8 @@ class MixtureDataModule(LightningDataModule):
             with about_set(name):
                 module.setup(stage)
         modules = list(self.modules.values())
+        self.extras = Extras.joined({name: module.extras for name, module in self.modules.items()})
+        """Further labels, inputs and weights of all sets."""
         if self._asked_type_names is None:
             symbols = set().union(*(module.type_names for module in modules))
             self.type_names: list[str] = sorted(symbols, key=lambda symbol: atomic_numbers[symbol])
@@ -192,8 +195,6 @@ class MixtureDataModule(LightningDataModule):
         self.group_names: list[str] = self._further.group_names
         """Names of the groups of all sets in the order of ``group_index``."""
         self.batch_fields = self._further.fields
-        self.extras = max((module.extras for module in modules), key=lambda extras: len(extras.entries))
-        """Further labels and inputs, of the set that has most of them."""
         self.train_set = self._joined(range(len(modules)), [module.train_set for module in modules])
         self._parts: dict[str, list[tuple[str, str]]] = {"train": [(name, "train") for name in self.set_names]}
         self.val_sets, self.val_names = self._evaluation_sets("val")

@@ -288,7 +288,7 @@ def _parse_entry(specification: Mapping[str, Any], where: str, names: DataNames)
         per_type_coeffs=_check_type_coeffs(given.get("per_type_coeffs"), per_type, names.types, name),
         ignore_nan=ignore_nan,
         given_coeff=check_coeff(given.get("coeff"), name),
-        weights=_check_weights(given.get("weights"), name),
+        weights=_check_weights(given.get("weights"), name, metric),
         **_parse_splits(given, names, name, label_of(modifier), per_type),
     )
 
@@ -318,13 +318,19 @@ def _parse_splits(
     }
 
 
-def _check_weights(given: object, name: str) -> Weights:
+def _check_weights(given: object, name: str, metric: Metric) -> Weights:
     if given is None:
         return "everywhere"
     if not isinstance(given, bool | str) or given not in _WEIGHTS:
         raise ValueError(
             f"Component {name!r}: `weights` is true (a frame of weight w counts as w frames), in_sums (w times in "
             f"sums, once in the number that they are divided by) or false, found {given!r}."
+        )
+    if given and not isinstance(metric, ErrorMetric):
+        raise ValueError(
+            f"Component {name!r} has `weights: {given}`, but {type(metric).__name__} of torchmetrics knows no weights. Use "
+            f"a metric of this package, such as MeanAbsoluteError; or leave `weights` out: then frames of weight 0 are "
+            f"left out and all others count once."
         )
     return _WEIGHTS[given]
 

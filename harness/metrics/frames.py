@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.fields import NUM_ATOMS, Batch, get_field
 from harness.metrics.splits import Split
 
-__all__ = ["FRAME_FIELDS", "WEIGHTS_OF_LABELS", "FrameIndices", "FramesOfBatch", "check_frames"]
+__all__ = ["FRAME_FIELDS", "WEIGHTS_OF_LABELS", "FrameIndices", "FramesOfBatch", "check_frames", "weights_in"]
 
 WEIGHTS_OF_LABELS = {
     "total_energy": "energy_weight",
@@ -67,7 +67,7 @@ class FramesOfBatch:
             level: of the rows.
             reference: tensor with these rows.
         """
-        names = [name for name in (_WEIGHT, WEIGHTS_OF_LABELS.get(label or "", "")) if name in self._target]
+        names = weights_in(self._target, label)
         if not names:
             return None
         key = ("weights", *names)
@@ -136,6 +136,11 @@ class FramesOfBatch:
                     numbers, output_size=len(reference)
                 )
         return self._known[level]
+
+
+def weights_in(target: Batch, label: str | None) -> list[str]:
+    """Weights of a batch that multiply to that of a label: names of fields, none if the batch has no such weights."""
+    return [name for name in (_WEIGHT, WEIGHTS_OF_LABELS.get(label or "", "")) if name in target]
 
 
 def check_frames(target: Batch, numbers: Mapping[str, int]) -> None:

@@ -6,6 +6,7 @@ components, as :mod:`harness.metrics.layout` has arranged them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from harness.metrics.adapters import MergedAdapter, detached, labelled_rows, who
 from harness.metrics.coefficients import Coefficients
 from harness.metrics.components import MetricEntry, Weights, label_of
 from harness.metrics.errors import ErrorMetric, check_same_shape
-from harness.metrics.frames import FRAME_FIELDS, FrameIndices, FramesOfBatch, check_frames
+from harness.metrics.frames import FRAME_FIELDS, FrameIndices, FramesOfBatch, check_frames, weights_in
 from harness.metrics.row import Elements, Row
 from harness.metrics.splits import DataNames, Split
 
@@ -321,7 +322,19 @@ class BatchReader:
             self._checked_frames = any(name in target and bool(target[name].numel()) for name in FRAME_FIELDS)
             if self._checked_frames:
                 check_frames(target, self._told_apart)
+                self._tell_of_weights(target)
         return FramesOfBatch(preds, target, self._indices)
+
+    def _tell_of_weights(self, target: Batch) -> None:
+        """Warn of metrics of torchmetrics where frames have weights."""
+        for entry in self._components[self._num_sums + self._num_maxima :]:
+            if entry.field is not None and entry.weights != "nowhere" and weights_in(target, label_of(entry.field)):
+                warnings.warn(
+                    f"Component {entry.name!r}: {type(entry.metric).__name__} of torchmetrics knows no weights: frames "
+                    f"of weight 0 are left out, and all others count once. Use a metric of this package, such as "
+                    f"MeanAbsoluteError, for values by weight; `weights: false` counts every frame once.",
+                    stacklevel=2,
+                )
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
         types = (target[ATOM_TYPES] if ATOM_TYPES in target else get_field(preds, ATOM_TYPES, "target")).reshape(-1)

@@ -179,6 +179,31 @@ def test_groups_and_further_fields_are_there_in_every_set(sets):
     assert {name: empty[name].dtype for name in empty} == {name: batch[name].dtype for name in empty}
 
 
+def test_labels_and_inputs_of_all_sets_are_those_of_the_mixture(sets, tmp_path):
+    """A checkpoint records them: a prediction needs the inputs of every set."""
+    changes: dict[str, Any] = {}
+    for name, key in (("metal", "charge"), ("molecules", "mu")):
+        frames = ase.io.read(sets[name]["train"], ":")
+        for number, atoms in enumerate(frames):
+            atoms.info[key] = number
+        changes[name] = {"train": str(tmp_path / f"{name}.xyz")}
+        ase.io.write(changes[name]["train"], frames, format="extxyz")
+    factors = {"config_type": {"CH4": 5}}
+    given = {name: dict(each) for name, each in changes.items()}
+    given["metal"]["inputs"] = ["total_charge"]
+    given["molecules"] |= {"labels": {"other": {"key": "mu", "level": "graph"}}, "weights": factors}
+    data = mixture(sets, given)
+    assert [entry.field for entry in data.extras.entries] == ["total_charge", "other"]
+    assert data.extras.plain()["weights"]["factors"] == factors
+    batch = whole(data.train_set)
+    assert batch["total_charge"][9:].flatten().tolist() == [0] * 12  # the default
+    assert batch["other"][:9].isnan().all()
+    given["metal"]["inputs"] = {"total_charge": {"default": None}}
+    with pytest.raises(ValueError, match="the set molecules has no input total_charge") as told:
+        mixture(sets, given)
+    assert "data.sets.metal.inputs.total_charge.default" in str(told.value)
+
+
 def test_a_set_may_be_a_store(sets, data, tmp_path):
     store = tmp_path / "molecules.store"
     build_store(store, [sets["molecules"]["train"]], BuildSettings(extras=data.modules["molecules"].extras))

@@ -29,7 +29,9 @@ from harness.config.resolvers import register_resolvers
 from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_store
 from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
+from harness.data.reading import LabelKeys
 from harness.data.store import BuildSettings, is_store
+from harness.data.store.cache import cached_store
 from harness.data.store.changes import changed_text
 from harness.data_command import main
 
@@ -457,6 +459,31 @@ def test_large_files_become_stores_by_themselves(folder: Path, tmp_path: Path) -
     other = from_files(folder, store_above="1 KiB", min_distance=0.2, **options)
     other.setup()
     assert len(list((tmp_path / "cache" / "stores").glob("*.store"))) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*frames")
+def test_other_labels_weights_or_groups_make_another_store(folder: Path, tmp_path: Path) -> None:
+    """A store has what its settings have read, and is no use to a training that asks for more."""
+    every = [
+        {},
+        {"labels": LABELS},
+        {"labels": {"moment": {**LABELS["dipole"], "key": "dipole"}}},
+        {"weights": {"config_type": {"bulk": 3}}},
+        {"weights": {"config_type": {"bulk": 4}}},
+        {"group_key": None},
+        {"weight_keys": {"weight": None}},
+        {"inputs": ["total_charge"]},
+    ]
+    asked = [BuildSettings(extras=Extras.from_config(**options), check_units=False) for options in every]
+    asked.append(BuildSettings(LabelKeys(stress="virial_stress"), asked[0].extras, check_units=False))
+    paths = set()
+    for settings in asked[:-1]:
+        store = cached_store(folder / "more.xyz", settings, tmp_path, lambda _: None)
+        assert store.manifest["settings"] == json.loads(json.dumps(settings.plain()))
+        paths.add(store.path)
+    assert len(paths) == len(every)
+    with pytest.raises(KeyError, match="virial_stress"):  # and so do other names of labels
+        cached_store(folder / "more.xyz", asked[-1], tmp_path, lambda _: None)
 
 
 def test_a_mistake_in_a_large_file_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -206,9 +207,21 @@ def test_metrics_of_others_leave_out_frames_of_weight_0():
     target["weight"] = torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64)
     preds = {name: value.detach() for name, value in oracle.predict(features, oracle.parameters()).items()}
     entry = {"name": "mae", "field": "total_energy", "metric": torchmetrics.MeanAbsoluteError()}
-    found = harness.MetricsManager([entry])(preds, target)["mae"].item()
+    manager = harness.MetricsManager([entry])
+    with pytest.warns(UserWarning, match="'mae': MeanAbsoluteError of torchmetrics knows no weights") as told:
+        found = manager(preds, target)["mae"].item()
+        manager(preds, target)
+    assert len(told) == 1
     error = (preds["total_energy"] - target["total_energy"]).abs()[[0, 2]]
     np.testing.assert_allclose(found, error.mean().item(), rtol=1e-6)
+    with warnings.catch_warnings():  # nothing is ignored where weights are switched off, or are of another label
+        warnings.simplefilter("error")
+        harness.MetricsManager([{**entry, "weights": False}])(preds, target)
+        target["forces_weight"] = target.pop("weight")
+        harness.MetricsManager([entry])(preds, target)
+    for asked in (True, "in_sums"):
+        with pytest.raises(ValueError, match=f"'mae' has `weights: {asked}`, but MeanAbsoluteError of torchmetrics"):
+            harness.MetricsManager([{**entry, "weights": asked}])
 
 
 @pytest.mark.parametrize(
