@@ -73,7 +73,8 @@ class MixtureDataModule(LightningDataModule):
         dtype: of all floating-point fields but ``total_energy``.
         num_workers: processes of each data loader.
         pin_memory: whether batches are made in page-locked memory.
-        cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
+        cache_neighbors: whether samples stay in memory with their neighbour lists once they are made; if None, those
+            of files, and not those of stores.
         options: any argument of a set, for the sets that do not have it themselves.
 
     Raises:
@@ -102,7 +103,7 @@ class MixtureDataModule(LightningDataModule):
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
         pin_memory: bool = False,
-        cache_neighbors: bool = True,
+        cache_neighbors: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -139,8 +140,9 @@ class MixtureDataModule(LightningDataModule):
             "dtype": dtype,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
-            "cache_neighbors": cache_neighbors,
         }
+        if cache_neighbors is not None:
+            shared["cache_neighbors"] = cache_neighbors
         self.modules: dict[str, AtomsDataModule] = {}
         self._files: dict[str, dict[str, list[Path]]] = {}
         for name, given in arguments.items():

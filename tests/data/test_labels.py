@@ -278,14 +278,22 @@ class Charges(nn.Module):
 
 
 def train(rank: int, world_size: int, path: Path, accumulate: int) -> dict[str, Any]:
-    """Weights and values of two epochs; the second rank has no frame of the one of the validation set."""
+    """Parameters and values of two epochs; the second rank has no frame of the one of the validation set.
+
+    Frames have weights by their charge, some of 0, and are in groups by it.
+    """
     seed_everything(1, verbose=False)
-    data = data_of(path, labels=ALL_LABELS, inputs=["total_charge"], type_names=TYPES, split={"val": 1}, batch_size=3)
+    data = data_of(
+        path, labels=ALL_LABELS, inputs=["total_charge"], type_names=TYPES, split={"val": 1}, batch_size=3,
+        weights={"charge": {-1: 0, 0: 2.5}}, group_key="charge",
+    )  # fmt: skip
+    by_group = [{**component, "per_group": True} for component in DIPOLES]
     module = ForceFieldModule(
         Charges(),
-        loss=lambda type_names: harness.MetricsManager(DIPOLES, type_names=type_names),
-        val_metrics=lambda type_names: harness.MetricsManager(DIPOLES, type_names=type_names),
+        loss=lambda **names: harness.MetricsManager(by_group, **names),
+        val_metrics=lambda **names: harness.MetricsManager(by_group, **names),
         type_names=TYPES,
+        group_names=data.group_names,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
     )
     strategy: dict[str, Any] = {}
@@ -302,7 +310,7 @@ def test_two_ranks_train_as_one(file: Path, accumulate: int) -> None:
     alone = train(0, 1, file, accumulate)
     started = nn.Embedding(len(TYPES), 2)
     assert (alone["weights"] - started.weight).abs().max() > 1e-3
-    assert any("dipole" in name for name in alone["values"])
+    assert any("dipole@0" in name for name in alone["values"])
     for found in spawn(2, train, file, accumulate):
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-11)
         assert found["values"] == pytest.approx(alone["values"], rel=1e-9, abs=1e-11, nan_ok=True)

@@ -209,6 +209,10 @@ def test_a_set_may_be_a_store(sets, data, tmp_path):
     build_store(store, [sets["molecules"]["train"]], BuildSettings(extras=data.modules["molecules"].extras))
     mixed = mixture(sets, {"molecules": {"train": str(store)}}, check_units=True, min_distance=0.1)
     assert isinstance(mixed.modules["molecules"], StoreDataModule)
+    assert [part.cache_neighbors for part in mixed.train_set.parts] == [
+        True,
+        False,
+    ]  # memory does not grow with a store
     assert mixed.statistics.references_text() == data.statistics.references_text()
     expected, found = whole(data.train_set), whole(mixed.train_set)
     assert expected.keys() == found.keys()
