@@ -328,8 +328,8 @@ def _check_weights(given: object, name: str, metric: Metric) -> Weights:
         )
     if given and not isinstance(metric, ErrorMetric):
         raise ValueError(
-            f"Component {name!r} has `weights: {given}`, but {type(metric).__name__} of torchmetrics knows no weights. "
-            f"Use a metric of this package, such as MeanAbsoluteError; or leave `weights` out: then frames of weight 0 "
+            f"Component {name!r} has `weights: {given}`, but {type(metric).__name__} knows no weights of frames. "
+            f"Use an error metric of this package, such as MeanAbsoluteError; or leave `weights` out: then frames of weight 0 "
             f"are left out and all others count once."
         )
     return _WEIGHTS[given]

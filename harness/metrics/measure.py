@@ -326,12 +326,12 @@ class BatchReader:
         return FramesOfBatch(preds, target, self._indices)
 
     def _tell_of_weights(self, target: Batch) -> None:
-        """Warn of metrics of torchmetrics where frames have weights."""
+        """Warn of metrics that know no weights where frames have some."""
         for entry in self._components[self._num_sums + self._num_maxima :]:
             if entry.field is not None and entry.weights != "nowhere" and weights_in(target, label_of(entry.field)):
                 warnings.warn(
-                    f"Component {entry.name!r}: {type(entry.metric).__name__} of torchmetrics knows no weights: frames "
-                    f"of weight 0 are left out, and all others count once. Use a metric of this package, such as "
+                    f"Component {entry.name!r}: {type(entry.metric).__name__} knows no weights of frames: those of "
+                    f"weight 0 are left out, and all others count once. Use an error metric of this package, such as "
                     f"MeanAbsoluteError, for values by weight; `weights: false` counts every frame once.",
                     stacklevel=2,
                 )

@@ -208,7 +208,7 @@ def test_metrics_of_others_leave_out_frames_of_weight_0():
     preds = {name: value.detach() for name, value in oracle.predict(features, oracle.parameters()).items()}
     entry = {"name": "mae", "field": "total_energy", "metric": torchmetrics.MeanAbsoluteError()}
     manager = harness.MetricsManager([entry])
-    with pytest.warns(UserWarning, match="'mae': MeanAbsoluteError of torchmetrics knows no weights") as told:
+    with pytest.warns(UserWarning, match="'mae': MeanAbsoluteError knows no weights of frames") as told:
         found = manager(preds, target)["mae"].item()
     assert len(told) == 1
     error = (preds["total_energy"] - target["total_energy"]).abs()[[0, 2]]
@@ -220,7 +220,7 @@ def test_metrics_of_others_leave_out_frames_of_weight_0():
         target["forces_weight"] = target.pop("weight")
         harness.MetricsManager([entry])(preds, target)
     for asked in (True, "in_sums"):
-        with pytest.raises(ValueError, match=f"'mae' has `weights: {asked}`, but MeanAbsoluteError of torchmetrics"):
+        with pytest.raises(ValueError, match=f"'mae' has `weights: {asked}`, but MeanAbsoluteError knows no weights"):
             harness.MetricsManager([{**entry, "weights": asked}])
 
 
