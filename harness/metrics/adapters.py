@@ -131,7 +131,7 @@ class MergedAdapter:
         self.num_maxima = sum(state.default.numel() for state in self._extremal)
         self._warned = False
 
-    def measure(self, inputs: tuple[Any, Any] | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    def measure(self, inputs: tuple[Any, ...] | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Pieces of the row of one batch: ``[num_additive]`` and ``[num_maxima]``; neutral without inputs."""
         if inputs is None:
             return (
@@ -230,7 +230,7 @@ class GatheredAdapter:
         self.past: list[Part] = []
         """Parts that all ranks hold alike, from a checkpoint."""
 
-    def update(self, inputs: tuple[Any, Any] | None, *, local_value: bool, device: torch.device) -> Tensor | None:
+    def update(self, inputs: tuple[Any, ...] | None, *, local_value: bool, device: torch.device) -> Tensor | None:
         """Add a batch.
 
         Args:
@@ -295,12 +295,20 @@ class GatheredAdapter:
         self.past = []
 
 
-def labelled_rows(elements: Elements, group: int | None) -> tuple[Tensor, Tensor] | None:
+def takes_weights(metric: Metric) -> bool:
+    """True for a metric of several sums whose ``update`` takes weights; declared by an attribute of this name."""
+    return bool(getattr(metric, "takes_weights", False))
+
+
+def labelled_rows(elements: Elements, group: int | None, with_weights: bool = False) -> tuple[Tensor, ...] | None:
     """Prediction and target of the rows without a missing element and of the given type; None if there are none.
+
+    With them, if they are asked for and there are any, the weights of the rows.
 
     torchmetrics has no masks, so rows are taken by boolean indexing, which synchronises host and device.
     """
     prediction, target = elements.prediction, elements.target
+    weights = elements.weights if with_weights else None
     if elements.mask is not None or group is not None:
         rows = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
         if elements.mask is not None:
@@ -308,7 +316,10 @@ def labelled_rows(elements: Elements, group: int | None) -> tuple[Tensor, Tensor
         if group is not None and elements.types is not None:
             rows &= elements.types == group
         prediction, target = prediction[rows], target[rows]
-    return (prediction, target) if target.numel() else None
+        weights = None if weights is None else weights[rows]
+    if not target.numel():
+        return None
+    return (prediction, target) if weights is None else (prediction, target, weights)
 
 
 def whole_batches(preds: Batch, target: Batch) -> tuple[Batch, Batch] | None:
@@ -347,7 +358,7 @@ def detached(batch: Batch) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _detached(inputs: tuple[Any, Any]) -> tuple[Any, ...]:
+def _detached(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Inputs without a graph, so that states kept for the epoch do not keep every step's graph alive."""
     return tuple(value.detach() if isinstance(value, Tensor) else detached(value) for value in inputs)
 
@@ -357,7 +368,7 @@ def _to_cpu(state: Any) -> Any:
 
 
 @contextmanager
-def _explained(name: str, metric: Metric, inputs: tuple[Any, Any]) -> Iterator[None]:
+def _explained(name: str, metric: Metric, inputs: tuple[Any, ...]) -> Iterator[None]:
     """Name the component in an error of a metric that cannot take the inputs, and what helps against their shape."""
     try:
         yield

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from harness.fields import FieldModifier, as_modifier, registered_fields
+from harness.metrics.adapters import takes_weights
 from harness.metrics.errors import ErrorMetric, MeanSquaredError
 from harness.metrics.splits import DataNames, Split, chosen_sets, set_coeffs
 from harness.metrics.torchmetrics_private import default_states, is_composition
@@ -326,11 +327,11 @@ def _check_weights(given: object, name: str, metric: Metric) -> Weights:
             f"Component {name!r}: `weights` is true (a frame of weight w counts as w frames), in_sums (w times in "
             f"sums, once in the number that they are divided by) or false, found {given!r}."
         )
-    if given and not isinstance(metric, ErrorMetric):
+    if given and not isinstance(metric, ErrorMetric) and not (given is True and takes_weights(metric)):
+        lacks = "has weights in all of its sums, or in none" if takes_weights(metric) else "knows no weights of frames"
         raise ValueError(
-            f"Component {name!r} has `weights: {given}`, but {type(metric).__name__} knows no weights of frames. "
-            f"Use an error metric of this package, such as MeanAbsoluteError; or leave `weights` out: then frames of weight 0 "
-            f"are left out and all others count once."
+            f"Component {name!r} has `weights: {given}`, but {type(metric).__name__} {lacks}. Use an error metric of "
+            f"this package, such as MeanAbsoluteError, or leave `weights` out."
         )
     return _WEIGHTS[given]
 

@@ -1,7 +1,7 @@
 r"""Metrics whose states are several sums: relative errors, and quantiles by a histogram.
 
 They are metrics of torchmetrics whose states add up, so that they travel in the row like all others. As with other
-people's metrics, rows with a missing component are left out whole, and weights of frames do not apply.
+people's metrics, rows with a missing component are left out whole. A frame of weight w counts as w frames do.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class RelativeMeanAbsoluteError(Metric):
     """
 
     full_state_update = False
+    takes_weights = True
     is_differentiable = True
     higher_is_better = False
     power: ClassVar[int] = 1
@@ -43,19 +44,23 @@ class RelativeMeanAbsoluteError(Metric):
         for name in ("error_sum", "target_sum"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             preds: predictions, any shape.
             target: labels, of the same shape.
+            weights: of the rows, ``[rows]``; None if each counts once.
 
         Raises:
             ValueError: the shapes differ.
         """
         check_same_shape(preds, target, type(self).__name__)
-        self.error_sum = self.error_sum + (preds - target).abs().pow(self.power).sum(dtype=torch.float64)
-        self.target_sum = self.target_sum + target.abs().pow(self.power).sum(dtype=torch.float64)
+        errors, sizes = ((preds - target).abs().pow(self.power), target.abs().pow(self.power))
+        if weights is not None:
+            errors, sizes = (each * _as_rows(weights, each) for each in (errors, sizes))
+        self.error_sum = self.error_sum + errors.sum(dtype=torch.float64)
+        self.target_sum = self.target_sum + sizes.sum(dtype=torch.float64)
 
     def compute(self) -> Tensor:
         """Value over everything added so far: a float64 scalar, NaN without data or with targets of 0 alone."""
@@ -118,6 +123,7 @@ class ErrorQuantile(Metric):
     """
 
     full_state_update = False
+    takes_weights = True
     is_differentiable = False
     higher_is_better = False
 
@@ -150,12 +156,13 @@ class ErrorQuantile(Metric):
         # below the lowest | bins | above the highest | NaN
         self.add_state("numbers", torch.zeros(self.num_bins + 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             preds: predictions, any shape; ``[..., d]`` with ``vectors``.
             target: labels, of the same shape.
+            weights: of the rows, ``[rows]``; None if each counts once.
 
         Raises:
             ValueError: the shapes differ, or they are no vectors.
@@ -166,19 +173,20 @@ class ErrorQuantile(Metric):
             if error.dim() < 2:
                 raise ValueError(f"ErrorQuantile of vectors expects [..., 3], found {list(error.shape)}.")
             error = torch.linalg.vector_norm(error, dim=-1)
-        error = error.abs().reshape(-1)
+        counted = torch.ones_like(error) if weights is None else _as_rows(weights, error).expand_as(error)
+        error, counted = error.abs().reshape(-1), counted.reshape(-1).to(torch.float64)
         place = torch.ceil((error.clamp(min=self.lowest) / self.lowest).log() / self._growth).clamp(
             0, self.num_bins + 1
         )
         place = torch.where(error.isnan(), self.num_bins + 2, place).to(torch.int64)
-        self.numbers = self.numbers.index_add(0, place, torch.ones_like(error))
+        self.numbers = self.numbers.index_add(0, place, counted)
 
     def compute(self) -> Tensor:
         """Value over everything added so far: a float64 scalar, NaN without data."""
         known = self.numbers[:-1].cumsum(0)
         total = known[-1]
-        # of whole numbers, k = ⌈qN⌉: the rounding of q must not take it one further
-        wanted = torch.ceil(self.quantile * total * (1 - 1e-12)).clamp(min=1)
+        # of whole numbers the k-th, k = ⌈qN⌉: the rounding of q must not take it one further
+        wanted = self.quantile * total * (1 - 1e-12)
         place = (known < wanted).sum()
         middle = self.lowest * torch.exp((place - 0.5) * self._growth) / math.cosh(0.5 * self._growth)
         value = torch.where(place == 0, 0.0, torch.where(place > self.num_bins, torch.inf, middle))
@@ -186,3 +194,8 @@ class ErrorQuantile(Metric):
 
     def __str__(self) -> str:
         return f"q{100 * self.quantile:g}"
+
+
+def _as_rows(weights: Tensor, values: Tensor) -> Tensor:
+    """Weights of rows ``[rows]`` in as many dimensions as ``values`` ``[rows, ...]`` have."""
+    return weights.reshape(-1, *[1] * (values.dim() - 1))

@@ -15,7 +15,15 @@ from torch import Tensor
 from harness.fields import NUM_ATOMS, Batch, get_field
 from harness.metrics.splits import Split
 
-__all__ = ["FRAME_FIELDS", "WEIGHTS_OF_LABELS", "FrameIndices", "FramesOfBatch", "check_frames", "weights_in"]
+__all__ = [
+    "FRAME_FIELDS",
+    "WEIGHTS_OF_LABELS",
+    "WEIGHT_FIELDS",
+    "FrameIndices",
+    "FramesOfBatch",
+    "check_frames",
+    "weights_in",
+]
 
 WEIGHTS_OF_LABELS = {
     "total_energy": "energy_weight",
@@ -26,7 +34,9 @@ WEIGHTS_OF_LABELS = {
 """Weight of a frame's label, which multiplies ``weight``, by the field of the label."""
 _WEIGHT = "weight"
 _INDEX_OF = {"set": "set_index", "group": "group_index"}
-FRAME_FIELDS = tuple(dict.fromkeys((_WEIGHT, *WEIGHTS_OF_LABELS.values(), *_INDEX_OF.values())))
+WEIGHT_FIELDS = tuple(dict.fromkeys((_WEIGHT, *WEIGHTS_OF_LABELS.values())))
+"""Fields of a batch that hold weights of the frames."""
+FRAME_FIELDS = (*WEIGHT_FIELDS, *_INDEX_OF.values())
 """Fields of a batch that hold a number of each frame."""
 _BATCH, _EDGES = "batch", "edge_index"
 
@@ -153,7 +163,7 @@ def check_frames(target: Batch, numbers: Mapping[str, int]) -> None:
     Raises:
         TypeError, ValueError: with what was found.
     """
-    for name in dict.fromkeys((_WEIGHT, *WEIGHTS_OF_LABELS.values())):
+    for name in WEIGHT_FIELDS:
         if name in target:
             _check_weights(name, target[name])
     for by, number in numbers.items():

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from harness.fields import ATOM_TYPES, Batch, FieldModifier, Level, as_modifier, get_field
-from harness.metrics.adapters import MergedAdapter, detached, labelled_rows, whole_batches
+from harness.metrics.adapters import MergedAdapter, detached, labelled_rows, takes_weights, whole_batches
 from harness.metrics.coefficients import Coefficients
 from harness.metrics.components import MetricEntry, Weights, label_of
 from harness.metrics.errors import ErrorMetric, check_same_shape
-from harness.metrics.frames import FRAME_FIELDS, FrameIndices, FramesOfBatch, check_frames, weights_in
+from harness.metrics.frames import FRAME_FIELDS, WEIGHT_FIELDS, FrameIndices, FramesOfBatch, check_frames, weights_in
 from harness.metrics.row import Elements, Row
 from harness.metrics.splits import DataNames, Split
 
@@ -161,13 +161,16 @@ class BatchReader:
                         maxima[position - self._num_sums] = extremes
                 else:
                     inputs[position] = [
-                        labelled_rows(each, group)
+                        labelled_rows(each, group, takes_weights(self._components[position].metric))
                         for each in (seen, *parts)
                         for group in (range(each.num_groups) if each.types is not None else (None,))
                     ]
         for position in self._whole_batches:
             seen_whole = preds if coefficients.is_trained(position) else detached(preds)
-            inputs[position] = [whole_batches(seen_whole, target)]
+            seen_target = target
+            if self._components[position].weights == "nowhere":
+                seen_target = {name: value for name, value in target.items() if name not in WEIGHT_FIELDS}
+            inputs[position] = [whole_batches(seen_whole, seen_target)]
         pieces = [adapter.measure(group, device) for at, adapter in self._merged.items() for group in inputs[at]]
         row = Row.of(
             [*_flat(sums), *_flat(counts), *(additive for additive, _ in pieces)],
@@ -328,7 +331,9 @@ class BatchReader:
     def _tell_of_weights(self, target: Batch) -> None:
         """Warn of metrics that know no weights where frames have some."""
         for entry in self._components[self._num_sums + self._num_maxima :]:
-            if entry.field is not None and entry.weights != "nowhere" and weights_in(target, label_of(entry.field)):
+            if entry.field is None or entry.weights == "nowhere" or takes_weights(entry.metric):
+                continue
+            if weights_in(target, label_of(entry.field)):
                 warnings.warn(
                     f"Component {entry.name!r}: {type(entry.metric).__name__} knows no weights of frames: those of "
                     f"weight 0 are left out, and all others count once. Use an error metric of this package, such as "

@@ -1,8 +1,7 @@
 r"""Metrics of whole structures: energy and forces within thresholds, and means over structures of their own errors.
 
 They get the whole dictionaries of predictions and labels, and stand in a list of components without a ``field``. Their
-states are sums, which travel in the row like all others. As with other people's metrics, weights of frames do not
-apply: every structure counts once.
+states are sums, which travel in the row like all others. A structure of weight w counts as w structures do.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torchmetrics import Metric
 
 from harness.fields import NUM_ATOMS, Batch, field_spec, get_field
 from harness.metrics.errors import check_same_shape
+from harness.metrics.frames import weights_in
 from harness.metrics.vectors import _positive
 
 __all__ = ["EnergyForcesWithinThreshold", "MeanOverStructures"]
@@ -26,6 +26,7 @@ class _MeanOfStructures(Metric):
     """Base: the mean of a number of each structure, over those that have one."""
 
     full_state_update = False
+    takes_weights = True
 
     structure_sum: Tensor
     count: Tensor
@@ -35,10 +36,13 @@ class _MeanOfStructures(Metric):
         for name in ("structure_sum", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _add(self, values: Tensor, counts: Tensor) -> None:
-        """Add values ``[num_graphs]`` of the structures for which ``counts`` is true."""
-        self.structure_sum = self.structure_sum + torch.where(counts, values, 0.0).sum(dtype=torch.float64)
-        self.count = self.count + counts.sum(dtype=torch.float64)
+    def _add(self, values: Tensor, counts: Tensor, target: Batch, label: str | None = None) -> None:
+        """Add values ``[num_graphs]`` of the structures for which ``counts`` is true, with the weights of a label."""
+        number = counts.to(torch.float64)
+        for name in weights_in(target, label):
+            number = number * target[name].reshape(-1)
+        self.structure_sum = self.structure_sum + (torch.where(number > 0, values, 0.0) * number).sum()
+        self.count = self.count + number.sum()
 
     def compute(self) -> Tensor:
         """Value over everything added so far: a float64 scalar, NaN without data."""
@@ -95,7 +99,7 @@ class EnergyForcesWithinThreshold(_MeanOfStructures):
         right = (energy < self.energy) & (largest < self.forces)
         # a prediction that is no number is wrong, and must not pass for a measurement
         values = torch.where((energy + largest).isnan(), torch.nan, right.to(torch.float64))
-        self._add(values, known)
+        self._add(values, known, target)
 
     def __str__(self) -> str:
         return "efwt"
@@ -158,7 +162,7 @@ class MeanOverStructures(_MeanOfStructures):
         if self.error == "rmse":
             perfect = means == 0
             means = torch.where(perfect, 0.0, torch.where(perfect, 1.0, means).sqrt())
-        self._add(means, counts > 0)
+        self._add(means, counts > 0, target, self.of)
 
     def __str__(self) -> str:
         return f"{self.of}_{self.error}_by_structure"

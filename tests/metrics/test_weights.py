@@ -224,6 +224,50 @@ def test_metrics_of_others_leave_out_frames_of_weight_0():
             harness.MetricsManager([{**entry, "weights": asked}])
 
 
+OF_SEVERAL_SUMS = [
+    {"name": "rel_mae", "field": "forces", "metric": harness.metrics.RelativeMeanAbsoluteError()},
+    {"name": "rel_rmse", "field": "forces", "metric": harness.metrics.RelativeRootMeanSquaredError(), "weights": True},
+    {"name": "rel_type", "field": "forces", "metric": harness.metrics.RelativeMeanAbsoluteError(), "per_type": True},
+    {"name": "median", "field": "forces", "metric": harness.metrics.ErrorQuantile(0.5)},
+    {"name": "q90", "field": "total_energy", "metric": harness.metrics.ErrorQuantile(0.9, relative_error=0.001)},
+    {"name": "of_forces", "metric": harness.metrics.MeanOverStructures("forces", "rmse")},
+    {"name": "of_energies", "metric": harness.metrics.MeanOverStructures("total_energy")},
+    {"name": "efwt", "metric": harness.metrics.EnergyForcesWithinThreshold(1.0, 2.0)},
+]
+
+
+def test_measures_of_several_sums_have_the_values_of_repeated_frames():
+    features, target = oracle.draw(4, [2, 1, 3, 2, 4, 1])
+    preds = {name: value.detach() for name, value in oracle.predict(features, oracle.parameters()).items()}
+    weights = [2, 0, 1, 3, 1, 4]
+    weighted_target = target | {"weight": torch.tensor(weights, dtype=torch.float64)}
+    again = [frame for frame, weight in enumerate(weights) for _ in range(weight)]
+    others = chosen(features, target, again)
+    expected = harness.MetricsManager(OF_SEVERAL_SUMS, type_names=TYPES)(
+        oracle.predict(others[0], oracle.parameters()), others[1]
+    )
+    expected = {name: value.item() for name, value in expected.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is left out
+        manager = harness.MetricsManager(OF_SEVERAL_SUMS, type_names=TYPES)
+        found = manager(preds, weighted_target)
+    assert_values({name: value.item() for name, value in found.items()}, expected)
+    assert 0 < expected["efwt"] < 1
+    # each frame once
+    once = [{**entry, "weights": False} for entry in OF_SEVERAL_SUMS]
+    plain = harness.MetricsManager(once, type_names=TYPES)(preds, weighted_target)
+    unweighted = harness.MetricsManager(OF_SEVERAL_SUMS, type_names=TYPES)(preds, target)
+    for name, value in plain.items():
+        torch.testing.assert_close(value, unweighted[name], rtol=0, atol=0, equal_nan=True)
+    assert all(plain[name].item() != expected[name] for name in ("rel_mae", "rel_rmse", "of_forces", "of_energies"))
+    for entry in OF_SEVERAL_SUMS:
+        with pytest.raises(ValueError, match="has weights in all of its sums, or in none"):
+            harness.MetricsManager([{**entry, "weights": "in_sums"}], type_names=TYPES)
+    # quantiles depend on ratios of weights alone
+    small = manager.evaluate(manager.measure(preds, weighted_target | {"weight": 0.01 * weighted_target["weight"]}))
+    assert_values(small.to_host(), expected)
+
+
 @pytest.mark.parametrize(
     ("weight", "error", "words"),
     [
