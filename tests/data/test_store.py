@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from filelock import FileLock
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from support.commands import wait_for
 from support.configs import composed
 from support.spawning import spawn
 
@@ -30,6 +35,7 @@ from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_s
 from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
 from harness.data.store import BuildSettings, is_store
+from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
 from harness.data_command import main
 
@@ -457,6 +463,36 @@ def test_large_files_become_stores_by_themselves(folder: Path, tmp_path: Path) -
     other = from_files(folder, store_above="1 KiB", min_distance=0.2, **options)
     other.setup()
     assert len(list((tmp_path / "cache" / "stores").glob("*.store"))) == 4
+
+
+def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: None
+) -> None:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    logger.addHandler(handler)
+    try:
+        store = cached_store(folder / "train.xyz", SETTINGS, tmp_path, tell_of_rank)
+        name = f"rank 3: {folder / 'train.xyz'} has 0 MiB: building a store of it once, in {store.path}"
+        assert told[0].startswith(name)
+        assert re.fullmatch(r"rank 3: store: \d+ of \d+ parts, 32 frames", told[-1])
+        assert len(told) > 3
+        store.path.rename(tmp_path / "finished")
+        told.clear()
+        with ThreadPoolExecutor(1) as other, FileLock(f"{store.path}.lock"):
+            waiting = other.submit(cached_store, folder / "train.xyz", SETTINGS, tmp_path, tell_of_rank)
+            wait_for(lambda: told, 20, "word of the waiting")
+            (tmp_path / "finished").rename(store.path)
+    finally:
+        logger.removeHandler(handler)
+    assert told == [
+        f"rank 3: waiting for another process that builds the store of {folder / 'train.xyz'} in {store.path}"
+    ]
+    assert waiting.result().digest == store.digest
 
 
 def test_a_mistake_in_a_large_file_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ def joined(sets: dict[str, dict[str, Any]], from_stores: bool) -> list[str]:
     """Data of both sets joined to one, from files or from stores."""
     files = [each["train"] for each in sets.values()]
     train = [stored(file) for file in files] if from_stores else files
-    return [f"data={'store' if from_stores else 'file'}", f"data.train=[{','.join(train)}]", "data.split={val:6,test:2}"]
+    return [
+        f"data={'store' if from_stores else 'file'}",
+        f"data.train=[{','.join(train)}]",
+        "data.split={val:6,test:2}",
+    ]
 
 
 @pytest.mark.slow
