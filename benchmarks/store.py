@@ -2,7 +2,7 @@
 
     python benchmarks/store.py formats                  # every format whose library is installed
     python benchmarks/store.py start --frames 1000 1000000
-    python benchmarks/store.py build --frames 5000 --workers 1 2
+    python benchmarks/store.py build --frames 3000 --workers 1 2
 
 ``formats`` writes frames of 24 to 40 atoms in float64 (elements, positions, forces, cell, energy, stress) in each
 format, and reads single frames in a random order, in a fresh process each. Libraries that are tried where they are
@@ -564,7 +564,7 @@ def main() -> None:
     of_start.add_argument("--steps", type=int, default=50)
     of_start.add_argument("settings", nargs="*", help="of harness-train")
     of_build = commands.add_parser("build")
-    of_build.add_argument("--frames", type=int, default=5000)
+    of_build.add_argument("--frames", type=int, default=3000)
     of_build.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     of_read = commands.add_parser("read")
     for name, kind in (("name", str), ("folder", Path), ("frames", int), ("reads", int)):

@@ -32,11 +32,14 @@ from support.spawning import spawn
 import harness.data.store.sources as sources
 from harness.config.resolvers import register_resolvers
 from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_store
+from harness.data.evaluation import read_evaluated
 from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
+from harness.data.reading import information
 from harness.data.store import BuildSettings, is_store
 from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
+from harness.data.weights import WEIGHTS
 from harness.data_command import main
 
 LABELS = {"dipole": {"key": "dipole", "level": "graph", "shape": [3], "unit": "e·Å"}}
@@ -503,6 +506,41 @@ def test_a_mistake_in_a_large_file_is_that_of_the_file(folder: Path, tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot be written.*HARNESS_CACHE"):
         from_files(folder, store_above=0, cache_dir=tmp_path / "file").setup()
+
+
+# --- evaluations ---
+
+
+def test_an_evaluation_has_the_frames_of_the_file(folder: Path) -> None:
+    given: dict[str, Any] = {"keys": SETTINGS.keys, "units": False}
+    extras = SETTINGS.extras
+    (stored,) = read_evaluated([folder / "train.store"], extras=extras, **given)
+    (file,) = read_evaluated([folder / "train.xyz"], extras=extras, **given)
+    assert stored.labels() == file.labels()
+    assert stored.labels()["dipole"] > 0
+    assert stored.counted == file.counted == list(range(30))
+    assert stored.frames.weight_names() == file.frames.weight_names() == ["weight"]
+    for one, other in zip(stored.frames, file.frames, strict=True):
+        assert one.weights == other.weights
+        assert one.location == other.location
+        assert one.atoms == other.atoms
+        results, expected = ({} if atoms.calc is None else atoms.calc.results for atoms in (one.atoms, other.atoms))
+        for name in ("energy", "forces"):
+            np.testing.assert_array_equal(results.get(name, np.nan), expected.get(name, np.nan))
+        dipoles = [information(frame.atoms, "dipole") for frame in (one, other)]
+        assert [each is None for each in dipoles] in ([True, True], [False, False])
+        assert dipoles[0] is None or (dipoles[0] == dipoles[1]).all()
+    unweighted = Extras.from_config(LABELS, None, None, None, dict.fromkeys(WEIGHTS))
+    (plain,) = read_evaluated([folder / "train.store"], extras=unweighted, **given)
+    assert plain.frames.weight_names() == []
+    assert all(not frame.weights and frame.group is None for frame in plain.frames)
+    assert not plain.frames.arrays(1).weights
+    for options, text in (
+        ({"weights": {"config_type": {"bulk": 2}}}, r"train\.store was built with the weights .*data\.unweighted=true"),
+        ({"inputs": {"total_charge": {"key": "charge"}}}, r"built without total_charge, an input of the model"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            read_evaluated([folder / "train.store"], extras=Extras.from_config(LABELS, **options), **given)
 
 
 # --- mistakes ---
