@@ -70,7 +70,8 @@ class EvaluatedStore(JoinedFrames):
         group = frame.group if self._has_groups else None
         atoms, results = frame.atoms, dict[str, Any]()
         stress = None if frame.stress is None else full_3x3_to_voigt_6_stress(frame.stress)
-        for label, value in (("energy", frame.energy), ("forces", frame.forces), ("stress", stress)):
+        labels: dict[str, Any] = {"energy": frame.energy, "forces": frame.forces, "stress": stress}
+        for label, value in labels.items():
             if value is not None and self._keys[label] in ("energy", "forces", "stress"):
                 results[label] = value
             elif value is not None:
