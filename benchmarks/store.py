@@ -2,7 +2,7 @@
 
     python benchmarks/store.py formats                  # every format whose library is installed
     python benchmarks/store.py start --frames 1000 1000000
-    python benchmarks/store.py build --frames 20000
+    python benchmarks/store.py build --frames 3000 --workers 1 2
 
 ``formats`` writes frames of 24 to 40 atoms in float64 (elements, positions, forces, cell, energy, stress) in each
 format, and reads single frames in a random order, in a fresh process each. Libraries that are tried where they are
@@ -21,8 +21,10 @@ resident memory. ``damage``: a flipped bit in the middle of the largest file is 
 ``start`` makes stores of synthetic frames of 24 to 32 atoms by the writer itself (10 000 different ones, over and over)
 and starts ``harness-train data=store`` on 2 ranks. ``first step`` is the time from the command to the end of the first
 step of rank 0, once by the clock and once of its processor; the imports alone are told too. Memory is that of rank 0
-after ``--steps`` steps: ``own``, and ``resident`` with pages of files. ``build`` measures ``harness-data build`` on an
-extended XYZ file beside ``ase.io.read`` of it.
+after ``--steps`` steps: ``own``, and ``resident`` with pages of files.
+
+``build`` builds a store of extended XYZ with ``--frames`` frames in each of two files, by each number of ``--workers``,
+beside ``ase.io.read`` of the files alone, each in a process of its own and without its imports.
 """
 
 from __future__ import annotations
@@ -509,8 +511,18 @@ def start(sizes: list[int], steps: int, folder: Path, options: list[str]) -> Non
         print(f"extrapolated to 10000000: {ten:.0f} s of the processor, {resident:.0f} MiB resident")
 
 
-def build(num_frames: int, workers: int, folder: Path) -> None:
-    """Print seconds of a build, and of ASE's reading alone."""
+TIMED = """
+import os, sys, time
+import ase.io
+from harness.data import build_store
+clock, before = time.perf_counter(), os.times()
+{code}
+print(time.perf_counter() - clock, sum(os.times()[:4]) - sum(before[:4]))
+"""
+
+
+def build(num_frames: int, workers: list[int], folder: Path) -> None:
+    """Print times of builds by different numbers of processes, and of ASE's reading alone."""
     generator, frames = np.random.default_rng(0), []
     for index in range(num_frames):
         atoms = synthetic_frame(generator, index)
@@ -519,16 +531,24 @@ def build(num_frames: int, workers: int, folder: Path) -> None:
         frames.append(atoms)
     file = folder / "frames.xyz"
     ase.io.write(file, frames)
-    begin = time.perf_counter()
-    ase.io.read(file, ":")
-    reading = time.perf_counter() - begin
-    command = [sys.executable, "-m", "harness.data_command", "build", str(folder / "a.store"), str(file)]
-    begin = time.perf_counter()
-    subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True)
-    building = time.perf_counter() - begin
-    print(f"{num_frames} frames, {file.stat().st_size / 2**20:.1f} MiB of extended XYZ, {workers} processes")
-    print(f"ase.io.read        {1e6 * reading / num_frames:8.0f} µs/frame")
-    print(f"harness-data build {1e6 * building / num_frames:8.0f} µs/frame, with imports")
+    shutil.copy(file, folder / "again.xyz")  # so that two processes have work: a file of less than 16 MiB is one part
+    size = file.stat().st_size / 2**20
+    print(f"{num_frames} frames of 24 to 32 atoms, {size:.1f} MiB of extended XYZ, in each of two files")
+    print("                        µs/frame by the clock   of the processors   frames/s")
+    ase_code = "[ase.io.read(file, ':') for file in sys.argv[1:]]"
+    build_code = "build_store(sys.argv[1], sys.argv[3:], num_workers=int(sys.argv[2]))"
+    files = [str(file), str(folder / "again.xyz")]
+    runs = {"ase.io.read": (ase_code, files)}
+    for number in workers:
+        target = [str(folder / f"{number}.store"), str(number)]
+        runs[f"build, {number} workers"] = (build_code, [*target, *files])
+    for name, (code, arguments) in runs.items():
+        done = subprocess.run(
+            [sys.executable, "-c", TIMED.format(code=code), *arguments], check=True, capture_output=True, text=True
+        )
+        clock, processor = map(float, done.stdout.split())
+        each = 1e6 / (2 * num_frames)
+        print(f"{name:22} {clock * each:22.0f} {processor * each:19.0f} {1 / (clock * each) * 1e6:10.0f}", flush=True)
 
 
 def main() -> None:
@@ -544,8 +564,8 @@ def main() -> None:
     of_start.add_argument("--steps", type=int, default=50)
     of_start.add_argument("settings", nargs="*", help="of harness-train")
     of_build = commands.add_parser("build")
-    of_build.add_argument("--frames", type=int, default=20_000)
-    of_build.add_argument("--workers", type=int, default=2)
+    of_build.add_argument("--frames", type=int, default=3000)
+    of_build.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     of_read = commands.add_parser("read")
     for name, kind in (("name", str), ("folder", Path), ("frames", int), ("reads", int)):
         of_read.add_argument(name, type=kind)

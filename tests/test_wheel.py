@@ -86,6 +86,8 @@ def test_wheel_holds_the_package_and_its_configs(wheel: Path) -> None:
     assert "harness-train = harness.train:main" in points
     assert "harness-sweep = harness.sweep:main" in points
     assert "harness-eval = harness.evaluate:main" in points
+    assert "harness-data = harness.data_command:main" in points
+    assert {"harness/conf/build.yaml", "harness/conf/data/store.yaml"} <= names
 
 
 def test_version_has_one_source(installed: Callable[..., Finished], tmp_path: Path) -> None:

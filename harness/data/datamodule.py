@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from harness.data.arguments import (
@@ -46,7 +46,7 @@ from harness.data.sets import divided
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.data.store import BuildSettings, StoredFrames, is_store
 from harness.data.store.building import found_of
-from harness.data.store.cache import cached_store, is_large, num_bytes
+from harness.data.store.cache import cached_store, is_large, num_bytes, tell_of_rank
 from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
 from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
@@ -365,7 +365,7 @@ class AtomsDataModule(LightningDataModule):
     def _read_as_store(self, path: Path) -> FrameSet:
         cutoffs = (self.cutoff,) if "edges" in (self._limited.removeprefix("max_"), self.balance) else ()
         settings = BuildSettings(self.keys, self.extras, self.min_distance, self.check_units, cutoffs)
-        store = cached_store(path, settings, self._cache_dir, rank_zero_info)
+        store = cached_store(path, settings, self._cache_dir, tell_of_rank)
         self._stores[path] = store
         self._found |= found_of(store.manifest["found"])
         self.cache_neighbors = False  # they would fill the memory that the store leaves free

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,15 @@ from harness.data.budget import EvaluationBudgetSampler
 from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
-from harness.data.extras import Extras
-from harness.data.frames import FrameList, FrameSet
-from harness.data.groups import sorted_groups
+from harness.data.evaluated_store import EvaluatedStore
+from harness.data.extras import Extras, Found
+from harness.data.frames import FrameList, FrameSet, as_frame_set
+from harness.data.groups import groups_of
 from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import without_isolated_atoms
-from harness.data.reading import Frame, LabelKeys, available_keys, has_key, read_frames
+from harness.data.reading import Frame, LabelKeys, available_keys, file_fingerprint, has_key, read_frames
 from harness.data.samplers import EvaluationBatchSampler
+from harness.data.store import StoredFrames, is_store
 from harness.strategies import data_parallel_ranks
 from harness.support.checks import whole_number
 from harness.support.text import did_you_mean
@@ -35,6 +36,7 @@ from harness.support.text import did_you_mean
 __all__ = [
     "EvaluatedFile",
     "EvaluationDataModule",
+    "content_digests",
     "evaluation_loader",
     "label_notes",
     "read_evaluated",
@@ -44,30 +46,29 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EvaluatedFile:
-    """A file of an evaluation.
+    """A file of an evaluation, or a store.
 
     Attributes:
         path: as it was given.
-        frames: all of them, in the order of the file.
+        frames: all of them, in the order of the file or store.
         counted: positions in ``frames`` of those that errors are of: all but isolated atoms.
         fields: further labels that are looked for.
     """
 
     path: Path
-    frames: list[Frame]
+    frames: FrameSet
     counted: list[int]
     fields: tuple[str, ...] = ()
 
     @property
-    def structures(self) -> list[Frame]:
+    def structures(self) -> FrameSet:
         """Frames that errors are of."""
-        return [self.frames[position] for position in self.counted]
+        return self.frames.subset(self.counted)
 
     def labels(self) -> dict[str, int]:
         """Number of frames that errors are of with an energy, forces, a stress, and with each further label."""
-        names, frames = ("energy", "forces", "stress"), self.structures
-        found = {name: sum(getattr(frame, name) is not None for frame in frames) for name in names}
-        return found | {name: sum(name in frame.extras for frame in frames) for name in self.fields}
+        found = self.structures.label_counts()
+        return {name: found.get(name, 0) for name in ("energy", "forces", "stress", *self.fields)}
 
 
 def read_evaluated(
@@ -80,10 +81,12 @@ def read_evaluated(
     extras: Extras | None = None,
     asked: Collection[str] = (),
 ) -> list[EvaluatedFile]:
-    """Files of an evaluation, checked as those of a training; frames may lack any label.
+    """Files and stores of an evaluation, checked as those of a training; frames may lack any label.
+
+    Stores were read and checked when they were built.
 
     Args:
-        paths: of the files.
+        paths: of the files, or of stores.
         keys: names of the labels.
         named: those of them that the user has named: a file must have each of them.
         min_distance: frames with closer atoms are refused, in Å; None does not look.
@@ -100,21 +103,28 @@ def read_evaluated(
     """
     if isolated_atoms not in ("references", "frames"):
         raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
-    files, extras = [], extras or Extras()
+    files, extras, found = [], extras or Extras(), Found()
     fields = tuple(entry.field for entry in extras.labels)
     for path in paths:
-        frames = extras.read(read_frames(path, keys, require_labels=False, require_keys=False))
-        structures: FrameSet = FrameList(frames)
-        if units:
-            check_units(structures)
-        if min_distance is not None:
-            check_distances(frames, min_distance)
+        frames: FrameSet
+        if is_store(path):
+            frames = EvaluatedStore(StoredFrames(path), extras, named or {})
+            found |= frames.found
+        else:
+            frames = FrameList(extras.read(read_frames(path, keys, require_labels=False, require_keys=False)))
+            found |= extras.found(frames)
+            if units:
+                check_units(frames)
+            if min_distance is not None:
+                check_distances(frames, min_distance)
+        counted = np.arange(len(frames))
         if isolated_atoms == "references":
-            structures, _ = without_isolated_atoms(structures, require_energies=False)
-        files.append(EvaluatedFile(path, frames, structures.column("index").tolist(), fields))
-    extras.check_labels(reduce(or_, [extras.found(file.frames) for file in files]), "the files", asked)
-    everything = [frame.atoms for file in files for frame in file.frames]
-    for label, key in (named or {}).items():
+            without_isolated_atoms(frames, require_energies=False)  # refuses those of several atoms
+            counted = np.flatnonzero(~frames.column("isolated").astype(bool))
+        files.append(EvaluatedFile(path, frames, counted.tolist(), fields))
+    extras.check_labels(found, "the files", asked)
+    everything = [frame.atoms for file in files if isinstance(file.frames, FrameList) for frame in file.frames]
+    for label, key in (named or {}).items() if everything else ():
         if not has_key(everything, key):
             available = available_keys(everything)
             meant = did_you_mean(key, available)
@@ -125,10 +135,18 @@ def read_evaluated(
     return files
 
 
+def content_digests(path: Path) -> set[str]:
+    """SHA-256 of the content of a file; of a store that of its frames and of the files that it was built of."""
+    if is_store(path):
+        store = StoredFrames(path)
+        return {store.digest, *(source["sha256"] for source in store.manifest["sources"])}
+    return {file_fingerprint(path).rpartition("sha256 ")[2]}
+
+
 def label_notes(file: EvaluatedFile, keys: LabelKeys) -> list[str]:
     """Sentences on labels that all frames of a file lack, and on labels that may be of two calculations."""
-    frames, labels = FrameList(file.structures), file.labels()
-    if not frames:
+    frames, labels = file.structures, file.labels()
+    if not len(frames):
         return [f"{file.path}: isolated atoms alone, which no errors are of (data.isolated_atoms=frames counts them)"]
     if not any(labels.values()):
         return [f"{file.path}: no labels, predictions only. {label_hint(frames, 'energy', keys)}"]
@@ -153,7 +171,7 @@ def refuse_unknown_elements(files: Sequence[EvaluatedFile], type_names: Sequence
     known = set(type_names)
     found: list[tuple[Frame, set[str]]] = []
     for file in files:
-        for frame in file.frames:
+        for frame in () if file.frames.symbols() <= known else file.frames:
             unknown = set(frame.atoms.get_chemical_symbols()) - known
             if unknown:
                 found.append((frame, unknown))
@@ -192,7 +210,7 @@ class EvaluationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        sets: Sequence[Sequence[Frame]],
+        sets: Sequence[Sequence[Frame] | FrameSet],
         type_names: Sequence[str],
         cutoff: float,
         dtype: torch.dtype = torch.float32,
@@ -214,12 +232,13 @@ class EvaluationDataModule(LightningDataModule):
         whole_number("num_workers", num_workers, least=0)
         ((self._limited, self._limit),) = given.items()
         self.type_names, self.cutoff, self.dtype = list(type_names), cutoff, dtype
-        extras, used = extras or Extras(), [frame for frames in sets for frame in frames]
-        self.group_names = sorted_groups({frame.group for frame in used}, extras.group_key)
-        self.batch_fields = extras.batch_fields({name for frame in used for name in frame.weights}, self.group_names)
+        extras, used = extras or Extras(), [as_frame_set(frames) for frames in sets]
+        self.group_names = groups_of(used, extras.group_key)
+        weights = {name for frames in used for name in frames.weight_names()}
+        self.batch_fields = extras.batch_fields(weights, self.group_names)
         self.test_sets = [
             AtomsDataset(frames, type_names, cutoff, dtype, cache_neighbors=False, fields=self.batch_fields)
-            for frames in sets
+            for frames in used
         ]
         self._options: dict[str, Any] = {
             "num_workers": num_workers,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -22,11 +23,13 @@ from harness.data.collate import frame_to_sample
 from harness.data.evaluation import (
     EvaluatedFile,
     EvaluationDataModule,
+    content_digests,
     label_notes,
     read_evaluated,
     refuse_unknown_elements,
 )
-from harness.data.reading import Frame, file_fingerprint
+from harness.data.frames import FrameList, FrameSet, JoinedFrames
+from harness.data.reading import Frame
 from harness.data.references import outside_text
 from harness.evaluate.groups import ALL, GroupValues, group_names
 from harness.evaluate.metrics import default_metrics, ignoring_missing_labels, metrics_of_training
@@ -100,29 +103,29 @@ class Evaluation:
         files = [self._of_set(index) for index in self.labelled]
         if len(files) < 2:
             return files, files[0] if files else None
-        frames = [frame for index in self.labelled for frame in self._frames(index)]
-        return files, self._errors(ALL, "all files", frames, self.groups.reports[ALL, None])
+        sizes = np.concatenate([self._sizes(index) for index in self.labelled])
+        return files, self._errors(ALL, "all files", sizes, self.groups.reports[ALL, None])
 
     def _of_set(self, index: int) -> Errors:
         file = self.files[self.sets[index]]  # type: ignore[index]
         report = self.module.reports[stage_of_set("test", index)]
-        return replace(self._errors(index, str(file.path), file.structures, report), facts={"labels": file.labels()})
+        return replace(self._errors(index, str(file.path), self._sizes(index), report), facts={"labels": file.labels()})
 
-    def _errors(self, index: int, name: str, frames: Sequence[Frame], report: Any) -> Errors:
-        """Errors of a set, or of all, with those of its groups."""
+    def _errors(self, index: int, name: str, sizes: NDArray[np.int64], report: Any) -> Errors:
+        """Errors of a set, or of all, whose frames have so many atoms, with those of its groups."""
         chosen = self.labelled if index == ALL else [index]
-        members: dict[str, list[Frame]] = {}
+        members: dict[str, list[int]] = {}
         for each in chosen if self.group_of is not None else []:
-            for frame, group in zip(self._frames(each), self.group_of[each], strict=True):  # type: ignore[index]
-                members.setdefault(group, []).append(frame)
+            for size, group in zip(self._sizes(each).tolist(), self.group_of[each], strict=True):  # type: ignore[index]
+                members.setdefault(group, []).append(size)
         groups = [
-            Errors(group, len(own), _num_atoms(own), self.groups.reports[index, group])
-            for group, own in members.items()
+            Errors(group, len(own), sum(own), self.groups.reports[index, group]) for group, own in members.items()
         ]
-        return Errors(name, len(frames), _num_atoms(frames), report, groups)
+        return Errors(name, len(sizes), int(sizes.sum()), report, groups)
 
-    def _frames(self, index: int) -> Sequence[Frame]:
-        return self.data.test_sets[index].frames
+    def _sizes(self, index: int) -> NDArray[np.int64]:
+        """Number of atoms of each frame of a set."""
+        return self.data.test_sets[index].frames.num_atoms()
 
     def print_results(self, console: Console) -> None:
         """Print a table of each file, its groups, and an overview of several files."""
@@ -145,12 +148,12 @@ class Evaluation:
     @property
     def present_types(self) -> list[str]:
         """Atom types that any evaluated frame has, in the model's order."""
-        present = {symbol for file in self.files for frame in file.frames for symbol in frame.atoms.symbols}
+        present = set[str]().union(*(file.frames.symbols() for file in self.files))
         return [name for name in self.manager.type_names if name in present]
 
     def ending(self) -> list[str]:
         """Lines to print at last: predictions that are not finite, and where the file of predictions is."""
-        lines, every = [], [frame for file in self.files for frame in file.frames]
+        lines, every = [], JoinedFrames([file.frames for file in self.files])
         _, everything = self.results
         if everything is not None:
             values, counts = everything.report.values, everything.report.counts
@@ -161,7 +164,7 @@ class Evaluation:
             return lines
         numbers = self.predictions.not_finite
         if numbers:
-            first = every[numbers[0]].location
+            first = every.location(numbers[0])
             lines.append(f"{len(numbers)} of {len(every)} frames have predictions that are not finite; first: {first}")
         return [*lines, f"predictions {self.predictions.path} ({len(every)} frames)"]
 
@@ -241,12 +244,12 @@ def build(request: Request) -> Evaluation:
         # the callbacks are made for the fields that the model is seen to predict, on the device that it is tried on
         trainer = make_trainer(config, make_strategy(config), [position, *([parity] if config.parity else [])])
     predictions = None
-    every_frame = [frame for file in files for frame in file.frames]
+    every_frame = JoinedFrames([file.frames for file in files])
     if config.write is not None:
         further = [entry.field for entry in extras.labels]
         predictions = PredictionFile(Path(config.write), every_frame, places, config.prefix, further)
     model = trainer.precision_plugin.convert_module(trained.model).to(trainer.strategy.root_device)
-    sample, found = _try(model, min(every_frame, key=lambda frame: len(frame.atoms)), data, trainer, head)
+    sample, found = _try(model, every_frame[int(every_frame.num_atoms().argmin())], data, trainer, head)
     metrics, note = _metrics(request, settings, files, found)
     manager = build_manager(metrics, "metrics", type_names)
     if labelled:
@@ -279,7 +282,7 @@ def build(request: Request) -> Evaluation:
 
 def _sets(
     files: Sequence[EvaluatedFile], with_predictions: bool
-) -> tuple[list[int | None], list[int], list[list[Frame]], list[list[int]]]:
+) -> tuple[list[int | None], list[int], list[FrameSet], list[list[int]]]:
     """Sets of the test: the file of each, which have labels, their frames, and the places of these among all frames.
 
     Isolated atoms are a last set, without labels, since no errors are of them. Without a file of predictions, it and
@@ -287,7 +290,7 @@ def _sets(
     """
     sets: list[int | None] = []
     labelled: list[int] = []
-    frames: list[list[Frame]] = []
+    frames: list[FrameSet] = []
     places: list[list[int]] = []
     isolated: list[Frame] = []
     places_isolated: list[int] = []
@@ -305,7 +308,7 @@ def _sets(
         start += len(file.frames)
     if isolated and with_predictions:
         sets.append(None)
-        frames.append(isolated)
+        frames.append(FrameList(isolated))
         places.append(places_isolated)
     return sets, labelled, frames, places
 
@@ -353,7 +356,7 @@ def _trained_on(paths: Sequence[Path], record: Mapping[str, Any]) -> list[str]:
     }
     found = []
     for path in paths:
-        name = by_digest.get(file_fingerprint(path).rpartition("sha256 ")[2])
+        name = next((by_digest[digest] for digest in sorted(content_digests(path)) if digest in by_digest), None)
         if name is not None:
             found.append(
                 f"{path} has the content of {name} of the model's training: its errors are smaller than those of "
@@ -384,10 +387,6 @@ def _check_device(device: Any) -> None:
     valid = ("auto", "cpu", "gpu", "cuda", "mps")
     if device not in valid:
         raise ValueError(f"device={device}: expected one of {', '.join(valid)}")
-
-
-def _num_atoms(frames: Sequence[Frame]) -> int:
-    return sum(len(frame.atoms) for frame in frames)
 
 
 def _dtype(name: Any) -> torch.dtype:

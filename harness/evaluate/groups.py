@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from harness.data.reading import Frame, available_keys, information
+from harness.data.frames import FrameSet
+from harness.data.reading import available_keys, information
 from harness.fields import registered_fields
 from harness.metrics import MetricsManager, Report, compute_together
 from harness.support.text import did_you_mean
@@ -27,9 +28,7 @@ MOST_GROUPS = 200
 """Largest number of groups."""
 
 
-def group_names(
-    sets: Sequence[Sequence[Frame]], name: str | None, is_asked_for: bool
-) -> tuple[list[list[str]] | None, str]:
+def group_names(sets: Sequence[FrameSet], name: str | None, is_asked_for: bool) -> tuple[list[list[str]] | None, str]:
     """Group of each frame of each set, and a note; None without groups.
 
     Args:
@@ -40,21 +39,21 @@ def group_names(
     Raises:
         ValueError: the user has named it, and no frame has it, or it has more than 200 values.
     """
-    frames = [frame for of_set in sets for frame in of_set]
-    if name is None or not frames:
+    num_frames = sum(map(len, sets))
+    if name is None or not num_frames:
         return None, ""
     found = [[_text(information(frame.atoms, name)) for frame in of_set] for of_set in sets]
     values = Counter(value for of_set in found for value in of_set)
     if set(values) == {NO_GROUP}:
         if not is_asked_for:
             return None, ""
-        available = available_keys([frame.atoms for frame in frames[:1000]])
+        available = available_keys([frame.atoms for of_set in sets for frame in of_set[:1000]])
         raise ValueError(
             f"group={name}: no frame has it. {did_you_mean(name, available)}The frames have {available}; group=null "
             f"makes no groups"
         )
     if len(values) > MOST_GROUPS:
-        text = f"group={name}: {len(values)} different values in {len(frames)} frames, expected at most {MOST_GROUPS}"
+        text = f"group={name}: {len(values)} different values in {num_frames} frames, expected at most {MOST_GROUPS}"
         if is_asked_for:
             raise ValueError(f"{text}. Give a name whose values many frames share")
         return None, f"{text}: there are no groups"

@@ -13,6 +13,7 @@ from ase.io.extxyz import write_extxyz
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from harness.data.frames import FrameSet, as_frame_set
 from harness.data.reading import Frame, has_key
 from harness.distributed import gather_objects
 from harness.fields import field_spec
@@ -55,12 +56,12 @@ class PredictionFile(Callback):
     def __init__(
         self,
         path: Path,
-        frames: Sequence[Frame],
+        frames: Sequence[Frame] | FrameSet,
         places: Sequence[Sequence[int]],
         prefix: str = "predicted_",
         further: Sequence[str] = (),
     ) -> None:
-        self.path, self._frames, self._places, self._prefix = path, frames, places, prefix
+        self.path, self._frames, self._places, self._prefix = path, as_frame_set(frames), places, prefix
         self._fields = _FIELDS | {name: name for name in further}
         for frame in frames:
             taken = [name for name in self._fields if has_key([frame.atoms], f"{prefix}{name}")]
@@ -115,7 +116,7 @@ class PredictionFile(Callback):
                     file = opened.enter_context(opened.enter_context(replacing(self.path)).open("w", encoding="utf-8"))
                 except OSError as failure:
                     error = failure
-            for start, stop in _parts([len(frame.atoms) for frame in self._frames]):
+            for start, stop in _parts(self._frames.num_atoms().tolist()):
                 own = {number: self._own.pop(number) for number in range(start, stop) if number in self._own}
                 gathered = gather_objects(own, group)  # by all, whatever has happened to the file
                 if file is not None and error is None:

@@ -56,7 +56,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="harness-eval",
         usage="harness-eval CHECKPOINT FILE [FILE ...] [setting=value ...] [--write FILE.xyz] [--group NAME]",
-        description="Errors and predictions of a trained model on files that ASE reads, on one rank or on many.",
+        description="Errors and predictions of a trained model on files or stores, on one rank or on many.",
         epilog=f"Settings:\n\n{(Path(config_folder()) / 'eval.yaml').read_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,24 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from filelock import FileLock
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from support.commands import wait_for
 from support.configs import composed
 from support.spawning import spawn
 
 import harness.data.store.sources as sources
 from harness.config.resolvers import register_resolvers
 from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_store
+from harness.data.evaluation import read_evaluated
 from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
-from harness.data.reading import LabelKeys
+from harness.data.reading import LabelKeys, information
 from harness.data.store import BuildSettings, is_store
-from harness.data.store.cache import cached_store
+from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
+from harness.data.weights import WEIGHTS
 from harness.data_command import main
 
 LABELS = {"dipole": {"key": "dipole", "level": "graph", "shape": [3], "unit": "e·Å"}}
@@ -486,6 +493,36 @@ def test_other_labels_weights_or_groups_make_another_store(folder: Path, tmp_pat
         cached_store(folder / "more.xyz", asked[-1], tmp_path, lambda _: None)
 
 
+def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: None
+) -> None:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    logger.addHandler(handler)
+    try:
+        store = cached_store(folder / "train.xyz", SETTINGS, tmp_path, tell_of_rank)
+        name = f"rank 3: {folder / 'train.xyz'} has 0 MiB: building a store of it once, in {store.path}"
+        assert told[0].startswith(name)
+        assert re.fullmatch(r"rank 3: store: \d+ of \d+ parts, 32 frames", told[-1])
+        assert len(told) > 3
+        store.path.rename(tmp_path / "finished")
+        told.clear()
+        with ThreadPoolExecutor(1) as other, FileLock(f"{store.path}.lock"):
+            waiting = other.submit(cached_store, folder / "train.xyz", SETTINGS, tmp_path, tell_of_rank)
+            wait_for(lambda: told, 20, "word of the waiting")
+            (tmp_path / "finished").rename(store.path)
+    finally:
+        logger.removeHandler(handler)
+    assert told == [
+        f"rank 3: waiting for another process that builds the store of {folder / 'train.xyz'} in {store.path}"
+    ]
+    assert waiting.result().digest == store.digest
+
+
 def test_a_mistake_in_a_large_file_is_that_of_the_file(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match=r"no frame of .*train\.xyz has the forces key 'gradients'"):
         from_files(folder, store_above=0, cache_dir=tmp_path, keys={"forces": "gradients"}).setup()
@@ -494,6 +531,41 @@ def test_a_mistake_in_a_large_file_is_that_of_the_file(folder: Path, tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot be written.*HARNESS_CACHE"):
         from_files(folder, store_above=0, cache_dir=tmp_path / "file").setup()
+
+
+# --- evaluations ---
+
+
+def test_an_evaluation_has_the_frames_of_the_file(folder: Path) -> None:
+    given: dict[str, Any] = {"keys": SETTINGS.keys, "units": False}
+    extras = SETTINGS.extras
+    (stored,) = read_evaluated([folder / "train.store"], extras=extras, **given)
+    (file,) = read_evaluated([folder / "train.xyz"], extras=extras, **given)
+    assert stored.labels() == file.labels()
+    assert stored.labels()["dipole"] > 0
+    assert stored.counted == file.counted == list(range(30))
+    assert stored.frames.weight_names() == file.frames.weight_names() == ["weight"]
+    for one, other in zip(stored.frames, file.frames, strict=True):
+        assert one.weights == other.weights
+        assert one.location == other.location
+        assert one.atoms == other.atoms
+        results, expected = ({} if atoms.calc is None else atoms.calc.results for atoms in (one.atoms, other.atoms))
+        for name in ("energy", "forces"):
+            np.testing.assert_array_equal(results.get(name, np.nan), expected.get(name, np.nan))
+        dipoles = [information(frame.atoms, "dipole") for frame in (one, other)]
+        assert [each is None for each in dipoles] in ([True, True], [False, False])
+        assert dipoles[0] is None or (dipoles[0] == dipoles[1]).all()
+    unweighted = Extras.from_config(LABELS, None, None, None, dict.fromkeys(WEIGHTS))
+    (plain,) = read_evaluated([folder / "train.store"], extras=unweighted, **given)
+    assert plain.frames.weight_names() == []
+    assert all(not frame.weights and frame.group is None for frame in plain.frames)
+    assert not plain.frames.arrays(1).weights
+    for options, text in (
+        ({"weights": {"config_type": {"bulk": 2}}}, r"train\.store was built with the weights .*data\.unweighted=true"),
+        ({"inputs": {"total_charge": {"key": "charge"}}}, r"built without total_charge, an input of the model"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            read_evaluated([folder / "train.store"], extras=Extras.from_config(LABELS, **options), **given)
 
 
 # --- mistakes ---

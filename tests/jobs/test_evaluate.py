@@ -29,7 +29,10 @@ from support.configs import composed
 
 import harness
 from harness.callbacks.tables import values_table
-from harness.data import EmbeddedAlloyDataModule, Frame, read_frames
+from harness.data import EmbeddedAlloyDataModule, Frame, build_store, read_frames
+from harness.data.extras import Extras
+from harness.data.groups import GROUP_KEY
+from harness.data.store import BuildSettings
 from harness.evaluate import main
 from harness.evaluate.metrics import metrics_of_training
 from harness.evaluate.predictions import PredictionFile, with_predictions
@@ -190,6 +193,35 @@ def test_ranks_find_what_one_does(
     assert results(tmp_path / "out")["ranks"] == ranks
     pictures = {"parity_other.png", "parity_test.png"}
     assert {path.name for path in one_rank.iterdir()} - {path.name for path in (tmp_path / "out").iterdir()} == pictures
+
+
+def test_a_store_has_the_values_of_its_file(
+    trained: tuple[Path, dict[str, float]], one_rank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = trained
+    store = build_store(
+        tmp_path / "test.store", [folder / "test.xyz"], BuildSettings(extras=Extras(group_key=GROUP_KEY))
+    )
+    files = [str(folder / "best.ckpt"), str(store.path), str(folder / "other.xyz")]
+    output = tmp_path / "out"
+    main([*files, f"output_dir={output}", "parity=false", "--write", str(output / "predictions.xyz")])
+    found, expected = results(output), results(one_rank)
+    assert found["files"][0]["labels"] == {"energy": 7, "forces": 7, "stress": 7}
+    assert found["all"] == expected["all"]  # to the last digit, with its groups
+    for one, other in zip(found["files"], expected["files"], strict=True):
+        assert one["values"] == other["values"]
+        assert one["groups"] == other["groups"]
+    both = [ase.io.read(each / "predictions.xyz", ":") for each in (output, one_rank)]
+    for one, other in zip(*both, strict=True):
+        assert one.info["config_type"] == other.info["config_type"]
+        assert one.info["predicted_energy"] == other.info["predicted_energy"]
+        assert (one.arrays["predicted_forces"] == other.arrays["predicted_forces"]).all()
+        assert one.get_potential_energy() == other.get_potential_energy()
+        assert (one.get_forces() == other.get_forces()).all()
+        assert (one.get_stress() == other.get_stress()).all()
+    text = refused([*files, "data.keys.forces=other", "output_dir=elsewhere"], capsys)
+    assert "test.store was built with forces; build it anew with that name" in text
+    assert "group=number: no frame has it" in refused([*files[:2], "--group", "number", "output_dir=elsewhere"], capsys)
 
 
 @pytest.mark.slow

@@ -1,54 +1,71 @@
-"""Trainings on several data sets: the same on another number of ranks, also after a kill in mid-epoch."""
+"""Trainings from stores and on several data sets: as from files, also after a kill in mid-epoch, on other ranks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.commands import read_csv, same, train
 from support.mixtures import write_sets
 
+from harness.data_command import main as data_command
+
 TOLERANCE = 1e-9
+COMMON = (
+    *("data.batch_size=null", "data.max_atoms=24", "cutoff=3.5", "precision=float64"),
+    *(f"model.{size}=6" for size in ("hidden_channels", "num_filters", "num_gaussians")),
+    *("model.num_interactions=1", "trainer=cpu", "max_epochs=3", "test=false", "logger=csv"),
+    *("trainer.log_every_n_steps=1", "callbacks.parity=null", "callbacks.last.every_n_steps=4", "resume=auto"),
+)
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    sets = write_sets(folder)
-    sets["metal"]["weight"] = 2
+def stored(file: str) -> str:
+    """Path of a store of a file, built by the command."""
+    store = str(Path(file).with_suffix(".store"))
+    data_command(["build", store, file, "--workers=1"])
+    return store
+
+
+def mixture(sets: dict[str, dict[str, Any]], from_stores: bool) -> list[str]:
+    """Data of both sets as a mixture, the molecules from a file or from a store."""
+    metal, molecules = sets["metal"] | {"weight": 2}, sets["molecules"]
+    if from_stores:
+        molecules = molecules | {"train": stored(molecules["train"])}
+    chosen = {"metal": metal, "molecules": molecules}
+    return ["data=mixture", f"data.sets={json.dumps(chosen)}".replace('"', "")]
+
+
+def joined(sets: dict[str, dict[str, Any]], from_stores: bool) -> list[str]:
+    """Data of both sets joined to one, from files or from stores."""
+    files = [each["train"] for each in sets.values()]
+    train = [stored(file) for file in files] if from_stores else files
     return [
-        "data=mixture",
-        f"data.sets={json.dumps(sets)}".replace('"', ""),
-        "data.batch_size=4",
-        "data.max_atoms=null",
-        "cutoff=3.5",
-        "precision=float64",
-        *(f"model.{size}=6" for size in ("hidden_channels", "num_filters", "num_gaussians")),
-        "model.num_interactions=1",
-        "trainer=cpu",
-        "max_epochs=3",
-        "logger=csv",
-        "trainer.log_every_n_steps=1",
-        "callbacks.parity=null",
-        "callbacks.last.every_n_steps=4",
-        "resume=auto",
-        *more,
+        f"data={'store' if from_stores else 'file'}",
+        f"data.train=[{','.join(train)}]",
+        "data.split={val:6,test:2}",
     ]
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_in_mid_epoch_on_another_number_of_ranks(tmp_path: Path) -> None:
-    limit = ("data.batch_size=null", "data.max_atoms=24", "test=false")
-    whole = train(*command(tmp_path, *limit), folder=tmp_path / "whole")
+@pytest.mark.parametrize("data", [mixture, joined])
+def test_stores_give_the_values_of_files_also_killed_in_mid_epoch_and_on_another_number_of_ranks(
+    data: Any, tmp_path: Path
+) -> None:
+    sets = write_sets(tmp_path)
+    whole = train(*data(sets, from_stores=False), *COMMON, folder=tmp_path / "whole")
     assert whole.code == 0, whole.err[-3000:]
     (expected,) = whole.runs
     marker = tmp_path / "marker"
     fault = (
         f"+callbacks.fault={{_target_: support.failure_callbacks.SignalAt, step: 9, name: SIGKILL, marker: {marker}}}"
     )
-    arguments = command(tmp_path, *limit, fault)
+    arguments = [*data(sets, from_stores=True), *COMMON, fault]
     killed = train(*arguments, folder=tmp_path / "parts", ranks=2)
     assert killed.code != 0
+    assert list(tmp_path.glob("marker.*")), killed.err[-3000:]
     again = train(*arguments, folder=tmp_path / "parts")
     assert again.code == 0, again.err[-3000:]
     (found,) = again.runs
@@ -59,6 +76,8 @@ def test_a_killed_training_goes_on_in_mid_epoch_on_another_number_of_ranks(tmp_p
     for row, other in zip(rows, wanted, strict=True):
         for key in row:
             assert same(row[key], other[key], TOLERANCE), (key, row["step"], row[key], other[key])
-    record = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)["made_with"]
-    assert list(record["statistics"]["set_references"]) == ["metal", "molecules"]
-    assert record["statistics"]["set_references"]["metal"].keys() == {"O", "Cu"}
+    made_with = torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)["made_with"]
+    if data is mixture:
+        references = made_with["statistics"]["set_references"]
+        assert list(references) == ["metal", "molecules"]
+        assert references["metal"].keys() == {"O", "Cu"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
 
 from harness.data.embedded import default_cache_dir
 from harness.data.store.building import BuildSettings, build_store
@@ -19,8 +21,9 @@ from harness.data.store.format import VERSION
 from harness.data.store.sources import Source
 from harness.data.store.stored import StoredFrames, is_store
 
-__all__ = ["cached_store", "is_large", "num_bytes"]
+__all__ = ["cached_store", "is_large", "num_bytes", "tell_of_rank"]
 
+_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # where rank_zero_info tells, on rank 0 alone
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
@@ -49,10 +52,19 @@ def is_large(paths: Sequence[Path], limit: int | None) -> bool:
     return limit is not None and sum(sizes) > limit
 
 
+def tell_of_rank(text: str) -> None:
+    """Log a sentence on this rank, whichever it is; those of other ranks than 0 begin with their number."""
+    rank = getattr(rank_zero_only, "rank", 0)
+    _LOG.info(f"rank {rank}: {text}" if rank else text)
+
+
 def cached_store(
     path: Path, settings: BuildSettings, cache_dir: str | os.PathLike[str] | None, tell: Callable[[str], None]
 ) -> StoredFrames:
     """Store of a file in the cache directory, which one process builds if it is not there while others wait.
+
+    The process that builds tells how far it is, whichever that is. Of those that wait, the first two ranks of a node
+    say so, so that each node is heard of, and hundreds of ranks do not repeat it.
 
     Its name has a hash of the file (its name, size, time of change, and samples of its content) and of the settings.
 
@@ -60,7 +72,7 @@ def cached_store(
         path: of the file.
         settings: of the build.
         cache_dir: see :func:`~harness.data.embedded.default_cache_dir`.
-        tell: is called with sentences on what takes a while.
+        tell: is called with sentences on what takes a while; on any rank, such as :func:`tell_of_rank`.
 
     Raises:
         OSError: the store cannot be written.
@@ -73,13 +85,15 @@ def cached_store(
         return StoredFrames(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(1)  # the first rank of the node builds, and tells how far it is
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank > 0:
+            time.sleep(1)  # the first rank of the node builds if it can
         lock = FileLock(f"{target}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            tell(f"waiting for another process that builds the store of {path} in {target}")
+            if local_rank < 2:
+                tell(f"waiting for another process that builds the store of {path} in {target}")
             lock.acquire()
         try:
             if not is_store(target):
