@@ -250,7 +250,7 @@ def build(request: Request) -> Evaluation:
         predictions = PredictionFile(Path(config.write), every_frame, places, config.prefix, further)
     model = trainer.precision_plugin.convert_module(trained.model).to(trainer.strategy.root_device)
     sample, found = _try(model, every_frame[int(every_frame.num_atoms().argmin())], data, trainer, head)
-    metrics, note = _metrics(request, settings, files, found)
+    metrics, note = _metrics(request, settings, files, found, trained.head)
     manager = build_manager(metrics, "metrics", type_names)
     if labelled:
         manager.measure(found, sample)  # refuses components of fields that there are not
@@ -334,7 +334,11 @@ def _try(
 
 
 def _metrics(
-    request: Request, settings: Mapping[str, Any], files: Sequence[EvaluatedFile], predicted: Mapping[str, Any]
+    request: Request,
+    settings: Mapping[str, Any],
+    files: Sequence[EvaluatedFile],
+    predicted: Mapping[str, Any],
+    head: str | None,
 ) -> tuple[dict[str, Any], str]:
     """Config of the metrics, and a note: those that were given, or those of the training's test and more."""
     chosen = request.config.get("metrics")
@@ -343,7 +347,7 @@ def _metrics(
         return ignoring_missing_labels(given), ""
     numbers = [file.labels() for file in files]
     labelled = {_LABELS.get(label, label) for each in numbers for label, number in each.items() if number}
-    config, note = metrics_of_training(settings)
+    config, note = metrics_of_training(settings, head)
     return ignoring_missing_labels(default_metrics(config, labelled, predicted)), note
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydoc
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torchmetrics
@@ -21,7 +21,7 @@ _PRESETS = {
 }
 """Ready-made metrics and the fields that their ``ignore_nan`` takes."""
 _ERRORS = {"rmse": "RootMeanSquaredError", "mae": "MeanAbsoluteError", "maxabserr": "MaximumAbsoluteError"}
-_OF_PARTS = ("per_set", "per_set_coeffs", "per_group")
+_OF_PARTS = ("sets", "per_set", "per_set_coeffs", "per_group")
 _OWN = re.compile(r"harness\.(?:\w+\.)*(\w+)")
 _TORCHMETRICS = ("torchmetrics.regression.", "torchmetrics.aggregation")
 """Modules of torchmetrics whose metrics a checkpoint may name; others read files or fetch models."""
@@ -53,7 +53,7 @@ def _with_lists(value: Any) -> Any:
     return inside
 
 
-def metrics_of_training(settings: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def metrics_of_training(settings: Mapping[str, Any], head: str | None = None) -> tuple[dict[str, Any] | None, str]:
     """Config of the metrics of a training's test.
 
     What a checkpoint names is only called if it is a metric, a field or a ready-made manager of this package, or a
@@ -61,9 +61,10 @@ def metrics_of_training(settings: Mapping[str, Any]) -> tuple[dict[str, Any] | N
 
     Args:
         settings: of the training by dotted name, as its checkpoint has recorded them.
+        head: data set of the training that the files are of; components of other sets are left out.
 
     Returns:
-        The config, or None; and the reason for None where there is one.
+        The config, or None; and a note: the reason for None, or the components that are left out.
     """
     found = nested(settings, "test_metrics") or nested(settings, "val_metrics")
     if not isinstance(found, dict) or "_target_" not in found:
@@ -74,22 +75,36 @@ def metrics_of_training(settings: Mapping[str, Any]) -> tuple[dict[str, Any] | N
             f"the test metrics of the training are of {strangers[0]}, which a checkpoint alone does not make run: the "
             f"usual ones are taken"
         )
-    return _of_all_frames({name: value for name, value in found.items() if not name.startswith("schedule")}), ""
+    return _of_all_frames({name: value for name, value in found.items() if not name.startswith("schedule")}, head)
 
 
-def _of_all_frames(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Config without what tells frames apart by a set or group of the training, which files have not.
+def _of_all_frames(config: dict[str, Any], head: str | None) -> tuple[dict[str, Any] | None, str]:
+    """Config without what tells frames apart by a set or group of the training, which files have not, and a note.
 
-    Components of some sets alone are left out; None if nothing is left.
+    Components of some sets are those of all frames if the head is one of them, and left out otherwise; None if nothing
+    is left.
     """
+    left_out: list[str] = []
     for name in ("extra_metrics", "metrics"):
         entries = config.get(name)
         if isinstance(entries, list):
-            kept = [entry for entry in entries if not entry.get("sets")]
+            kept = [entry for entry in entries if not entry.get("sets") or head in entry["sets"]]
+            left_out += [_text_of_sets(entry) for entry in entries if entry not in kept]
             if name == "metrics" and not kept:
-                return None
+                return None, _note_on(left_out, head)
             config[name] = [{key: entry[key] for key in entry if key not in _OF_PARTS} for entry in kept]
-    return config
+    return config, _note_on(left_out, head)
+
+
+def _text_of_sets(entry: Mapping[str, Any]) -> str:
+    return f"{entry.get('name') or _field_of(entry) or 'a component'} (sets {', '.join(map(str, entry['sets']))})"
+
+
+def _note_on(left_out: Sequence[str], head: str | None) -> str:
+    if not left_out:
+        return ""
+    why = "head=NAME says which set the files are of" if head is None else f"the files are of the set {head}"
+    return f"metrics of other sets of the training are left out: {', '.join(left_out)}; {why}"
 
 
 def default_metrics(

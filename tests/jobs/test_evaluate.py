@@ -591,7 +591,16 @@ def test_metrics_of_the_training_are_taken_without_its_sets_and_groups() -> None
         **own,
         "metrics": [mae],
     }
-    assert metrics_of_training({"val_metrics": {**own, "metrics": of_one}}) == (None, "")
+    note = "metrics of other sets of the training are left out: of_one (sets molecules); "
+    assert metrics_of_training({"val_metrics": {**own, "metrics": of_one}}) == (
+        None,
+        f"{note}head=NAME says which set the files are of",
+    )
+    # with the head of one set, files are of this set
+    both = {"val_metrics": {**own, "metrics": [*own["metrics"], *of_one]}}
+    of_head = {**own, "metrics": [mae, mae | {"name": "of_one"}]}
+    assert metrics_of_training(both, "molecules") == (of_head, "")
+    assert metrics_of_training(both, "bulk") == ({**own, "metrics": [mae]}, f"{note}the files are of the set bulk")
 
 
 def test_predictions_without_energies_are_written(tmp_path: Path) -> None:
