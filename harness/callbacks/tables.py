@@ -52,7 +52,7 @@ def values_table(
     max_types: int = 8,
     type_names: Sequence[str] | None = None,
 ) -> Table:
-    """Table of every component, with its per-type values beside it.
+    """Table of every component, with its per-type values beside it and those of sets below it.
 
     Args:
         title: stands above the table; empty for none.
@@ -88,6 +88,8 @@ def values_table(
     for entry in manager.entries.values():
         by_type = [number_text(values.get(key)) for key in entry.type_keys(shown)] or [""] * len(shown)
         row(entry.name, by_type, component_unit(entry))
+        for key in entry.set_keys():
+            row(key, [""] * len(shown), component_unit(entry))
     if WEIGHTED_SUM in values:
         table.add_section()
         row(WEIGHTED_SUM, [""] * len(shown), "")
@@ -118,13 +120,14 @@ def component_unit(entry: MetricEntry) -> str:
 
 
 def is_better(manager: MetricsManager, name: str, value: float, than: float) -> bool:
-    """True if a value of a component, or of the weighted sum, is better than another; any is better than NaN.
+    """True if a value of a component or set, or of the weighted sum, is better than another; any is better than NaN.
 
     Smaller is better, but for other people's metrics that say ``higher_is_better``.
     """
     if math.isnan(value) or math.isnan(than):
         return not math.isnan(value)
-    entry = manager.entries.get(name)
+    entries = manager.entries
+    entry = entries.get(name) or next((each for each in entries.values() if name in each.set_keys()), None)
     return value > than if entry is not None and entry.metric.higher_is_better else value < than
 
 

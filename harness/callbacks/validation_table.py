@@ -63,7 +63,8 @@ class ValidationTable(Callback):
                 continue
             report, best = pl_module.reports[stage], self._best.setdefault(stage, {})
             values, present = report.values, types_with_data(report, manager)
-            for name in (*manager, WEIGHTED_SUM):
+            of_sets = [key for entry in manager.entries.values() for key in entry.set_keys()]
+            for name in (*manager, *of_sets, WEIGHTED_SUM):
                 if is_better(manager, name, values.get(name, math.nan), best.get(name, (math.nan, 0))[0]):
                     best[name] = values[name], trainer.current_epoch
             if prints:

@@ -106,6 +106,11 @@ class MetricEntry:
         """Names of the reported values of sets and groups beside the whole, in the order of the parts."""
         return [key for split in self.splits for key in split.keys(self.name)]
 
+    def set_keys(self) -> list[str]:
+        """Names of the reported values of sets, those that the component is the mean of or has beside the whole."""
+        splits = [split for split in (self.mean_over, *self.splits) if split is not None and split.by == "set"]
+        return [key for split in splits for key in split.keys(self.name)]
+
     def value_keys(self, type_names: Sequence[str]) -> list[str]:
         """Names of all values that are reported beside the component's own: of types, sets and groups."""
         return [*self.slot_keys(type_names), *self.part_keys()]
