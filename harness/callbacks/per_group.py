@@ -30,8 +30,9 @@ class PerGroupReport(Callback):
     are metrics of other packages are shown where they are ``per_group`` themselves.
 
     After a validation, a table is printed below that of the whole, W&B gets it as ``val{i}_report/per_group``, and
-    ``val{i}_per_group.csv`` has the last one; after a test likewise with ``test{i}``. Groups without data in a set are
-    left out. ``frames`` is the number of labelled frames behind the errors, and with weights the sum of these.
+    ``val{i}_per_group.csv`` has the last one; after a test likewise with ``test{i}``. Groups without frames in a set
+    are left out. ``frames`` is the number of frames, whatever their weights and labels: a group of weight 0 has frames,
+    and no errors.
 
     Args:
         every_n_epochs: epochs between reports of validations.
@@ -90,7 +91,7 @@ class PerGroupReport(Callback):
 
 @dataclass(frozen=True)
 class _Groups:
-    """Values of the components of a manager, for the groups with data.
+    """Values of the components of a manager, for the groups with frames.
 
     Attributes:
         names: of the groups.
@@ -100,15 +101,15 @@ class _Groups:
     """
 
     names: list[str]
-    frames: list[float]
+    frames: list[int]
     values: Mapping[str, list[float]]
     units: Mapping[str, str]
 
     @classmethod
     def of(cls, manager: MetricsManager, report: Report) -> _Groups:
-        groups = manager.names.groups
-        kept = [at for at in range(len(groups)) if any(math.isfinite(each[at]) for each in report.by_group.values())]
-        frames = _frames(manager, report)
+        groups, frames = manager.names.groups, report.frames_by_group
+        has_values = [any(math.isfinite(each[at]) for each in report.by_group.values()) for at in range(len(groups))]
+        kept = [at for at, is_kept in enumerate(frames or has_values) if is_kept]
         return cls(
             [groups[at] for at in kept],
             [frames[at] for at in kept] if frames else [],
@@ -124,7 +125,7 @@ class _Groups:
     @property
     def rows(self) -> list[list[Any]]:
         """A row for each group."""
-        columns = [*([list(map(_whole, self.frames))] if self.frames else []), *self.values.values()]
+        columns = [*([self.frames] if self.frames else []), *self.values.values()]
         return [list(row) for row in zip(self.names, *columns, strict=True)]
 
     def write(self, path: Path) -> None:
@@ -135,7 +136,7 @@ class _Groups:
         """Tables with a row for each component and a column for each group; several where these need more width."""
         lines = {name: [number_text(value) for value in values] for name, values in self.values.items()}
         if self.frames:
-            lines = {"frames": [f"{number:g}" for number in self.frames], **lines}
+            lines = {"frames": [str(number) for number in self.frames], **lines}
         shown = list(range(min(len(self.names), max_groups)))
         lengths = [max(len(self.names[at]), *(len(texts[at]) for texts in lines.values())) for at in shown]
         taken = max(map(len, lines)) + max(map(len, self.units.values())) + 7
@@ -166,17 +167,3 @@ def _parts(lengths: Sequence[int], width: int) -> Iterator[list[int]]:
         used += length + 3  # the line between columns, and a space on both sides
     if part:
         yield part
-
-
-def _frames(manager: MetricsManager, report: Report) -> list[float]:
-    """Number of frames of each group, of the first component that has one value for each; empty if none has."""
-    for name, counts in report.counts_by_group.items():
-        entry = manager.entries[name]
-        shape = getattr(entry.field, "shape", None)
-        if shape is not None and getattr(entry.field, "level", None) == "graph":
-            return [number / math.prod(shape) for number in counts]
-    return []
-
-
-def _whole(number: float) -> float:
-    return int(number) if number.is_integer() else number

@@ -105,6 +105,14 @@ class FramesOfBatch:
             self._known[key] = self._indices.table(split.slots, index.device)[index + 1]
         return self._spread(key, level, reference)
 
+    def numbers_of_groups(self, num_groups: int, device: torch.device) -> Tensor:
+        """Number of frames of each group, whatever their weights and labels: float64 ``[num_groups]``."""
+        numbers = torch.zeros(num_groups + 1, dtype=torch.float64, device=device)  # the first is of those in none
+        if _INDEX_OF["group"] in self._target:  # a batch of no frames may lack it
+            index = self._target[_INDEX_OF["group"]].reshape(-1)
+            numbers = numbers.index_add(0, index + 1, numbers.new_ones(len(index)))
+        return numbers[1:]
+
     def _index(self, by: str, reference: Tensor, component: str) -> Tensor:
         name = _INDEX_OF[by]
         if name in self._target:

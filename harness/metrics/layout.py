@@ -4,7 +4,8 @@ The order is fixed when a manager is built: components whose errors are summed, 
 value, then maxima, then metrics of torchmetrics that merge, then those that are gathered at the end of an epoch (and
 have no place in the row). A component has one *slot*, or one for each atom type or set that it is the mean of; if it is
 split by set or group, as many for each part follow those of the whole. With S slots of sums the row is
-``sums [S] | counts [S] | numbers of adapters`` and ``maxima | maxima of adapters``.
+``sums [S] | counts [S] | numbers of adapters | frames by group`` and ``maxima | maxima of adapters``; frames of each
+group are counted for tables alone.
 
 Whole and parts are *averages* of their slots. Values are those of the averages, the components' first, and of slots.
 """
@@ -57,6 +58,7 @@ class Layout:
     Args:
         entries: components in the user's order.
         names: names that indices in batches stand for.
+        counts_frames: the row ends with the number of frames of each group.
 
     Attributes:
         components: entries in the row's order; positions below count in it.
@@ -66,11 +68,12 @@ class Layout:
         names: names of reported values.
         order: their positions as users see them.
         counted: slots of sums that each value is made of, by its name.
-        by_group: position of the value of each group, and its slots of sums, by component; for those split by group.
+        by_group: position of the value of each group, by component; for those split by group.
+        num_counted_groups: number of groups whose frames are counted.
         description: components and types in order; only rows of equal descriptions are merged.
     """
 
-    def __init__(self, entries: Sequence[MetricEntry], names: DataNames) -> None:
+    def __init__(self, entries: Sequence[MetricEntry], names: DataNames, counts_frames: bool = False) -> None:
         self._type_names = names.types
         own = [(entry, entry.metric) for entry in entries if isinstance(entry.metric, ErrorMetric)]
         functions = list(dict.fromkeys(metric.value for _, metric in own if metric.kind == "sum"))
@@ -86,6 +89,9 @@ class Layout:
         self.num_sums = sum(map(len, sums))
         self.components = [*(entry for members in sums for entry in members), *maxima, *merged, *gathered]
         self.description = [entry.describe() for entry in self.components] + list(names.types)
+        self.num_counted_groups = len(names.groups) if counts_frames else 0
+        if counts_frames:
+            self.description.append(f"frames by group {list(names.groups)}")
 
         self._spans: list[_Span] = []
         self._num_sum_slots = 0
@@ -114,6 +120,7 @@ class Layout:
                 self.gathered[position] = [
                     GatheredAdapter(entry.metric.clone(), entry.name, reason) for _ in range(self.num_slots(entry))
                 ]
+        self._num_additive += self.num_counted_groups
         self._num_adapter_slots = sum(
             self.num_slots(self.components[position]) for position in (*self.merged, *self.gathered)
         )
@@ -159,21 +166,20 @@ class Layout:
         counted.pop("", None)
         return counted
 
-    def _find_groups(self) -> dict[str, tuple[tuple[int, range], ...]]:
-        """Position of the value of each group, and its slots of sums, by component."""
-        found, position, start = {}, len(self.components), 0
-        for index, entry in enumerate(self.components):
-            number = entry.num_slots(self._type_names)
+    def _find_groups(self) -> dict[str, range]:
+        """Position of the value of each group, by component."""
+        found, position = {}, len(self.components)
+        for entry in self.components:
             for split in entry.splits:
-                cells = []
-                for _ in split.names:
-                    start += number
-                    cells.append((position, range(start, start + number) if index < self.num_sums else range(0)))
-                    position += 1
+                start, position = position, position + len(split.names)
                 if split.by == "group":
-                    found[entry.name] = tuple(cells)
-            start += number
+                    found[entry.name] = range(start, position)
         return found
+
+    def frames_by_group(self, row: Row) -> Tensor | None:
+        """Number of frames of each group: float64 ``[num_groups]``; None where they are not counted."""
+        number = self.num_counted_groups
+        return row.additive.detach()[self._num_additive - number :] if number else None
 
     def counts(self, row: Row) -> Tensor:
         """Number of elements in each slot of sums: float64 ``[num_slots]``, without a graph."""

@@ -143,8 +143,9 @@ class MetricsManager(WeightedComponents):
         return [*names, WEIGHTED_SUM] if self.do_weighted_sum else names
 
     def keep_by_group(self) -> None:
-        """Keep the errors of every component by group too, for tables; without groups nothing changes.
+        """Keep the errors of every component by group too, and count the frames of each group, for tables.
 
+        Without groups nothing changes.
         Metrics of other packages are kept by group only where ``per_group`` asks for it, since each group costs an
         update of its own. Names of values do not change.
 
@@ -156,15 +157,18 @@ class MetricsManager(WeightedComponents):
             for name, entry in self._components.items()
             if isinstance(entry.metric, ErrorMetric) and not any(split.by == "group" for split in entry.splits)
         ]
-        if not self.names.groups or not whole:
+        is_split = bool(whole) or any(
+            split.by == "group" for each in self._components.values() for split in each.splits
+        )
+        if not self.names.groups or not is_split or self._layout.num_counted_groups:
             return
         if self._local is not None or self._merged is not None:
             raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
         for name, entry in whole:
             split = self.names.split_by_group(name, is_shown=False)
             self._components[name] = replace(entry, splits=(*entry.splits, split))
-        self._layout = Layout(list(self._components.values()), self.names)
-        self._reader = BatchReader(self._layout.components, self._layout.merged, self.names)
+        layout = self._layout = Layout(list(self._components.values()), self.names, counts_frames=True)
+        self._reader = BatchReader(layout.components, layout.merged, self.names, layout.num_counted_groups)
         self.order_as(self._layout.components)
 
     # --- a step ---
@@ -300,6 +304,7 @@ class MetricsManager(WeightedComponents):
             evaluated.counts,
             layout.counted,
             layout.by_group,
+            layout.frames_by_group(row),
         )
 
     def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:

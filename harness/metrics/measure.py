@@ -1,7 +1,7 @@
 """Batch → row: each distinct field is read once, and every component's errors are summed, or their maximum taken.
 
-The row is ``sums [S] | counts [S] | numbers of adapters`` and ``maxima | maxima of adapters``, in the order of the
-components, as :mod:`harness.metrics.layout` has arranged them.
+The row is ``sums [S] | counts [S] | numbers of adapters | frames by group`` and ``maxima | maxima of adapters``, in the
+order of the components, as :mod:`harness.metrics.layout` has arranged them.
 """
 
 from __future__ import annotations
@@ -92,16 +92,22 @@ class BatchReader:
         components: entries in the row's order: sums, maxima, then metrics of torchmetrics.
         merged: adapters of those that are in the row, by position; the others are gathered.
         names: names that indices in batches stand for.
+        num_counted_groups: number of groups whose frames are counted, at the end of the row's additive part.
     """
 
     def __init__(
-        self, components: Sequence[MetricEntry], merged: Mapping[int, MergedAdapter], names: DataNames
+        self,
+        components: Sequence[MetricEntry],
+        merged: Mapping[int, MergedAdapter],
+        names: DataNames,
+        num_counted_groups: int = 0,
     ) -> None:
         self._components = components
         self._merged = merged
         self._names = names
         self._type_names = names.types
         self._indices = FrameIndices()
+        self._num_counted_groups = num_counted_groups
         kinds = [entry.metric.kind for entry in components if isinstance(entry.metric, ErrorMetric)]
         self._num_sums, self._num_maxima = kinds.count("sum"), kinds.count("maximum")
         self._readings = self._find_readings()
@@ -172,8 +178,10 @@ class BatchReader:
                 seen_target = {name: value for name, value in target.items() if name not in WEIGHT_FIELDS}
             inputs[position] = [whole_batches(seen_whole, seen_target)]
         pieces = [adapter.measure(group, device) for at, adapter in self._merged.items() for group in inputs[at]]
+        number = self._num_counted_groups
+        numbers_of_frames = [frames.numbers_of_groups(number, device)] if number else []
         row = Row.of(
-            [*_flat(sums), *_flat(counts), *(additive for additive, _ in pieces)],
+            [*_flat(sums), *_flat(counts), *(additive for additive, _ in pieces), *numbers_of_frames],
             [*_flat(maxima), *(piece for _, piece in pieces)],
             device,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,7 +25,8 @@ class Report:
         counts: number of elements behind a value that is made of a sum of errors: three for each atom in ``forces``,
             each as often as the weight of its frame says.
         by_group: value of each group, of the components that are split by group.
-        counts_by_group: number of elements behind these values, of those that are made of a sum of errors.
+        frames_by_group: number of frames of each group, whatever their weights and labels; empty where they are not
+            counted.
     """
 
     values: dict[str, float]
@@ -33,7 +34,7 @@ class Report:
     contributions: dict[str, float]
     counts: dict[str, float]
     by_group: dict[str, list[float]] = field(default_factory=dict)
-    counts_by_group: dict[str, list[float]] = field(default_factory=dict)
+    frames_by_group: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Values:
         weighted: positions of the components in the weighted sum.
         counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.metrics.layout`.
         counted: slots of sums that the elements of a value are in, by its name.
-        by_group: position of the value of each group in ``reported``, and its slots of sums, by component.
+        by_group: positions of the values of the groups in ``reported``, by component.
+        frames_by_group: float64 ``[num_groups]``: number of frames of each group; None where they are not counted.
     """
 
     names: tuple[str, ...]
@@ -62,7 +64,8 @@ class Values:
     weighted: tuple[int, ...] = ()
     counts: Tensor | None = None
     counted: Mapping[str, range] = field(default_factory=dict)
-    by_group: Mapping[str, Sequence[tuple[int, range]]] = field(default_factory=dict)
+    by_group: Mapping[str, range] = field(default_factory=dict)
+    frames_by_group: Tensor | None = None
 
     def detach(self) -> Values:
         """The same values without a graph."""
@@ -83,11 +86,11 @@ class Values:
 
     def to_report(self) -> Report:
         """Values, coefficients, contributions and counts as Python numbers: one copy, which the host waits for."""
-        pieces = [self.reported, self.weighted_sum, self.coeffs, self.counts]
+        pieces = [self.reported, self.weighted_sum, self.coeffs, self.counts, self.frames_by_group]
         lengths = [0 if piece is None else piece.numel() for piece in pieces]
         vector = torch.cat([piece.detach().reshape(-1) for piece in pieces if piece is not None])
         numbers = iter(vector.tolist())
-        reported, total, coeffs, counts = ([next(numbers) for _ in range(length)] for length in lengths)
+        reported, total, coeffs, counts, frames = ([next(numbers) for _ in range(length)] for length in lengths)
         values = {self.names[index]: reported[index] for index in self.order}
         if total:
             values[WEIGHTED_SUM] = total[0]
@@ -97,12 +100,8 @@ class Values:
             {name: in_sum[name] for name in values if name in in_sum},
             {name: _contribution(in_sum[name], values[name]) for name in values if name in in_sum},
             {name: sum(counts[slot] for slot in self.counted[name]) for name in values if name in self.counted},
-            {name: [reported[position] for position, _ in cells] for name, cells in self.by_group.items()},
-            {
-                name: [sum(counts[slot] for slot in slots) for _, slots in cells]
-                for name, cells in self.by_group.items()
-                if name in self.counted
-            },
+            {name: [reported[position] for position in cells] for name, cells in self.by_group.items()},
+            [int(number) for number in frames],
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from rich.console import Console
 from support.alloy import build, trainer
 from support.commands import TINY
@@ -17,8 +18,9 @@ from support.configs import composed
 from support.grouped import GroupedAlloyDataModule
 
 import harness
-from harness.callbacks import LossProgressBar, PerGroupReport
+from harness.callbacks import LossProgressBar, PerGroupReport, ValidationTable
 from harness.callbacks.per_group import _Groups
+from harness.callbacks.tables import is_better, values_table
 from harness.job.build import build_module
 from harness.metrics import Report
 
@@ -55,7 +57,7 @@ def test_groups_are_shown_and_change_nothing(
 ) -> None:
     report = PerGroupReport(every_n_epochs=2, output_dir=tmp_path / "out")
     reports = {}
-    for name, callbacks in (("with", [report]), ("without", [])):
+    for name, callbacks in (("with", [report, ValidationTable()]), ("without", [])):
         module = module_of(data)
         bar = LossProgressBar(["weighted_sum"])  # which has ended when the test's tables are printed
         fit = trainer(tmp_path, callbacks=[bar, *callbacks], max_epochs=2, enable_progress_bar=True)
@@ -68,6 +70,8 @@ def test_groups_are_shown_and_change_nothing(
         fit.test(module, datamodule=data, verbose=False)
         reports[name] = module.reports
     assert shown.count("validation set 0 by group") == 1  # of two epochs
+    for name in ("forces_mae_by_set@first", "mean_of_sets@second"):
+        assert len(re.findall(rf"{name}\W+[\d.]", shown)) == 2  # once an epoch
     assert "test set 0 by group" in capsys.readouterr().out
     for stage in ("val0", "test0"):
         assert str(reports["with"][stage].values) == str(reports["without"][stage].values)
@@ -80,12 +84,12 @@ def test_groups_are_shown_and_change_nothing(
         assert [row[0] for row in rows] == ["even", "odd"]  # the third is in no set
         for number, row in enumerate(rows):
             assert [float(cell) for cell in row[2:]] == [by_group[name][number] for name in names]
-    # of the validation frames 0 to 4, number 0 and 3 count twice
     with (tmp_path / "out" / "val0_per_group.csv").open() as file:
-        assert [row["frames"] for row in csv.DictReader(file)] == ["4", "3"]
+        assert [row["frames"] for row in csv.DictReader(file)] == ["3", "2"]  # of the validation frames 0 to 4
     values = reports["with"]["val0"].values
     by_set = [values[f"forces_mae_by_set@{name}"] for name in data.set_names]
     assert values["mean_of_sets"] == pytest.approx((by_set[0] + 2 * by_set[1]) / 3, rel=1e-12)
+    # number 0 and 3 count twice
     whole = [
         values["per_atom_energy_rmse"] ** 2,
         *(x**2 for x in reports["with"]["val0"].by_group["per_atom_energy_rmse"]),
@@ -117,6 +121,48 @@ def test_wide_tables_are_cut_and_many_groups_left_out() -> None:
     assert "2 further groups" in text
     assert text.count("title") == 1
     assert found.tables("title", 80, max_groups=0) == []
+
+
+def test_a_group_of_weight_zero_has_frames_and_no_errors() -> None:
+    entry = {"name": "mae", "field": "forces", "metric": harness.MeanAbsoluteError()}
+    manager = harness.MetricsManager([entry], group_names=["hot", "vacancy", "absent"])
+    manager.keep_by_group()
+    target = {
+        "forces": torch.zeros(4, 3),
+        "num_atoms": torch.tensor([1, 1, 2]),
+        "group_index": torch.tensor([0, 0, 1]),
+        "weight": torch.tensor([3.0, 3.0, 0.0], dtype=torch.float64),
+    }
+    manager({"forces": torch.ones(4, 3)}, target)
+    found = _Groups.of(manager, harness.compute_together([manager])[0].to_report())
+    assert found.columns == ["group", "frames", "mae"]
+    assert str(found.rows) == str([["hot", 2, 1.0], ["vacancy", 1, float("nan")]])
+    rows = [re.findall(r"[\w-]+", line) for line in lines_of(found.tables("title", 80, max_groups=6)).splitlines()]
+    assert ["frames", "2", "1"] in rows
+    assert ["mae", "1", "-", "eV"] in [row[:4] for row in rows]
+
+
+def test_values_of_sets_are_below_those_of_their_component() -> None:
+    mae = {"field": "forces", "metric": harness.MeanAbsoluteError()}
+    entries = [mae | {"name": "f", "per_set": True}, mae | {"name": "mean", "per_set_coeffs": {"mol": 1, "bulk": 3}}]
+    manager = harness.MetricsManager(entries, set_names=["mol", "bulk"])
+    target = {"forces": torch.zeros(2, 3), "num_atoms": torch.tensor([1, 1]), "set_index": torch.tensor([0, 1])}
+    values = manager({"forces": torch.tensor([[1.0] * 3, [2.0] * 3])}, target)
+    numbers = {name: value.item() for name, value in values.items()}
+    lines = lines_of([values_table("", manager, numbers, {"f@mol": (0.5, 3)})]).splitlines()
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if "eV" in line]
+    assert rows == [
+        ["f", "1.5", "-", "-", "eV/Å"],
+        ["f@mol", "1", "0.5", "3", "eV/Å"],
+        ["f@bulk", "2", "-", "-", "eV/Å"],
+        ["mean", "1.75", "-", "-", "eV/Å"],
+        ["mean@mol", "1", "-", "-", "eV/Å"],
+        ["mean@bulk", "2", "-", "-", "eV/Å"],
+    ]
+    r2 = {"name": "r2", "field": "forces", "metric": torchmetrics.R2Score(), "per_set": True}
+    other = harness.MetricsManager([r2], set_names=["mol", "bulk"])
+    assert is_better(other, "r2@mol", 0.9, 0.8)
+    assert is_better(manager, "f@mol", 0.8, 0.9)
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -100,7 +100,7 @@ def epoch_on_rank(rank, world_size):
         values, _ = harness.step_together(loss, metrics, preds=oracle.predict(features, theta), target=target)
         values.weighted_sum.backward()
     reports = [values.to_report() for values in harness.compute_together([loss, metrics])]
-    return [(each.values, each.by_group, each.counts_by_group) for each in reports]
+    return [(each.values, each.by_group, each.frames_by_group) for each in reports]
 
 
 def test_ranks_hold_the_values_of_one_process_bitwise():
@@ -113,14 +113,14 @@ def test_ranks_hold_the_values_of_one_process_bitwise():
         target |= weighted(10 * rank + number, len(target["num_atoms"]))
         with torch.no_grad():
             harness.step_together(*whole, preds=oracle.predict(features, oracle.parameters()), target=target)
-    for values, (found, by_group, counts) in zip(harness.compute_together(whole), ranks[0], strict=True):
+    for values, (found, by_group, frames) in zip(harness.compute_together(whole), ranks[0], strict=True):
         report = values.to_report()
         for name, expected in report.values.items():
             assert_close(found[name], expected, name)
         for name, expected in report.by_group.items():
             assert_close(by_group[name], expected, name)
-        for name, expected in report.counts_by_group.items():
-            assert_close(counts[name], expected, name)
+        assert frames == report.frames_by_group
+    assert [len(frames) for *_, frames in ranks[0]] == [0, len(GROUPS)]  # counted where tables show them
 
 
 def test_parts_leave_the_gradient_of_the_whole_as_it_is():
@@ -224,6 +224,31 @@ def test_tables_by_group_add_no_values():
     no_groups = manager_of(names={"group_names": ()})
     no_groups.keep_by_group()
     assert no_groups.evaluate(no_groups.measure(preds, target)).to_report().by_group == {}
+
+
+def test_frames_of_groups_are_counted_whatever_counts_in_errors():
+    """Their weights, labels and sets, the order of the components, and the batches that they come in."""
+    features, target = draw(12, [2, 1, 3, 2, 1], unlabelled=0.0)
+    target["group_index"] = torch.tensor([0, 2, 0, -1, 2])
+    target["set_index"] = torch.tensor([0, 0, 0, 1, 1])
+    target["weight"] = torch.tensor([3.0, 0.0, 3.0, 0.5, 0.0]).double()
+    target["total_energy"][2] = math.nan
+    energy = Component("total_energy", "mae", ignore_nan=True)
+    entries = [
+        Component("forces", "rmse").entry(TYPES) | {"per_set": True},
+        energy.entry(TYPES) | {"sets": ["molecules"]},
+        Component("forces", "max").entry(TYPES) | {"per_group": True},
+    ]
+    for chosen_entries in (entries, entries[::-1], entries[2:]):
+        manager = harness.MetricsManager(chosen_entries, TYPES, group_names=GROUPS, set_names=SETS)
+        manager.keep_by_group()
+        for part, labels in oracle.split(features, target, [2, 2]):
+            with torch.no_grad():
+                manager(oracle.predict(part, oracle.parameters()), labels)
+        report = harness.compute_together([manager])[0].to_report()
+        assert report.frames_by_group == [2, 0, 2]
+        assert all(math.isnan(values[2]) for values in report.by_group.values())
+        assert not math.isnan(report.by_group["forces_max"][0])
 
 
 def test_metrics_of_others_have_values_of_groups_where_they_are_asked_for():
