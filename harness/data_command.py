@@ -126,7 +126,10 @@ def _build(options: argparse.Namespace) -> None:
     begin = time.monotonic()
     files, skipped = found_files(paths[1:])
     size = sum(file.stat().st_size for file in files)
-    console.print(f"{len(files)} files, {size / 2**20:.1f} MiB; {workers} processes", highlight=False)
+    console.print(
+        f"{_counted(len(files), 'file')}, {size / 2**20:.1f} MiB; {_counted(workers, 'process', 'processes')}",
+        highlight=False,
+    )
     if skipped:
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         console.print(f"left out, of no format of ASE: {', '.join(map(str, skipped[:3]))}{more}", highlight=False)
@@ -143,12 +146,23 @@ def _build(options: argparse.Namespace) -> None:
                 shown[0] = tenth
 
         store = build_store(
-            paths[0], paths[1:], _settings(config), num_workers=workers, restart=options.restart, progress=progress
+            paths[0],
+            paths[1:],
+            _settings(config),
+            num_workers=workers,
+            restart=options.restart,
+            progress=progress,
+            tell=lambda text: console.print(text, highlight=False, markup=False),
         )
     seconds = time.monotonic() - begin
     console.print(f"built in {seconds:.1f} s, {1e6 * seconds / len(store):.0f} µs a frame", highlight=False)
     _print(_description(store))
     print(f"next        harness-train data=store data.train={paths[0]}")
+
+
+def _counted(number: int, one: str, several: str = "") -> str:
+    """A number with the word in singular or plural."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -179,12 +193,16 @@ def _description(store: StoredFrames) -> dict[str, str]:
     manifest, settings = store.manifest, store.manifest["settings"]
     atoms = store.column("num_atoms")
     size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    inputs, labels = settings["extras"]["inputs"], settings["extras"]["labels"]
+    counts = store.label_counts()
     found = {
         "store": f"{store.path}, {size / 2**20:.1f} MiB, {size / len(store) / 1024:.2f} KiB a frame",
         "frames": f"{len(store)}, of {atoms.min()} to {atoms.max()} atoms, {store.num_atoms().sum()} in all",
         "elements": ", ".join(sorted(store.symbols())),
-        "labels": ", ".join(f"{name} {number}" for name, number in store.label_counts().items()),
+        "labels": ", ".join(f"{name} {number}" for name, number in counts.items() if name not in inputs),
     }
+    if inputs:
+        found["inputs"] = ", ".join(f"{name} {counts.get(name, 0)}" for name in inputs)
     weights = store.weight_names()
     if weights:
         found["weights"] = ", ".join(weights)
@@ -208,7 +226,8 @@ def _description(store: StoredFrames) -> dict[str, str]:
     sources = manifest["sources"]
     shown = [f"{entry['path']} ({entry['bytes']} bytes)" for entry in sources[:3]]
     more = f" and {len(sources) - 3} more files" if len(sources) > 3 else ""
-    keys = ", ".join(f"{label}={key}" for label, key in settings["keys"].items())
+    of_fields = {name: entry["key"] for name, entry in {**labels, **inputs}.items()}
+    keys = ", ".join(f"{label}={key}" for label, key in {**settings["keys"], **of_fields}.items())
     found |= {
         "files": f"{', '.join(shown)}{more}",
         "keys": keys,

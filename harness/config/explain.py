@@ -176,12 +176,29 @@ def explain(text: str, overrides: Sequence[str] | None = None, config_dir: str |
     answer = _new_in_dictionary(config, key, wrong)
     if answer is not None:
         return answer
+    elsewhere = _elsewhere(config, key)
+    if elsewhere is not None:
+        return f"there is no setting {key}: {elsewhere}"
     valid = _settings_of(config.hydra, "hydra.") if of_hydra else _settings_of(config)
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.9) or difflib.get_close_matches(key, valid, cutoff=0.6)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     meant += "It is one of sweep=optuna and sweep=pareto. " if key == "hydra.sweeper.n_trials" else ""
     listed = "hydra" if of_hydra else "job"
     return f"there is no setting {key}. {meant}`harness-train --cfg {listed}` lists all of them.\n({reported})"
+
+
+def _elsewhere(config: DictConfig, key: str) -> str | None:
+    """Sentence of the class that a section is for (``settings_elsewhere``) on a setting that has another place."""
+    section, _, rest = key.partition(".")
+    target = OmegaConf.select(config, f"{section}._target_")
+    if not isinstance(target, str):
+        return None
+    try:
+        made = instantiate({"_target_": target, "_partial_": True}).func
+    except hydra.errors.InstantiationException:
+        return None
+    found: str | None = getattr(made, "settings_elsewhere", {}).get(rest.partition(".")[0])
+    return found
 
 
 def _unwritable(text: str) -> str | None:

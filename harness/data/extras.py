@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,15 @@ from harness.data.batch_fields import BatchField
 from harness.data.frames import FrameSet
 from harness.data.groups import GROUP_KEY, group_fields, group_of, refuse_unknown_group_key
 from harness.data.labels import FieldEntry, entries_of
-from harness.data.reading import Frame, available_keys, information
+from harness.data.reading import Frame, available_keys, available_labels, information
 from harness.data.weights import WEIGHTS, Weighting, WeightKeys, value_text, weight_fields
 from harness.support.configs import unwrapped
-from harness.support.text import did_you_mean
 
 __all__ = ["Extras", "Found", "split_keys"]
 
 _SHOWN = 10  # groups by name
-_LOOKED_AT = 20  # frames, for names that are meant instead of one that is not there
+_LOOKED_AT = 20  # frames about, for names that are meant instead of one that is not there
+_MEANT = 3  # names that are told
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Found:
         keys: names of weights and of the group that any frame has.
         values: of each key of ``data.weights``.
         available: everything that the first thousand frames have.
-        fitting: names of numbers of the right shape in the first frames, by the field of a label.
+        fitting: names of numbers of the right shape in some of the frames, by the field of a label that none has.
     """
 
     fields: frozenset[str] = frozenset()
@@ -174,16 +175,11 @@ class Extras:
                     found.add(text)
         available = available_keys([frame.atoms for frame in frames[:1000]])  # a file is like its beginning
         by_key = {key: frozenset(each) for key, each in values.items()}
-        fitting = {
-            entry.field: frozenset(
-                name
-                for frame in frames[:_LOOKED_AT]
-                for name in available_keys([frame.atoms])
-                if entry.fits(frame, name)
-            )
-            for entry in self.labels
-            if entry.field not in fields
-        }
+        lacking = [entry for entry in self.labels if entry.field not in fields]
+        sample = frames[:: max(1, len(frames) // _LOOKED_AT)] if lacking else []
+        taken = {*asked, *self.weighting.factors, *(entry.key for entry in self.entries)}
+        names = [name for name, might_be in available_labels(sample).items() if not might_be and name not in taken]
+        fitting = {entry.field: frozenset(name for name in names if _fits(entry, sample, name)) for entry in lacking}
         return Found(frozenset(fields), frozenset(keys), by_key, frozenset(available), fitting)
 
     def check(self, found: Found, where: str) -> None:
@@ -310,10 +306,19 @@ def _merged(one: Mapping[str, frozenset[str]], other: Mapping[str, frozenset[str
     return {name: one.get(name, nothing) | other.get(name, nothing) for name in {*one, *other}}
 
 
+def _fits(entry: FieldEntry, frames: Sequence[Frame], name: str) -> bool:
+    """True if all frames that have a value under a name have numbers of the right shape there."""
+    having = [frame for frame in frames if information(frame.atoms, name) is not None]
+    return bool(having) and all(entry.fits(frame, name) for frame in having)
+
+
 def _meant(entry: FieldEntry, found: Found) -> str:
-    """Question whether another key was meant: one that is like the key or the field."""
-    for name in (entry.key, entry.field, entry.field.rstrip("s")):
-        question = did_you_mean(name, sorted(found.fitting.get(entry.field, ())))
-        if question:
-            return question.replace("Did you mean ", f"Did you mean {entry.setting}.key=")
-    return ""
+    """Question whether another key was meant: one that is like the key or the field, or else any of the right shape."""
+    words = [word.lower() for word in (entry.key, entry.field, entry.field.rstrip("s"))]
+
+    def likeness(name: str) -> float:
+        return max(SequenceMatcher(None, name.lower(), word).ratio() for word in words)
+
+    names = sorted(sorted(found.fitting.get(entry.field, ())), key=likeness, reverse=True)[:_MEANT]
+    names = [name for name in names if any(word in name.lower() for word in words)] or names
+    return f"Did you mean {' or '.join(f'{entry.setting}.key={name}' for name in names)}? " if names else ""

@@ -221,7 +221,11 @@ def _entry(name: Any, options: Any, is_input: bool) -> FieldEntry:
     level = options.get("level", None if base is None else base.level)
     if level not in get_args(RowLevel):
         found = "found none" if level is None else f"found {level!r}"
-        raise ValueError(f"{where}.level is graph (one value for a frame) or node (one for each atom), {found}")
+        ready = READY_INPUTS if is_input else READY_LABELS
+        raise ValueError(
+            f"{where}.level is graph (one value for a frame) or node (one for each atom), {found}. "
+            f"{did_you_mean(name, ready)}Ready {_kind(is_input)}s, which need no level: {', '.join(ready)}"
+        )
     entry = base or FieldEntry(name, name, level, is_input=is_input)
     entry = replace(entry, level=level, **_checked(options, where))
     if entry.type == "int" and entry.default is not None and entry.default != int(entry.default):

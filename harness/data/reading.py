@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +209,9 @@ def frames_of(
     for frame in frames:
         if require_labels and not frame.is_labelled:
             under = available_labels([frame])
+            sought = ", ".join(f"{label}={key}" for label, key in asdict(keys).items())
             raise ValueError(
-                f"{frame.location}: no label under the keys {keys}; the frame has {sorted(under)}. "
+                f"{frame.location}: no label under the keys {sought}; the frame has {', '.join(sorted(under))}. "
                 f"{suggested_keys(under, keys)}Give the keys that the file uses, or remove the frame"
             )
     return frames

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -19,10 +19,8 @@ from harness.data.store.changes import changed_text
 
 __all__ = ["OF_THE_BUILD", "StoreDataModule"]
 
-OF_THE_BUILD = (
-    *("keys", "labels", "inputs", "weights", "group_key", "min_distance", "check_units"),
-    *("store_above", "cache_dir"),
-)
+_DECIDED = ("keys", "labels", "inputs", "weights", "group_key", "min_distance", "check_units")
+OF_THE_BUILD = (*_DECIDED, "store_above", "cache_dir")
 """Arguments of data from files that a store's build decides, or that it has no use for."""
 _MOST_SOURCES = 20  # that are facts of the data by themselves
 
@@ -44,6 +42,13 @@ class StoreDataModule(AtomsDataModule):
         FileNotFoundError: from :meth:`setup`, if there is no such store.
         ValueError: from :meth:`setup`, if a store is damaged or of another version, or two have different labels.
     """
+
+    settings_elsewhere: ClassVar[Mapping[str, str]] = {
+        name: f"data.{name} is decided when a store is built, and `harness-data info STORE` shows it. To change it, "
+        f"build another store: harness-data build STORE FILES..., with the same setting"
+        for name in _DECIDED
+    }
+    """Sentences on settings of other data modules that this one does not take, by their names."""
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from harness.calculators import HarnessCalculator
 from harness.data import AtomsDataModule, Frame, collate, empty_batch, frame_to_sample
 from harness.data.extras import Extras
 from harness.data.labels import READY_LABELS
+from harness.data.store import BuildSettings, build_store
 from harness.fields import PerAtomModifier, field_spec
 from harness.job.dry_step import check_first_batch
 from harness.module import ForceFieldModule
@@ -151,6 +152,7 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": ["charges"]}, KeyError, r"'charges'. Did you mean data.labels.charges.key=REF_charges\?"),
     ({"labels": {"dipole": {"key": "forces"}}}, ValueError, r"frame 0: the label dipole \('forces'\) .* \[3\], found"),
     ({"labels": {"charges": {"key": "born"}}}, ValueError, r"\[num_atoms, 1\], which is \[3, 1\] here, found \[3, 9\]"),
+    ({"labels": ["dipol"]}, ValueError, "found none. Did you mean dipole. Ready labels, .*: dipole, charges, magnetic"),
     ({"labels": {"site": {"level": "atom"}}}, ValueError, "level is graph .* or node .*, found 'atom'"),
     ({"labels": {"site": {}}}, ValueError, "level is graph .* or node .*, found none"),
     ({"labels": {"site": {"level": "graph", "key": "text"}}}, ValueError, "must be numbers, found 'some'"),
@@ -177,6 +179,26 @@ def test_mistakes_are_told(tmp_path: Path, options: dict[str, Any], kind: type[E
     ase.io.write(path, frames, format="extxyz")
     with pytest.raises(kind, match=message):
         data_of(path, split=None, batch_size=2, **options)
+
+
+def test_all_keys_of_the_right_shape_are_suggested_the_closest_first(tmp_path: Path) -> None:
+    """Also where a fifth of the frames has no label, and where the file is read in parts for a store."""
+    frames = [labelled(0) for _ in range(10)]
+    for index, atoms in enumerate(frames):
+        atoms.info |= {"applied": np.ones(3), "text": "some"} | ({"REF_dip": np.ones(3)} if index % 5 else {})
+    frames.append(Atoms("H"))  # forces of one atom have the shape of a dipole
+    frames[-1].calc = SinglePointCalculator(frames[-1], energy=0.0, forces=np.zeros((1, 3)))
+    path = tmp_path / "vectors.xyz"
+    ase.io.write(path, frames, format="extxyz")
+    message = (
+        r"the key 'dipole'. Did you mean data.labels.dipole.key=REF_dip or data.labels.dipole.key=applied\? The frames"
+    )
+    with pytest.raises(KeyError, match=message):
+        data_of(path, labels=["dipole"])
+    settings = BuildSettings(extras=Extras.from_config(["dipole"]), check_units=False)
+    with pytest.raises(KeyError, match=message):
+        build_store(tmp_path / "a.store", [path], settings)
+    assert [file.name for file in tmp_path.iterdir()] == ["vectors.xyz"]
 
 
 def test_infinite_labels_are_refused_and_nan_is_missing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from filelock import FileLock
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from support.commands import wait_for
@@ -30,6 +32,7 @@ from support.configs import composed
 from support.spawning import spawn
 
 import harness.data.store.sources as sources
+from harness.config.explain import explain
 from harness.config.resolvers import register_resolvers
 from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_store
 from harness.data.evaluation import read_evaluated
@@ -341,6 +344,48 @@ def test_a_full_disk_is_one_message_and_loses_nothing(folder: Path, small_disk: 
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("wrong", "words", "early"),
+    [
+        (BuildSettings(LabelKeys(energy="dft_energy"), check_units=False), "no label under the keys", False),
+        (BuildSettings(LabelKeys(stress="dft_stress"), check_units=False), "no frame of .* the stress key", True),
+        (BuildSettings(extras=Extras.from_config({"dipole": "mu"}), check_units=False), "no frame of .*'mu'", True),
+        (BuildSettings(min_distance=1.5, check_units=False), "closer than", False),
+        (BuildSettings(extras=Extras.from_config(weights={"config_type": {"none": 2}})), "no frame has", False),
+    ],
+    ids=["no label", "no key", "no further label", "no part", "no value"],
+)
+def test_the_corrected_command_follows_one_that_was_refused(
+    wrong: BuildSettings, words: str, early: bool, folder: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    with pytest.raises((ValueError, KeyError), match=words):
+        build_store(tmp_path / "a.store", [folder / "more.xyz"], replace(wrong, check_units=False), tell=told.append)
+    assert list(tmp_path.iterdir()) == []
+    found = [re.match(rf"warning, after 1 of \d+ parts: .*{words}.* refused if this remains so", text) for text in told]
+    assert len(found) == early
+    assert all(found)
+    assert len(build_store(tmp_path / "a.store", [folder / "more.xyz"], SETTINGS, tell=told.append)) == 11
+    assert len(told) == early
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_outlast_a_refusal_that_looser_checks_lift(folder: Path, tmp_path: Path) -> None:
+    frames = structures(12)
+    frames.append(Atoms("HH", positions=[[0, 0, 0], [0, 0, 0.05]]))
+    frames[-1].calc = SinglePointCalculator(frames[-1], energy=1.0)
+    ase.io.write(tmp_path / "in.xyz", frames)
+    with pytest.raises(ValueError, match=r"closer than data\.min_distance"):
+        build_store(tmp_path / "a.store", [tmp_path / "in.xyz"], SETTINGS)
+    assert (tmp_path / "a.store.building.lock").exists()
+    done: list[int] = []
+    looser = replace(SETTINGS, min_distance=0.01)
+    build_store(tmp_path / "a.store", [tmp_path / "in.xyz"], looser, progress=lambda now, *_: done.append(now))
+    assert done[0] > 0
+    assert not list(tmp_path.glob("*.building*"))
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_a_file_that_changes_under_its_build_is_refused(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "train.xyz"
     file.write_bytes((folder / "train.xyz").read_bytes())
@@ -624,16 +669,20 @@ def test_stores_of_other_labels_do_not_go_together(folder: Path, tmp_path: Path)
 def test_the_command_builds_and_tells(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = str(tmp_path / "a.store")
     given = [store, str(folder / "train.xyz"), "data.check_units=false", "data.labels={dipole: {key: dipole}}"]
+    given += ["data.inputs={total_charge: {key: net_charge}}"]
     main(["build", *given, "--cutoff", "3.0", "--workers", "1"])
     printed = capsys.readouterr()
     assert "1 of 1 parts, 32 frames" in printed.err
+    assert re.match(r"1 file, \S+ MiB; 1 process\n", printed.err)
     main(["info", store, "--verify"])
     told = capsys.readouterr().out
     for text in (
         "32, of 1 to 8 atoms",
         "Ag, C, Cu, H, O",
         "energy 32, forces 24, stress",
-        "dipole 15",
+        ", dipole 15\n",
+        "inputs      total_charge 0\n",
+        "virial=virial, dipole=dipole, total_charge=net_charge\n",
         "IsolatedAtom 2 (config_type)",
         "2 isolated atoms",
         "3 Å",
@@ -657,6 +706,8 @@ def test_the_command_builds_and_tells(folder: Path, tmp_path: Path, capsys: pyte
             ["build", "a.store", "IN", "data.keys.energy=e"],
             "no label under the keys|no frame of .* has the energy key 'e'",
         ),
+        (["build", "a.store", "STORE"], "more.store is a store already; expected files"),
+        (["info", "IN"], r"more.xyz is a file and no store. Build a store of it: harness-data build more.store .*xyz"),
         (["info", "a.store"], "a.store is not there"),
         (["info"], "one store is needed"),
     ],
@@ -671,10 +722,23 @@ def test_mistakes_of_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    places = {"IN": str(folder / "more.xyz"), "STORE": str(folder / "more.store")}
     with pytest.raises(SystemExit, match="1"):
-        main([str(folder / "more.xyz") if each == "IN" else each for each in arguments])
+        main([places.get(each, each) for each in arguments])
     assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "a.store").exists()
+
+
+@pytest.mark.parametrize("name", ["keys.energy", "group_key"])
+def test_settings_of_the_build_are_told_from_misspelt_ones(name: str) -> None:
+    given = ["data=store", "data.train=a.store", f"data.{name}=foo"]
+    with pytest.raises(ConfigCompositionException) as refused:
+        composed(*given)
+    text = explain("\n".join((str(refused.value), str(refused.value.__cause__))), given)
+    section = f"data.{name.partition('.')[0]}"
+    assert f"there is no setting {section}: {section} is decided when a store is built" in text
+    assert "harness-data info" in text
+    assert "Did you mean" not in text
 
 
 def test_the_config_makes_the_data_module(folder: Path) -> None:

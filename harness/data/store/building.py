@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ def plain_found(found: Found) -> dict[str, Any]:
         "keys": sorted(found.keys),
         "values": {name: sorted(values) for name, values in found.values.items()},
         "available": sorted(found.available),
+        "fitting": {name: sorted(keys) for name, keys in found.fitting.items()},
     }
 
 
@@ -76,7 +79,8 @@ def found_of(recorded: Mapping[str, Any]) -> Found:
     values = {name: frozenset(each) for name, each in recorded["values"].items()}
     names = (frozenset(recorded[name]) for name in ("fields", "keys", "available"))
     fields_, keys, available = names
-    return Found(fields_, keys, values, available)
+    fitting = {name: frozenset(each) for name, each in recorded.get("fitting", {}).items()}
+    return Found(fields_, keys, values, available, fitting)
 
 
 def build_store(
@@ -87,11 +91,12 @@ def build_store(
     num_workers: int = 1,
     restart: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> StoredFrames:
     """Build a store, or go on with a build that was stopped, and return its frames.
 
     The build is in the folder ``<path>.building``, part by part, and is renamed when it is complete: what has the name
-    of the store is whole.
+    of the store is whole. A build that is refused keeps its parts only where other settings may go on with them.
 
     Args:
         path: of the store, which must not be there.
@@ -100,6 +105,7 @@ def build_store(
         num_workers: number of processes.
         restart: whether to begin anew where an unfinished build is there.
         progress: is called after each part.
+        tell: is called with a sentence on a key that the first part lacks, while the others are still to be read.
 
     Raises:
         FileExistsError: there is something at ``path``.
@@ -118,7 +124,12 @@ def build_store(
     lock = FileLock(f"{folder}.lock")
     try:
         with lock.acquire(timeout=0):
-            store = _Build(target, folder, files, chosen, restart).run(num_workers, progress or _silent)
+            try:
+                build = _Build(target, folder, files, chosen, restart)
+                store = build.run(num_workers, progress or _silent, tell or _silent)
+            finally:
+                if not folder.exists():  # there is nothing to go on with
+                    Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
         raise ValueError(f"another process is building {target}; wait for it, or give another name") from None
     except OSError as error:
@@ -128,11 +139,10 @@ def build_store(
             f"no space is left for {folder}, of which {_written(folder) / 2**30:.2f} GiB are written. Nothing is "
             f"lost: free space and give the command again, and it goes on"
         ) from error
-    Path(lock.lock_file).unlink(missing_ok=True)
     return store
 
 
-def _silent(done: int, total: int, num_frames: int) -> None:
+def _silent(*_: Any) -> None:
     """Progress that nobody looks at."""
 
 
@@ -179,17 +189,18 @@ class _Build:
         write_text_whole(file, json.dumps({**begun, "units": plain}))
         return units
 
-    def run(self, num_workers: int, progress: Progress) -> StoredFrames:
+    def run(self, num_workers: int, progress: Progress, tell: Callable[[str], None]) -> StoredFrames:
         """Write what is missing, check the whole, and give the store its name."""
         if not (self.folder / MANIFEST).is_file():
-            self._write_parts(num_workers, progress)
-            facts = [read_part(self.folder, number) for number in range(len(self.units))]
-            found = [found_of(part["found"]) for part in facts]
-            of_all = found[0]
-            for each in found[1:]:
-                of_all |= each
-            self._refuse_unknown_keys(facts, of_all)
-            self.settings.extras.check(of_all, ", ".join(source.path for source in self.sources[:3]))
+            try:
+                self._write_parts(num_workers, progress, tell)
+                facts = self._parts()
+                of_all = _joined(facts)
+                self._refuse_unknown_keys(facts)
+                self.settings.extras.check(of_all, self._files())
+            except (ValueError, TypeError, KeyError):
+                self._remove_useless()
+                raise
             digests = {number: digest for part in facts for number, digest in part["digests"].items()}
             sources = [
                 asdict(source) | {"absolute": os.path.abspath(source.path), "sha256": digests[str(number)]}
@@ -206,17 +217,50 @@ class _Build:
         name_store(store, self.target)
         return StoredFrames(self.target)
 
-    def _write_parts(self, num_workers: int, progress: Progress) -> None:
+    def _parts(self) -> list[dict[str, Any]]:
+        """Facts of the parts that are written."""
+        numbers = range(len(self.units))
+        return [read_part(self.folder, number) for number in numbers if has_part(self.folder, number)]
+
+    def _files(self) -> str:
+        return ", ".join(source.path for source in self.sources[:3])
+
+    def _unknown_key(self) -> str:
+        """Message of a key that no frame of the parts so far has; no text if all are known."""
+        parts = self._parts()
+        labels = [entry.field for entry in self.settings.extras.labels]
+        try:
+            self._refuse_unknown_keys(parts)
+            self.settings.extras.check_labels(_joined(parts), self._files(), labels)
+        except KeyError as error:
+            return str(error.args[0])
+        return ""
+
+    def _remove_useless(self) -> None:
+        """Remove a build that was refused, unless some of its parts are of use for a build of the same keys."""
+        parts = self._parts()
+        if not 0 < len(parts) < len(self.units) or self._unknown_key():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write_parts(self, num_workers: int, progress: Progress, tell: Callable[[str], None]) -> None:
         done = [number for number in range(len(self.units)) if has_part(self.folder, number)]
         num_frames = sum(int(read_part(self.folder, number)["frames"]) for number in done)
         todo = [number for number in range(len(self.units)) if number not in set(done)]
         total, finished = len(self.units), len(done)
         progress(finished, total, num_frames)
+
+        def follow(written: int) -> None:
+            nonlocal num_frames, finished
+            num_frames, finished = num_frames + written, finished + 1
+            progress(finished, total, num_frames)
+            unknown = self._unknown_key() if finished == 1 < total else ""
+            if unknown:
+                tell(f"warning, after 1 of {total} parts: {unknown}. The build is refused if this remains so")
+
         tasks = [(self.folder, number, self.units[number], self.sources, self.settings) for number in todo]
         if num_workers == 1 or len(tasks) < 2:
             for task in tasks:
-                num_frames, finished = num_frames + _write(*task), finished + 1
-                progress(finished, total, num_frames)
+                follow(_write(*task))
             return
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         pool = ProcessPoolExecutor(
@@ -227,8 +271,7 @@ class _Build:
             while waiting:
                 ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    num_frames, finished = num_frames + future.result(), finished + 1
-                    progress(finished, total, num_frames)
+                    follow(future.result())
         except BrokenProcessPool:
             raise OSError(
                 f"a process of the build of {self.target} was killed, perhaps since the memory was full. Nothing is "
@@ -237,15 +280,16 @@ class _Build:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _refuse_unknown_keys(self, parts: Sequence[Mapping[str, Any]], found: Found) -> None:
-        """Refuse a key of a label that no frame of a file has, as for files that are read whole."""
+    def _refuse_unknown_keys(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a key of a label that no frame of a file in these parts has, as for files that are read whole."""
+        read = sorted({int(number) for part in parts for number in part["keys"]})
         for label, key in self.settings.keys.changed().items():
             having = {int(number) for part in parts for number, keys in part["keys"].items() if key in keys}
-            for number, source in enumerate(self.sources):
+            for number in read:
                 if number not in having:
                     raise KeyError(
-                        f"no frame of {source.path} has the {label} key {key!r}; the frames have "
-                        f"{sorted(found.available)}"
+                        f"no frame of {self.sources[number].path} has the {label} key {key!r}; the frames have "
+                        f"{sorted(_joined(parts).available)}"
                     )
 
     def _check(self, store: StoredFrames) -> None:
@@ -258,6 +302,11 @@ class _Build:
                 frames = store.subset(np.flatnonzero(origins == code))
                 check_lengths(frames)
                 check_work(frames)
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> Found:
+    """Names that the frames of parts have."""
+    return reduce(or_, (found_of(part["found"]) for part in parts), Found())
 
 
 def _loosened(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def cached_store(
                     f"{path} has {size:.0f} MiB: building a store of it once, in {target} (data.store_above). "
                     f"`harness-data build` does so beforehand"
                 )
-                build_store(target, [file], settings, num_workers=len(os.sched_getaffinity(0)), progress=_told(tell))
+                workers = len(os.sched_getaffinity(0))
+                build_store(target, [file], settings, num_workers=workers, progress=_told(tell), tell=tell)
         finally:
             lock.release()
     except OSError as error:

@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.io.formats import UnknownFileTypeError, filetype, get_ioformat
 
 from harness.data.reading import structures_of
+from harness.data.store.stored import is_store
 
 __all__ = ["Piece", "Source", "found_files", "pieces_of", "read_piece", "units_of"]
 
@@ -94,12 +95,17 @@ def found_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a folder has no file that ASE reads, or a file is there twice.
+        ValueError: a folder is a store or has no file that ASE reads, or a file is there twice.
     """
     found: list[Path] = []
     skipped: list[Path] = []
     for given in paths:
         path = given.expanduser()
+        if is_store(path):
+            raise ValueError(
+                f"{given} is a store already; expected files that ASE reads, or folders of them. A training takes "
+                f"several stores: harness-train data=store 'data.train=[{given},OTHER]'"
+            )
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file, path)]
             readable = [file for file in inside if _is_readable(file)]

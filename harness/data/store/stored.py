@@ -80,6 +80,11 @@ class StoredFrames(FrameSet):
                 f"{self.path} is not finished: its build has stopped or is still running. Give the command again, and "
                 f"it goes on: harness-data build {self.path} FILES..."
             )
+        if self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} is a file and no store. Build a store of it: harness-data build {self.path.stem}.store "
+                f"{self.path}"
+            )
         what = "no store" if self.path.exists() else "not there"
         raise FileNotFoundError(
             f"{self.path} is {what}: expected a folder that `harness-data build` has written. Relative paths start at "
