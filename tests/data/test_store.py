@@ -547,6 +547,8 @@ def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     monkeypatch.setattr(rank_zero_only, "rank", 3)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    level = logger.level
+    logger.setLevel(logging.INFO)  # a test before may have silenced Lightning
     logger.addHandler(handler)
     try:
         store = cached_store(folder / "train.xyz", SETTINGS, tmp_path, tell_of_rank)
@@ -562,6 +564,7 @@ def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
             (tmp_path / "finished").rename(store.path)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     assert told == [
         f"rank 3: waiting for another process that builds the store of {folder / 'train.xyz'} in {store.path}"
     ]
