@@ -526,7 +526,7 @@ CASES: dict[str, Case] = {
         write=edited(lambda text: text.replace(" energy=", " free_energy=")),
     ),
     "free energies alone": own_file(
-        words=["NAME, frame 0", "no label", "'free_energy'", "Did you mean data.keys.energy=free_energy?"],
+        words=["NAME, frame 0", "no label", "Did you mean data.keys.energy=free_energy?"],
         write=edited(
             lambda text: (
                 text.replace(" energy=", " free_energy=").replace(" stress=", " s=").replace("forces:R", "column:R")
