@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ RowLevel = Literal["graph", "node"]
 
 
 @dataclass(frozen=True)
-class BatchField:
+class BatchField(ABC):
     """A further field of a batch: the same in every batch of a data set, whatever its frames have.
 
     Subclasses say where a frame has the value.
@@ -37,9 +38,9 @@ class BatchField:
     dtype: torch.dtype | None = None
     fill: float = float("nan")
 
+    @abstractmethod
     def value(self, frame: Frame) -> Any:
         """Numbers of a frame, ``[*shape]`` of a graph or ``[num_atoms, *shape]``; None if it has none."""
-        raise NotImplementedError
 
     def tensor(self, frame: Frame, dtype: torch.dtype) -> Tensor:
         """Rows of a frame: ``[1, *shape]``, or ``[num_atoms, *shape]``.
