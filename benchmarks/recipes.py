@@ -3,7 +3,7 @@
     python benchmarks/recipes.py mace --data train_300K.xyz --stage-two 4
     python benchmarks/recipes.py nequip --data train_300K.xyz
 
-Ours is ``harness-train`` with ``experiment=mace_recipe``, ``nequip_recipe`` (also for ``allegro``) or, for
+Ours is ``harness-train`` with ``experiment=mace_recipe``, ``nequip_recipe``, ``allegro_recipe`` or, for
 ``sevennet``, what SevenNet's example input says; theirs ``mace_run_train``, ``nequip-train`` or ``sevenn train`` as
 they are installed. Each is a process of its own on one CPU, in float64 (SevenNet: float32), whose CPU seconds are
 printed: of all of it, and the median of its epochs but the first. Before theirs trains, it is given the initial

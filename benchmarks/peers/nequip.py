@@ -1,4 +1,4 @@
-"""``nequip-train`` with the config of its tutorial, for NequIP or Allegro, and the training here that is the same."""
+"""``nequip-train`` with the config of NequIP's or Allegro's tutorial, and the training here that is the same."""
 
 from __future__ import annotations
 
@@ -17,15 +17,48 @@ SIZES = {
     "allegro": {"num_layers": 1, "l_max": 1, "num_scalar_features": 16, "num_tensor_features": 4},
 }
 TARGETS = {"nequip": "nequip.model.NequIPGNNModel", "allegro": "allegro.model.AllegroModel"}
-OF_NEQUIP_ONLY = ("num_features", "radial_mlp_depth", "radial_mlp_width")  # what the recipe says of its model
+MONITOR = "val0_epoch/weighted_sum"
+PLATEAU = {
+    "scheduler": {
+        "_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
+        "factor": 0.6,
+        "patience": 5,
+        "threshold": 0.2,
+        "min_lr": 1e-6,
+    },
+    "monitor": MONITOR,
+    "interval": "epoch",
+    "frequency": 1,
+}
+STOPPING = {
+    "_target_": "lightning.pytorch.callbacks.EarlyStopping",
+    "monitor": MONITOR,
+    "min_delta": 1e-3,
+    "patience": 20,
+}
+# of each tutorial: batches of training and validation, errors in the monitored sum, learning rate, what moves it, callbacks
+RECIPES: dict[str, dict[str, Any]] = {
+    "nequip": {
+        "batches": (5, 10),
+        "monitored": ("total_energy_mae", "forces_mae"),
+        "lr": 0.01,
+        "lr_scheduler": PLATEAU,
+        "callbacks": [STOPPING],
+    },
+    "allegro": {
+        "batches": (1, 5),
+        "monitored": ("per_atom_energy_mae", "forces_mae"),
+        "lr": 0.001,
+        "lr_scheduler": None,
+        "callbacks": [],
+    },
+}
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
     """Overrides of the training here."""
-    found = ["experiment=nequip_recipe", "precision=float64"]
-    if options.package == "allegro":
-        found += ["model=allegro", *(f"~model.{name}" for name in OF_NEQUIP_ONLY)]
-    return found + [f"model.{name}={value}" for name, value in SIZES[options.package].items()]
+    sizes = [f"model.{name}={value}" for name, value in SIZES[options.package].items()]
+    return [f"experiment={options.package}_recipe", "precision=float64", *sizes]
 
 
 def model_config(package: str) -> dict[str, Any]:
@@ -33,18 +66,19 @@ def model_config(package: str) -> dict[str, Any]:
     found: dict[str, Any] = {"_target_": TARGETS[package], **SIZES[package]}
     if package == "allegro":
         found["radial_chemical_embed"] = {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", "num_bessels": 8}
+        found["readout_mlp_hidden_layers_width"] = found["num_scalar_features"]
     return found
 
 
 def config(options: argparse.Namespace, model: dict[str, Any]) -> dict[str, Any]:
     """Config of ``nequip-train``: the tutorial's, with these data, references, and this model."""
-    types = list(options.energies)
+    types, recipe = list(options.energies), RECIPES[options.package]
     metrics = {
         "_target_": "nequip.train.EnergyForceMetrics",
-        "coeffs": {"total_energy_mae": 1.0, "forces_mae": 1.0, "per_atom_energy_rmse": None, "forces_rmse": None},
+        "coeffs": {**dict.fromkeys(recipe["monitored"], 1.0), "per_atom_energy_rmse": None, "forces_rmse": None},
     }
     loader = {"_target_": "torch.utils.data.DataLoader", "num_workers": 0}
-    monitor, averages = "val0_epoch/weighted_sum", "average" not in options.without
+    averages, (batch, eval_batch) = "average" not in options.without, recipe["batches"]
     return {
         "run": ["train"],
         "data": {
@@ -56,8 +90,8 @@ def config(options: argparse.Namespace, model: dict[str, Any]) -> dict[str, Any]
                 {"_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper", "model_type_names": types},
                 {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": CUTOFF},
             ],
-            "train_dataloader": {**loader, "batch_size": 5, "shuffle": True},
-            "val_dataloader": {**loader, "batch_size": 10},
+            "train_dataloader": {**loader, "batch_size": batch, "shuffle": True},
+            "val_dataloader": {**loader, "batch_size": eval_batch},
             "stats_manager": {
                 "_target_": "nequip.data.CommonDataStatisticsManager",
                 "dataloader_kwargs": {"batch_size": 10},
@@ -78,13 +112,8 @@ def config(options: argparse.Namespace, model: dict[str, Any]) -> dict[str, Any]
                 "version": "csv",
             },
             "callbacks": [
-                {
-                    "_target_": "lightning.pytorch.callbacks.EarlyStopping",
-                    "monitor": monitor,
-                    "min_delta": 1e-3,
-                    "patience": 20,
-                },
-                {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": monitor, "dirpath": "."},
+                *recipe["callbacks"],
+                {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": MONITOR, "dirpath": "."},
                 {"_target_": "benchmarks.peers.common.EpochClock", "path": CLOCK},
             ],
         },
@@ -98,19 +127,8 @@ def config(options: argparse.Namespace, model: dict[str, Any]) -> dict[str, Any]
             },
             "val_metrics": metrics,
             "train_metrics": metrics,
-            "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
-            "lr_scheduler": {
-                "scheduler": {
-                    "_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
-                    "factor": 0.6,
-                    "patience": 5,
-                    "threshold": 0.2,
-                    "min_lr": 1e-6,
-                },
-                "monitor": monitor,
-                "interval": "epoch",
-                "frequency": 1,
-            },
+            "optimizer": {"_target_": "torch.optim.Adam", "lr": recipe["lr"]},
+            "lr_scheduler": recipe["lr_scheduler"],
             "model": {
                 **model,
                 "compile_mode": "eager",

@@ -28,7 +28,7 @@ from harness.job.recorded_model import ReferenceChoice
 from harness.job.trainer import make_strategy, make_trainer, withheld
 from harness.metrics import MetricsManager
 from harness.module import ForceFieldModule, freeze
-from harness.schedules import Interval, Schedule, as_schedule
+from harness.schedules import Interval, Schedule, as_schedule, check_interval
 from harness.support.configs import take_out
 
 __all__ = ["Job", "build", "build_module", "follow_schedule", "read_schedule", "time_limit"]
@@ -187,7 +187,7 @@ def _labelled_sets(datamodule: LightningDataModule) -> Mapping[str, Collection[s
 def read_schedule(section: DictConfig) -> tuple[Schedule, Interval]:
     """The schedule of a config's section, and its ``interval``: an argument of what follows, not of the schedule."""
     arguments, interval = take_out(section, "interval", "epoch")
-    return as_schedule(instantiate(arguments)), interval
+    return as_schedule(instantiate(arguments)), check_interval(interval, "schedule.interval")
 
 
 def follow_schedule(loss: MetricsManager, schedule: Schedule, interval: Interval = "epoch") -> None:

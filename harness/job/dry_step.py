@@ -55,7 +55,8 @@ def check_first_batch(module: ForceFieldModule, datamodule: LightningDataModule,
     Raises:
         ValueError: with the set, what was found, what was expected, and the likely fix.
     """
-    with isolate_rng(include_cuda=False):
+    # what is compiled for these small batches on the CPU would be of no use to the training
+    with isolate_rng(include_cuda=False), torch.compiler.set_stance("force_eager"):
         try:
             tried = copy.deepcopy(module)
         except (RuntimeError, TypeError, NotImplementedError):  # of a model that cannot be copied

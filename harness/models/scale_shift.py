@@ -194,6 +194,9 @@ def _by_type(values: Mapping[Any, Any], type_names: Sequence[str], origin: str) 
     missing = [name for name in type_names if name not in values]
     if missing:
         raise KeyError(f"{origin} has no value for {missing}; it has {sorted(values)} and the types are {type_names}")
+    for name in type_names:
+        if not is_number(values[name]) or not math.isfinite(values[name]):
+            raise TypeError(f"{origin} has {values[name]!r} for {name}; expected a finite number of eV")
     return [float(values[name]) for name in type_names]
 
 
@@ -241,11 +244,15 @@ def resolve_scales(energy_scales: Mapping[str, float] | str | float, statistics:
     Raises:
         KeyError: if a type has no scale.
         TypeError: if it is none of these.
-        ValueError: if the training set has no forces, or none but zeros, to take the scale from.
+        ValueError: if a scale is zero or not finite, or the training set has no forces, or none but zeros, to take it
+            from.
     """
     type_names = list(statistics.type_names)
     if isinstance(energy_scales, Mapping):
-        return _by_type(energy_scales, type_names, "energy_scales")
+        scales = _by_type(energy_scales, type_names, "energy_scales")
+        if 0.0 in scales:
+            raise ValueError(f"energy_scales are numbers of eV that are not zero, found {dict(energy_scales)!r}")
+        return scales
     if energy_scales == "force_rms":
         if not (math.isfinite(statistics.force_rms) and statistics.force_rms > 0):
             hint = getattr(statistics, "hints", {}).get("forces")
@@ -261,6 +268,8 @@ def resolve_scales(energy_scales: Mapping[str, float] | str | float, statistics:
             )
         return [float(statistics.force_rms)] * len(type_names)
     if is_number(energy_scales):
+        if not 0 < energy_scales < math.inf:
+            raise ValueError(f"energy_scales is a number of eV above 0, or 'force_rms', found {energy_scales!r}")
         return [float(energy_scales)] * len(type_names)
     raise TypeError(
         f"energy_scales must be 'force_rms', a number or a mapping of symbols to eV, found {energy_scales!r}"

@@ -22,13 +22,13 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from harness.metrics import MetricsManager
+from harness.module.bounds import wrong_settings
 from harness.module.horizon import HORIZON, Pace
 from harness.module.learning_rates import WarmUp
 from harness.module.parameters import ParameterGroups
 from harness.schedules import check_interval
-from harness.support.arguments import misfits
-from harness.support.checks import is_number, whole_number
-from harness.support.configs import take_out, unwrapped
+from harness.support.checks import whole_number
+from harness.support.configs import take_out
 from harness.support.text import reason
 
 __all__ = [
@@ -154,7 +154,7 @@ def build_optimizer(
     if not parameters:
         raise ValueError("The model has no parameters that require a gradient: there is nothing to train.")
     optimizer, sections = take_out(optimizer, "groups") if isinstance(optimizer, Mapping) else (optimizer, None)
-    groups = ParameterGroups(module, sections) if sections else None
+    groups = ParameterGroups(module, sections) if sections is not None and sections not in ([], ()) else None
     if groups is not None:
         parameters = groups.for_optimizer()
     built: torch.optim.Optimizer = (
@@ -324,7 +324,7 @@ def _call(
             turns = 1 if length is None else max(length(), 1)
             source = functools.partial(source.func, *source.args, **source.keywords | dict.fromkeys(named, turns))
     target, options = getattr(source, "func", source), getattr(source, "keywords", {})
-    wrong = _no_numbers(target, options, what if what == "optimizer" else f"{what}.scheduler")
+    wrong = wrong_settings(target, options, what if what == "optimizer" else f"{what}.scheduler")
     name = getattr(getattr(target, "target", target), "__name__", repr(target))
     if wrong:
         raise ValueError(f"{' '.join(wrong)} (target {name})")
@@ -332,12 +332,6 @@ def _call(
         return source(argument)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"The {what}, {name} with {dict(options)}, cannot be made: {error}") from error
-
-
-def _no_numbers(target: Callable[..., Any], options: Mapping[str, Any], section: str) -> list[str]:
-    """Sentences about texts, lists and the like in the place of numbers; torch takes whole numbers as floats too."""
-    plain = {name: unwrapped(value) for name, value in options.items() if not is_number(value)}
-    return misfits(target, plain, section)
 
 
 def try_first_turn(options: Mapping[str, Any]) -> None:

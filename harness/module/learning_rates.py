@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from harness.schedules import Interval, check_interval
+from harness.support.arguments import Above, AtLeast, AtMost, Below, Count, OneOf
 from harness.support.checks import is_number, is_whole_number
 
 __all__ = ["WarmUp", "stable_then_decay"]
@@ -83,7 +85,11 @@ class WarmUp:
 
 
 def stable_then_decay(
-    optimizer: Optimizer, length: int, decay: float = 0.2, end: float = 0.0, shape: str = "linear"
+    optimizer: Optimizer,
+    length: Count,
+    decay: Annotated[float, Above(0), AtMost(1)] = 0.2,
+    end: Annotated[float, AtLeast(0), Below(1)] = 0.0,
+    shape: Annotated[str, OneOf(*_SHAPES)] = "linear",
 ) -> LambdaLR:
     r"""Learning rate that stays as it is, and falls in the last part of the training.
 

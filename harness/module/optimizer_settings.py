@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from harness.module.bounds import wrong_settings
 from harness.module.learning_rates import WarmUp
 from harness.schedules import NO_SETTINGS, Schedule, Settings
 
@@ -53,6 +54,10 @@ class OptimizerSettings:
         amsgrad = self._own_values.get("amsgrad", False)
         for epoch in () if schedule is None else (0.0, *schedule.breakpoints):
             settings = self.stage(epoch).optimizer
+            rest = {name: value for name, value in settings.items() if name != "lr"}  # 0 is one for a stage
+            wrong = wrong_settings(Optimizer, rest, "schedule: optimizer")
+            if wrong:
+                raise ValueError(f"{' '.join(wrong)} (of the stage at epoch {epoch:g})")
             for name, value in settings.items():
                 where = f"schedule: the stage at epoch {epoch:g} has {name}={value}"
                 if name not in valid:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from harness.support.checks import is_number, is_whole_number
 
-__all__ = ["Above", "AtLeast", "Count", "OneOf", "Order", "Positive", "WeightsDtype", "misfits", "type_hints"]
+__all__ = ["Above", "AtLeast", "AtMost", "Below", "Count", "OneOf", "Order", "Positive", "WeightsDtype", "misfits", "type_hints"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,34 @@ class Above:
 
     def __str__(self) -> str:
         return f" above {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """Largest valid number."""
+
+    most: float
+
+    def __call__(self, value: Any) -> bool:
+        """True for a valid number."""
+        return bool(value <= self.most)
+
+    def __str__(self) -> str:
+        return f", at most {self.most:g}"
+
+
+@dataclass(frozen=True)
+class Below:
+    """Number that a valid one is smaller than."""
+
+    bound: float
+
+    def __call__(self, value: Any) -> bool:
+        """True for a valid number."""
+        return bool(value < self.bound)
+
+    def __str__(self) -> str:
+        return f", below {self.bound:g}"
 
 
 class OneOf:
@@ -83,15 +111,18 @@ _PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def misfits(called: Callable[..., Any], arguments: Mapping[str, Any], section: str) -> list[str]:
+def misfits(
+    called: Callable[..., Any], arguments: Mapping[str, Any], section: str, known: Mapping[str, Any] | None = None
+) -> list[str]:
     """A sentence for each argument that is none of its annotation, with what was found and expected.
 
     Args:
         called: with annotations.
         arguments: by name, plain values of a config.
         section: of the config, for the name of the setting.
+        known: annotations by name that hold in the place of those of ``called``.
     """
-    hints = type_hints(called)
+    hints = {**type_hints(called), **(known or {})}
     return [
         f"{section}.{name} is {_words(hints[name])}, found {value!r}."
         for name, value in arguments.items()

@@ -122,6 +122,40 @@ def test_a_model_that_changes_itself_is_left_as_it_is(folder: Path) -> None:
     assert module.model.mean.item() == 0
 
 
+def compiled_by_torch(folder: Path, backend: Any) -> torch.nn.Module:
+    """A model of which ``torch.compile`` has wrapped the part that has the parameters."""
+    model = module_of(data_of(folder)).model
+    model.energy_model = torch.compile(model.energy_model, backend=backend, dynamic=True)
+    return model
+
+
+def compiled_by_nequip(folder: Path, backend: Any) -> torch.nn.Module:
+    pytest.importorskip("nequip")
+    from harness.models.nequip import nequip_force_field
+
+    sizes = {"num_layers": 1, "num_features": 2, "radial_mlp_width": 4, "parity": False}
+    return nequip_force_field(data_of(folder).statistics, cutoff=3.5, compile_mode="compile", **sizes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [compiled_by_torch, compiled_by_nequip])
+def test_nothing_is_compiled_for_it(folder: Path, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training compiles for itself, on its device: once, and not once more for a copy."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **{**options, "backend": backend}))
+    data = data_of(folder)
+    module = module_of(data, compiled(folder, backend))
+    check_first_batch(module, data, trainer(), train=True)
+    assert not graphs
+    module.train()(next(iter(data.train_dataloader())))
+    assert graphs
+
+
 class NoCopies(Pairs):
     def __deepcopy__(self, memo: Any) -> Any:
         raise RuntimeError("there is only one of me")
