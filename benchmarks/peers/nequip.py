@@ -36,7 +36,7 @@ STOPPING = {
     "min_delta": 1e-3,
     "patience": 20,
 }
-# of each tutorial: batches of training and validation, errors in the monitored sum, learning rate, what moves it, callbacks
+# of each tutorial: sizes of batches in training and validation, errors in the monitored sum, and what moves the rate
 RECIPES: dict[str, dict[str, Any]] = {
     "nequip": {
         "batches": (5, 10),

@@ -130,10 +130,20 @@ def mace_force_field(
 
     Raises:
         ModuleNotFoundError: mace-torch is not installed.
-        ValueError: a name or a type that MACE does not know.
+        ValueError: a name or a type that MACE does not know, or sizes that do not fit each other.
     """
     if isinstance(energy_scales, Mapping):
         raise ValueError("MACE has one energy scale for all types: give energy_scales a number of eV, or force_rms.")
+    if max_L and not max_ell:
+        raise ValueError(
+            f"model.max_L={max_L} with model.max_ell=0: messages of orders above 0 are made of spherical harmonics of "
+            f"orders above 0. Expected max_ell of at least 1, or max_L=0."
+        )
+    if not isinstance(correlation, int) and len(correlation) != num_interactions:
+        raise ValueError(
+            f"model.correlation={list(correlation)} has {len(correlation)} entries, but model.num_interactions is "
+            f"{num_interactions}: expected one number for all interactions, or one for each."
+        )
     numbers = [_atomic_number(name) for name in statistics.type_names]
     ordered = sorted(numbers)
     scale = resolve_scales(energy_scales, statistics)[0]

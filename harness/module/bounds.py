@@ -34,7 +34,7 @@ _OF_TORCH: dict[str, Any] = {
     "eta_min": _NotNegative,
     "min_lr": _NotNegative | Sequence[_NotNegative],
 }
-"""Arguments of torch's optimizers and schedulers by name, where its annotations and checks leave out what fails later."""
+"""Arguments of torch's optimizers and schedulers by name, where its own checks leave out what fails later."""
 
 
 def wrong_settings(target: Callable[..., Any], options: Mapping[str, Any], section: str) -> list[str]:

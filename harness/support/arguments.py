@@ -15,7 +15,19 @@ from typing import Annotated, Any, Literal
 
 from harness.support.checks import is_number, is_whole_number
 
-__all__ = ["Above", "AtLeast", "AtMost", "Below", "Count", "OneOf", "Order", "Positive", "WeightsDtype", "misfits", "type_hints"]
+__all__ = [
+    "Above",
+    "AtLeast",
+    "AtMost",
+    "Below",
+    "Count",
+    "OneOf",
+    "Order",
+    "Positive",
+    "WeightsDtype",
+    "misfits",
+    "type_hints",
+]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from support.configs import composed
 from support.own_builders import Embedding, OfTypes
+from torch import nn
 
 from harness.config.bad_input import BAD_INPUT
 from harness.config.builders import build
 from harness.config.explain import message
 from harness.data import DataStatistics
 from harness.job import prepare
+from harness.job.build import read_schedule
+from harness.module.build import build_optimizer
 
 STATISTICS = DataStatistics(("Cu", "O"), torch.tensor([-1.5, -2.0], dtype=torch.float64), 1.7, 12.0, 5, 20)
 OFFERED = {"statistics": STATISTICS, "type_names": ["Cu", "O"]}
@@ -224,6 +229,12 @@ WRONG_VALUES = [
     ("sevennet", {"lmax": "one"}, _ORDER),
     ("sevennet", {"self_connection_type": "other"}, "is a text: nequip, linear or none, found {!r}."),
     ("sevennet", {"weight_nn_hidden_neurons": 64}, "is a list of which each entry is a whole number"),
+    ("sevennet", {"cutoff_p": 0}, _COUNT),
+    ("sevennet", {"num_bessel": None}, _COUNT),
+    ("sevennet", {"conv_denominator": -1}, "is a number above 0 or null, found {!r}."),
+    ("allegro", {"l_max": "one"}, _ORDER),
+    ("allegro", {"parity": "maybe"}, "is true or false, found {!r}."),
+    ("allegro", {"radial_chemical_embed": 8}, "is a mapping"),
 ]
 
 
@@ -237,6 +248,18 @@ def test_a_wrong_value_of_a_model_is_told_with_its_setting(name: str, changes: d
     assert "(target harness.models." in message(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_L": 1, "max_ell": 0}, "model.max_L=1 with model.max_ell=0: .* Expected max_ell of at least 1"),
+        ({"correlation": [2, 2, 2]}, r"model.correlation=\[2, 2, 2\] has 3 entries, but model.num_interactions is 2"),
+    ],
+)
+def test_sizes_of_mace_that_do_not_fit_each_other_are_told(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(BAD_INPUT, match=words):
+        values("mace", **changes)
+
+
 def test_what_a_package_of_a_model_says_comes_with_the_settings(tmp_path: Path) -> None:
     text = told("fails_deep_inside", size=0, names=["a"])
     assert "list index out of range (in call to target" in text
@@ -245,15 +268,100 @@ def test_what_a_package_of_a_model_says_comes_with_the_settings(tmp_path: Path) 
     assert "model.size is a whole number, found 'two'." in text
 
 
+_PART, _NOT_NEGATIVE = "is a number above 0, at most 1, found {}.", "is a number, at least 0, found {}."
+WRONG_SETTINGS = [
+    ("adam", "optimizer.lr", ["abc", 0, -1, math.nan, math.inf, None, [1]], "is a number above 0, found {}."),
+    ("adamw", "optimizer.weight_decay", ["abc", -1, math.nan, math.inf, None], _NOT_NEGATIVE),
+    ("adamw", "optimizer.groups", [0, "abc"], "is a list of groups such as {{match: ['*.bias']}}, found {}."),
+    ("cosine", "lr_scheduler.scheduler.T_max", ["abc", 0, -1, None], "is a number, at least 1, found {}."),
+    ("exponential", "lr_scheduler.scheduler.gamma", ["abc", 0, -1, math.nan], "is a number above 0, found {}."),
+    ("plateau", "lr_scheduler.scheduler.factor", ["abc", 0, -1, 2, math.nan], _PART),
+    ("plateau", "lr_scheduler.scheduler.patience", ["abc", -1, math.nan, None], _NOT_NEGATIVE),
+    ("plateau_nequip", "lr_scheduler.scheduler.threshold", ["abc", -1, math.nan], _NOT_NEGATIVE),
+    ("plateau_nequip", "lr_scheduler.scheduler.min_lr", [-1, math.nan, [-1]], "is a number, at least 0 or a list of"),
+    ("wsd", "lr_scheduler.scheduler.length", ["abc", 0, -1, 1.5], "is a whole number, at least 1, found {}."),
+    ("wsd", "lr_scheduler.scheduler.decay", ["abc", 0, 1.5, math.nan, None], _PART),
+    ("wsd", "lr_scheduler.scheduler.end", ["abc", -1, 1, math.nan], "is a number, at least 0, below 1, found {}."),
+    ("wsd", "lr_scheduler.scheduler.shape", ["abc", 1, None], "is a text: linear, cosine or sqrt, found {}."),
+    ("wsd", "lr_scheduler.warm_up.length", ["abc", -1, None], "is a whole number of steps or epochs"),
+    ("wsd", "lr_scheduler.warm_up.start", ["abc", 0, 2, None], "is a part of the learning rate, above 0"),
+    ("wsd", "lr_scheduler.interval", ["abc", 1, None], "is epoch or step, found {}."),
+]
+
+
+@pytest.mark.parametrize(("choice", "setting", "wrong", "words"), WRONG_SETTINGS)
+def test_a_wrong_setting_of_an_optimizer_or_scheduler_is_told(
+    choice: str, setting: str, wrong: list[Any], words: str
+) -> None:
+    """Also one that torch takes, and that would fail, or train nothing, much later."""
+    group = setting.partition(".")[0]
+    config = composed(f"{group}={choice}")
+    parts = (config.optimizer, config.lr_scheduler)
+    module = nn.ModuleDict({"model": nn.Linear(1, 1)})
+    build_optimizer(module, *parts, lambda pace: 10)
+    for value in wrong:
+        OmegaConf.update(config, setting, value, merge=False)
+        with pytest.raises((ValueError, TypeError)) as caught:
+            build_optimizer(module, *parts, lambda pace: 10)
+        assert str(caught.value).startswith(f"{setting} {words.format(repr(value))}"), value
+
+
+WRONG_COEFFICIENTS = ["abc", -1, math.nan, math.inf, None, [1]]
+
+
+@pytest.mark.parametrize("choice", ["linear", "cosine", "deepmd", "piecewise", "two_stage", "nested"])
+def test_every_wrong_number_of_a_schedule_is_told(choice: str) -> None:
+    section = composed(f"schedule={choice}").schedule
+    numbers = [path for path, value in leaves(section) if isinstance(value, int | float)]
+    assert numbers
+    for path in numbers:
+        for value in WRONG_COEFFICIENTS:
+            changed = copy.deepcopy(section)
+            node: Any = changed
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = value
+            with pytest.raises(BAD_INPUT) as caught:
+                read_schedule(changed)
+            text = message(caught.value)
+            assert str(path[-1]) in text, (path, value, text)
+            assert "null" in text or repr(value) in text, (path, value, text)
+    with pytest.raises(ValueError, match=r"^schedule\.interval is epoch or step, found 'abc'\.$"):
+        read_schedule(OmegaConf.merge(section, {"interval": "abc"}))  # type: ignore[arg-type]
+    with pytest.raises(BAD_INPUT) as caught:
+        read_schedule(OmegaConf.merge(section, {"boundary": 3}))  # type: ignore[arg-type]
+    assert "boundary" in message(caught.value)
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Values of a section that are no sections or lists, with their keys."""
+    for key in range(len(node)) if OmegaConf.is_list(node) else node:
+        value = node[key]
+        if OmegaConf.is_config(value):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.lr=abc", "optimizer.lr is a finite number, found 'abc'"),
-        ("optimizer.lr=-1", "Adam with {'lr': -1}, cannot be made: Invalid learning rate: -1"),
-        ("lr_scheduler.scheduler.T_max=nonsense", "lr_scheduler.scheduler.T_max is a whole number, found 'nonsense'"),
-        ("lr_scheduler.scheduler.T_max=0", "CosineAnnealingLR fails at its first turn: "),
-        ("lr_scheduler=exponential lr_scheduler.scheduler.gamma=nan", "ExponentialLR gives a learning rate of nan"),
-        ("lr_scheduler=plateau lr_scheduler.scheduler.factor=two", "factor is a finite number, found 'two'"),
+        (
+            "schedule=two_stage +schedule.schedules.1.optimizer.eps=-1",
+            "schedule: optimizer.eps is a number, at least 0",
+        ),
+        ("model.energy_scales={Cu:0,Pd:1,Ag:1,Au:1}", "energy_scales are numbers of eV that are not zero"),
+        ("model.energy_scales=-1", "energy_scales is a number of eV above 0, or 'force_rms', found -1"),
+        ("model.energy_shifts={Cu:abc,Pd:1,Ag:1,Au:1}", "energy_shifts has 'abc' for Cu; expected a finite number"),
+        ("optimizer.lr=abc", "optimizer.lr is a number above 0, found 'abc'"),
+        (
+            "lr_scheduler.scheduler.T_max=nonsense",
+            "lr_scheduler.scheduler.T_max is a number, at least 1, found 'nonsense'",
+        ),
+        (
+            "lr_scheduler=plateau lr_scheduler.scheduler.factor=two",
+            "factor is a number above 0, at most 1, found 'two'",
+        ),
         ("callbacks.progress.refresh_rate=two", "callbacks.progress.refresh_rate is a whole number, found 'two'"),
         ("callbacks.best.monitor=[1]", "callbacks.best.monitor is a text or null, found [1]"),
         ("callbacks.best.enable_version_counter=maybe", "enable_version_counter is true or false, found 'maybe'"),

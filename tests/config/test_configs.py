@@ -81,13 +81,15 @@ def test_every_group_is_in_the_table_of_contents() -> None:
     assert listed == {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
 
 
-@pytest.mark.parametrize("recipe", ["mace_recipe", "nequip_recipe"])
-def test_each_choice_of_a_recipe_can_be_replaced(recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "rate"), [("mace_recipe", 0.002), ("nequip_recipe", 0.01), ("allegro_recipe", 0.001)]
+)
+def test_each_choice_of_a_recipe_can_be_replaced(recipe: str, rate: float) -> None:
     """Nothing of the one that it replaces is left: its section is that of the choice alone."""
     choices = ("lr_scheduler=cosine", "optimizer=adamw", "callbacks=[default,early_stopping]", "model=schnet")
     config, alone = composed(f"experiment={recipe}", *choices), composed(*choices)
     for group in ("lr_scheduler", "callbacks", "model"):
         assert OmegaConf.to_container(config[group]) == OmegaConf.to_container(alone[group])
-    assert config.optimizer == (alone.optimizer if recipe == "mace_recipe" else {**alone.optimizer, "lr": 0.01})
+    assert config.optimizer == {**alone.optimizer, "lr": rate}
     made = build_optimizer(nn.Linear(1, 1), config.optimizer, config.lr_scheduler)
     assert type(made["lr_scheduler"]["scheduler"]).__name__ == "CosineAnnealingLR"

@@ -19,10 +19,11 @@ from support.other_models import INSTALLED
 CASES = {
     "mace": ("mace", "--stage-two", "2"),  # averaged weights, clipping and weight decay are on
     "nequip": ("nequip",),
+    "allegro": ("allegro",),
     "sevennet": ("sevennet",),
 }
-LARGEST = {"mace": 1e-9, "nequip": 1e-9, "sevennet": 0.05}  # sevenn has float32 only, of energies too
-STEPS = {"mace": 6, "nequip": 12, "sevennet": None}  # sevenn does not write the losses of steps
+LARGEST = {"mace": 1e-9, "nequip": 1e-9, "allegro": 1e-9, "sevennet": 0.05}  # sevenn has float32 only, of energies too
+STEPS = {"mace": 6, "nequip": 12, "allegro": 60, "sevennet": None}  # sevenn does not write the losses of steps
 
 
 def frames(number: int) -> list[ase.Atoms]:
@@ -43,7 +44,13 @@ def frames(number: int) -> list[ase.Atoms]:
 
 @pytest.mark.timeout(290)
 @pytest.mark.parametrize(
-    "name", [pytest.param("mace"), pytest.param("nequip", marks=pytest.mark.slow), pytest.param("sevennet")]
+    "name",
+    [
+        pytest.param("mace"),
+        pytest.param("nequip", marks=pytest.mark.slow),
+        pytest.param("allegro", marks=pytest.mark.slow),
+        pytest.param("sevennet"),
+    ],
 )
 def test_both_trainings_are_the_same(name: str, tmp_path: Path) -> None:
     if name not in INSTALLED:

@@ -351,8 +351,8 @@ CASES: dict[str, Case] = {
     "resume of an unknown kind": case("resume=sometimes", words=["resume", "restart", "auto", "'sometimes'"]),
     "signal of an unknown name": case("callbacks.last.signals=[SIGFOO]", words=["SIGFOO", "SIGTERM"]),
     "checkpoints every half step": case("callbacks.last.every_n_steps=0.5", words=["every_n_steps", "0.5"]),
-    "learning rate of text": case("optimizer.lr=abc", words=["optimizer", "Adam", "abc"]),
-    "negative learning rate": case("optimizer.lr=-1", words=["optimizer", "Adam", "-1"]),
+    "learning rate of text": case("optimizer.lr=abc", words=["optimizer.lr", "above 0", "abc"]),
+    "negative learning rate": case("optimizer.lr=-1", words=["optimizer.lr", "above 0", "-1"]),
     "unknown option of the optimizer": case("+optimizer.momentum=0.9", words=["optimizer", "Adam", "momentum"]),
     "unknown option of the scheduler": case("+lr_scheduler.scheduler.gamma=1", words=["lr_scheduler", "gamma"]),
     "interval beside the schedule": case(
@@ -406,7 +406,7 @@ CASES: dict[str, Case] = {
     "size of text": case("model.hidden_channels=big", words=["hidden_channels", "'big'"]),
     "size of zero": case("model.num_interactions=0", words=["num_interactions", "at least 1", "0"]),
     "scales of nothing": case("model.energy_scales=nothing", words=["nothing", "force_rms", "schnet_force_field"]),
-    "scale of zero": case("model.energy_scales=0", words=["scales", "not zero", "0"]),
+    "scale of zero": case("model.energy_scales=0", words=["energy_scales", "above 0", "0"]),
     "shifts of no file": case("model.energy_shifts=atoms.xyz", words=["atoms.xyz", "'fit'"]),
     "shifts miss an element": case("model.energy_shifts={Cu: 1.0}", words=["Ag", "Cu"]),
     "shifts of a file without energies": case(
