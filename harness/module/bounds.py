@@ -17,7 +17,7 @@ _NotNegative = Annotated[float, AtLeast(0)]
 _Turns = Annotated[float, AtLeast(1)]  # whole numbers, which torch takes as floats too
 _Part = Annotated[float, Above(0), AtMost(1)]
 _OF_TORCH: dict[str, Any] = {
-    "lr": Positive | Tensor,
+    "lr": _NotNegative | Tensor,  # 0 looks at a model without changing it
     "weight_decay": _NotNegative,
     "eps": _NotNegative | Tensor,
     "momentum": _NotNegative,

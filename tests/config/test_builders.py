@@ -270,7 +270,7 @@ def test_what_a_package_of_a_model_says_comes_with_the_settings(tmp_path: Path) 
 
 _PART, _NOT_NEGATIVE = "is a number above 0, at most 1, found {}.", "is a number, at least 0, found {}."
 WRONG_SETTINGS = [
-    ("adam", "optimizer.lr", ["abc", 0, -1, math.nan, math.inf, None, [1]], "is a number above 0, found {}."),
+    ("adam", "optimizer.lr", ["abc", -1, math.nan, math.inf, None, [1]], _NOT_NEGATIVE),
     ("adamw", "optimizer.weight_decay", ["abc", -1, math.nan, math.inf, None], _NOT_NEGATIVE),
     ("adamw", "optimizer.groups", [0, "abc"], "is a list of groups such as {{match: ['*.bias']}}, found {}."),
     ("cosine", "lr_scheduler.scheduler.T_max", ["abc", 0, -1, None], "is a number, at least 1, found {}."),
@@ -353,7 +353,7 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
         ("model.energy_scales={Cu:0,Pd:1,Ag:1,Au:1}", "energy_scales are numbers of eV that are not zero"),
         ("model.energy_scales=-1", "energy_scales is a number of eV above 0, or 'force_rms', found -1"),
         ("model.energy_shifts={Cu:abc,Pd:1,Ag:1,Au:1}", "energy_shifts has 'abc' for Cu; expected a finite number"),
-        ("optimizer.lr=abc", "optimizer.lr is a number above 0, found 'abc'"),
+        ("optimizer.lr=abc", "optimizer.lr is a number, at least 0, found 'abc'"),
         (
             "lr_scheduler.scheduler.T_max=nonsense",
             "lr_scheduler.scheduler.T_max is a number, at least 1, found 'nonsense'",

@@ -338,7 +338,7 @@ def test_bad_scales_shifts_and_sizes_are_refused():
         force_field(energy_scales="force_std")
     with pytest.raises(ValueError, match="not zero, found"):
         force_field(energy_scales=dict.fromkeys(["H", "O", "Cu", "Au"], 0.0))
-    with pytest.raises(ValueError, match="above 0, or 'force_rms', found 0.0"):
+    with pytest.raises(ValueError, match=r"above 0, or 'force_rms', found 0\.0"):
         force_field(energy_scales=0.0)
     with pytest.raises(TypeError, match="energy_shifts has nan for Cu; expected a finite number of eV"):
         force_field(energy_shifts={"H": 1.0, "O": 1.0, "Cu": float("nan"), "Au": 1.0})

@@ -351,8 +351,8 @@ CASES: dict[str, Case] = {
     "resume of an unknown kind": case("resume=sometimes", words=["resume", "restart", "auto", "'sometimes'"]),
     "signal of an unknown name": case("callbacks.last.signals=[SIGFOO]", words=["SIGFOO", "SIGTERM"]),
     "checkpoints every half step": case("callbacks.last.every_n_steps=0.5", words=["every_n_steps", "0.5"]),
-    "learning rate of text": case("optimizer.lr=abc", words=["optimizer.lr", "above 0", "abc"]),
-    "negative learning rate": case("optimizer.lr=-1", words=["optimizer.lr", "above 0", "-1"]),
+    "learning rate of text": case("optimizer.lr=abc", words=["optimizer.lr", "at least 0", "abc"]),
+    "negative learning rate": case("optimizer.lr=-1", words=["optimizer.lr", "at least 0", "-1"]),
     "unknown option of the optimizer": case("+optimizer.momentum=0.9", words=["optimizer", "Adam", "momentum"]),
     "unknown option of the scheduler": case("+lr_scheduler.scheduler.gamma=1", words=["lr_scheduler", "gamma"]),
     "interval beside the schedule": case(
