@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ase.db
 import ase.io
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.io.extxyz import write_extxyz
 from filelock import FileLock
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
@@ -44,6 +48,7 @@ from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
 from harness.data.weights import WEIGHTS
 from harness.data_command import main
+from harness.evaluate.predictions import with_predictions
 
 LABELS = {"dipole": {"key": "dipole", "level": "graph", "shape": [3], "unit": "e·Å"}}
 OPTIONS: dict[str, Any] = {
@@ -438,6 +443,9 @@ def read_like(path: Path, when: str) -> None:
         store.symbols()
     elif when == "read":
         list(store)
+    elif when == "text":
+        for index in range(len(store)):
+            store.information(index)
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path, int], None], int, str, str]] = {
@@ -450,7 +458,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, int], None], int, str, str]] = {
     "a missing file": ("columns/group.npy", remove, 0, "open", r"group\.npy is missing.*not copied completely"),
     "a manifest": ("manifest.json", flip, 300, "open", r"manifest\.json is damaged"),
     "a missing manifest": ("manifest.json", remove, 0, "open", r"is no store: expected a folder that `harness-data"),
-    "another version": ("manifest.json", other_version, 0, "open", r"version 77, this package reads version 1"),
+    "another version": ("manifest.json", other_version, 0, "open", r"version 77, this package reads version 2"),
+    "text of a frame": ("information/00000.npy", flip, -9, "text", r"information/00000\.npy: .* is damaged"),
+    "a cut file of text": ("information/00000.npy", cut, 0, "open", r"00000\.npy has \d+ bytes, expected \d+"),
+    "places of text": ("columns/information.npy", flip, -9, "text", r"columns/information\.npy is damaged"),
 }
 
 
@@ -603,6 +614,7 @@ def test_an_evaluation_has_the_frames_of_the_file(folder: Path) -> None:
         dipoles = [information(frame.atoms, "dipole") for frame in (one, other)]
         assert [each is None for each in dipoles] in ([True, True], [False, False])
         assert dipoles[0] is None or (dipoles[0] == dipoles[1]).all()
+        assert written(one.atoms) == written(other.atoms)
     unweighted = Extras.from_config(LABELS, None, None, None, dict.fromkeys(WEIGHTS))
     (plain,) = read_evaluated([folder / "train.store"], extras=unweighted, **given)
     assert plain.frames.weight_names() == []
@@ -614,6 +626,74 @@ def test_an_evaluation_has_the_frames_of_the_file(folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             read_evaluated([folder / "train.store"], extras=Extras.from_config(LABELS, **options), **given)
+
+
+def written(atoms: Atoms) -> str:
+    """Text that ``harness-eval --write`` writes of a frame."""
+    text = io.StringIO()
+    write_extxyz(text, [with_predictions(atoms, {"energy": np.array(-1.5)}, "predicted_")])
+    return text.getvalue()
+
+
+def annotated(index: int) -> Atoms:
+    """A structure with text, numbers, lists, columns, constraints and results of its own, in an order of its own."""
+    atoms = molecule("CH3OH")
+    atoms.info["note"] = f'step {index}, "quoted" = ü'
+    results = {"dipole": np.arange(3.0), "energy": -7.0 / 3, "forces": np.full((6, 3), 1 / 3), "magmoms": np.ones(6)}
+    if index % 2:
+        atoms.pbc, atoms.cell = True, np.eye(3) * 9 + 0.1
+        atoms.info["REF_virial"] = np.diag([1.0, 2.0, 3.0])
+        atoms.info["number"], atoms.info["flag"], atoms.info["half"] = index, True, np.float64(0.1)
+        atoms.info["config_type"] = index  # a group that is no text
+        atoms.arrays["tags_of_atoms"] = np.array(["a", "bc", "d", "e", "f", "g"])
+        atoms.arrays["velocity"] = np.arange(18.0).reshape(6, 3) / 7
+        atoms.set_constraint(FixAtoms([0, 2]))
+        del results["forces"]
+    else:
+        atoms.info["nested"] = {"steps": [1, 2.5, None, "x"], "array": np.arange(4)}
+        atoms.info["stress"] = np.ones(6)  # of what is not periodic
+    if index == 2:
+        atoms.info["object"] = object()  # no plain data
+    atoms.calc = SinglePointCalculator(atoms)
+    atoms.calc.results = results
+    return atoms
+
+
+@pytest.mark.filterwarnings("ignore:Skipping")
+@pytest.mark.parametrize("suffix", ["xyz", "traj", "db"])
+def test_a_store_has_everything_that_its_file_has(tmp_path: Path, suffix: str) -> None:
+    keys = LabelKeys() if suffix == "db" else LabelKeys(virial="REF_virial")
+    extras = Extras.from_config({"magnetic_moments": {"key": "magmoms"}}, {"total_charge": {"key": "number"}})
+    file = tmp_path / f"all.{suffix}"
+    frames = [annotated(index) for index in range(5)]
+    if suffix == "db":
+        with ase.db.connect(file) as database:
+            for atoms in frames[:2]:
+                database.write(atoms, note="by hand", factor=0.1, data={"history": [1, 2], "matrix": np.eye(2)})
+    else:
+        ase.io.write(file, frames)
+    build_store(tmp_path / "all.store", [file], BuildSettings(keys, extras, check_units=False))
+    (stored,) = read_evaluated([tmp_path / "all.store"], keys, extras=extras, units=False)
+    (read,) = read_evaluated([file], keys, extras=extras, units=False)
+    for one, other in zip(stored.frames, read.frames, strict=True):
+        assert written(one.atoms) == written(other.atoms)
+        assert information(one.atoms, "note") == information(other.atoms, "note") is not None
+        assert one.group == other.group
+    store = StoredFrames(tmp_path / "all.store")
+    assert store.information(0)
+    assert not list(store.damages())
+    texts = [store.information(index) for index in range(len(store))]
+    assert not any(b"-2.333" in text or np.full((6, 3), 1 / 3).tobytes() in text for text in texts)  # not twice
+
+
+def test_frames_without_more_than_labels_take_no_bytes_for_it(tmp_path: Path) -> None:
+    frames = [atoms for atoms in structures(8) if not atoms.info.keys() - {"config_type"} and atoms.pbc.all()]
+    ase.io.write(tmp_path / "plain.xyz", frames)
+    store = build_store(tmp_path / "plain.store", [tmp_path / "plain.xyz"], SETTINGS)
+    assert not (store.path / "information").exists()
+    assert "information" not in store.manifest["columns"]
+    (stored,) = read_evaluated([store.path], extras=SETTINGS.extras, units=False)
+    assert stored.frames[0].atoms.info == frames[0].info
 
 
 # --- mistakes ---

@@ -211,17 +211,13 @@ def test_a_store_has_the_values_of_its_file(
     for one, other in zip(found["files"], expected["files"], strict=True):
         assert one["values"] == other["values"]
         assert one["groups"] == other["groups"]
-    both = [ase.io.read(each / "predictions.xyz", ":") for each in (output, one_rank)]
-    for one, other in zip(*both, strict=True):
-        assert one.info["config_type"] == other.info["config_type"]
-        assert one.info["predicted_energy"] == other.info["predicted_energy"]
-        assert (one.arrays["predicted_forces"] == other.arrays["predicted_forces"]).all()
-        assert one.get_potential_energy() == other.get_potential_energy()
-        assert (one.get_forces() == other.get_forces()).all()
-        assert (one.get_stress() == other.get_stress()).all()
+    both = [(each / "predictions.xyz").read_text() for each in (output, one_rank)]
+    assert both[0] == both[1]
+    assert "config_type" in both[0]
+    assert "predicted_energy" in both[0]
     text = refused([*files, "data.keys.forces=other", "output_dir=elsewhere"], capsys)
     assert "test.store was built with forces; build it anew with that name" in text
-    assert "group=number: no frame has it" in refused([*files[:2], "--group", "number", "output_dir=elsewhere"], capsys)
+    assert "group=digit: no frame has it" in refused([*files[:2], "--group", "digit", "output_dir=elsewhere"], capsys)
 
 
 @pytest.mark.slow
