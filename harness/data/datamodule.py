@@ -312,7 +312,7 @@ class AtomsDataModule(LightningDataModule):
                 rank_zero_warn(text)
 
     def fingerprint(self) -> dict[str, str]:
-        """Facts that decide the batches, by name: content of the files, split, types, cutoff.
+        """Facts that decide the batches, by name: content of the files, split, weights, types, cutoff.
 
         The ranks of a job compare them before the first step. Paths of the files are not among them.
         """
@@ -328,6 +328,8 @@ class AtomsDataModule(LightningDataModule):
         for part, indices in self.sets.indices.items():
             digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
             found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
+        weights = self.extras.weighting.text()
+        found |= {"weights": weights} if weights else {}
         self._fingerprint = found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
         return dict(self._fingerprint)
 

@@ -689,10 +689,10 @@ def test_a_store_has_everything_that_its_file_has(tmp_path: Path, suffix: str) -
 def test_frames_without_more_than_labels_take_no_bytes_for_it(tmp_path: Path) -> None:
     frames = [atoms for atoms in structures(8) if not atoms.info.keys() - {"config_type"} and atoms.pbc.all()]
     ase.io.write(tmp_path / "plain.xyz", frames)
-    store = build_store(tmp_path / "plain.store", [tmp_path / "plain.xyz"], SETTINGS)
+    store = build_store(tmp_path / "plain.store", [tmp_path / "plain.xyz"], BuildSettings(extras=Extras.from_config()))
     assert not (store.path / "information").exists()
     assert "information" not in store.manifest["columns"]
-    (stored,) = read_evaluated([store.path], extras=SETTINGS.extras, units=False)
+    (stored,) = read_evaluated([store.path], LabelKeys(), units=False)
     assert stored.frames[0].atoms.info == frames[0].info
 
 
