@@ -44,6 +44,7 @@ from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
 from harness.data.reading import LabelKeys, information
 from harness.data.store import BuildSettings, is_store
+from harness.data.store.cache import _key as cache_key
 from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
 from harness.data.weights import WEIGHTS
@@ -547,6 +548,42 @@ def test_other_labels_weights_or_groups_make_another_store(folder: Path, tmp_pat
     assert len(paths) == len(every)
     with pytest.raises(KeyError, match="virial_stress"):  # and so do other names of labels
         cached_store(folder / "more.xyz", asked[-1], tmp_path, lambda _: None)
+
+
+def test_the_name_of_a_store_in_the_cache_depends_on_each_part_of_its_key(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Content and settings of equal size and time too: a store of others would be taken silently."""
+    file = tmp_path / "a.xyz"
+    file.write_bytes((folder / "more.xyz").read_bytes())
+    os.utime(file, ns=(10**18, 10**18))
+    first = cache_key(file, SETTINGS)
+    assert cache_key(file, replace(SETTINGS)) == first
+    keys = {first}
+
+    def expect_another(key: str) -> None:
+        assert key not in keys
+        keys.add(key)
+
+    for changes in (
+        {"cutoffs": (4.0,)},
+        {"check_units": True},
+        {"min_distance": 0.2},
+        {"keys": LabelKeys(forces="f")},
+        {"extras": Extras()},
+    ):
+        expect_another(cache_key(file, replace(SETTINGS, **changes)))
+    other = tmp_path / "b.xyz"
+    other.write_bytes(file.read_bytes())
+    os.utime(other, ns=(10**18, 10**18))
+    expect_another(cache_key(other, SETTINGS))  # its name
+    os.utime(file, ns=(10**18, 10**18 + 1))
+    expect_another(cache_key(file, SETTINGS))
+    flip(file, 100)
+    os.utime(file, ns=(10**18, 10**18))
+    expect_another(cache_key(file, SETTINGS))
+    monkeypatch.setattr("harness.data.store.cache.VERSION", 0)
+    expect_another(cache_key(file, SETTINGS))
 
 
 def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
