@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
 
 from harness.data.arguments import (
     PathLike,
@@ -31,17 +30,17 @@ from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.description import reference_warnings, summary
 from harness.data.embedded import embedded_alloy_file
-from harness.data.evaluation import evaluation_loader, sizes_of
+from harness.data.evaluation import sizes_of
 from harness.data.extras import Extras, Found, split_keys
 from harness.data.frames import FrameList, FrameSet
 from harness.data.groups import GROUP_KEY, groups_of
 from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import isolated_energies
-from harness.data.loader import ResumableDataLoader
 from harness.data.reading import LabelKeys, file_fingerprint, fingerprint_text, read_frames
 from harness.data.references import SETTING
 from harness.data.repeats import repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
+from harness.data.set_loaders import SetLoaders
 from harness.data.sets import divided
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.data.store import BuildSettings, StoredFrames, is_store
@@ -49,7 +48,7 @@ from harness.data.store.building import found_of
 from harness.data.store.cache import cached_store, is_large, num_bytes, tell_of_rank
 from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
-from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
+from harness.strategies import launched_data_parallel_ranks
 from harness.support.checks import whole_number
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
@@ -58,7 +57,7 @@ _FIELDS = {"energy": "total_energy"}
 """Fields of labels that are called otherwise."""
 
 
-class AtomsDataModule(LightningDataModule):
+class AtomsDataModule(SetLoaders):
     """Training, validation and test batches from files that ASE reads.
 
     Batch sizes and budgets are those of all ranks together: a run on more ranks sees the same batches, each rank a part
@@ -220,33 +219,6 @@ class AtomsDataModule(LightningDataModule):
         for text in [*filter(None, [mixed]), *repeated_frames_text(sets.train, sets.evaluated())]:
             rank_zero_warn(text)
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch.
-
-        Under ``Trainer(accumulate_grad_batches=k)`` the first batch of each step brings the labels of the others, see
-        :func:`~harness.data.loader.look_ahead`.
-        """
-        self.setup()
-        return ResumableDataLoader(
-            self.train_set,
-            self.training_sampler(*data_parallel_ranks(self.trainer)),
-            self._accumulate_grad_batches,
-            **self._loader_options(),
-        )
-
-    def _accumulate_grad_batches(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """This rank's part of each validation set, every frame on exactly one rank."""
-        self.setup()
-        return [self._evaluation_loader(dataset) for dataset in self.val_sets]
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        """This rank's part of each test set, every frame on exactly one rank."""
-        self.setup()
-        return [self._evaluation_loader(dataset) for dataset in self.test_sets]
-
     def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
         """Number of frames without a label or with gaps in it, and of all frames, by field.
 
@@ -398,17 +370,8 @@ class AtomsDataModule(LightningDataModule):
             name_of=dataset.frames.location,
         )
 
-    def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        limited, limit = ("batch_size", self.eval_batch_size) if self.eval_batch_size else (self._limited, self._limit)
-        return evaluation_loader(dataset, limited, limit, *data_parallel_ranks(self.trainer), **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
-            "persistent_workers": self.num_workers > 0,  # they hold the samples that they have made
-            "collate_fn": partial(collate, dtype=self.dtype, fields=self.batch_fields),
-        }
+    def _collate(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        return partial(collate, dtype=self.dtype, fields=self.batch_fields)
 
 
 class EmbeddedAlloyDataModule(AtomsDataModule):
