@@ -102,6 +102,8 @@ class AtomsDataModule(SetLoaders):
 
         store_above: size such as ``512 MiB``: files that are larger, all together, are not kept in memory, but put into
             stores in the cache directory, once; None for never.
+        store_limit: size such as ``100 GiB`` that these stores may have together: when one is built, those that no
+            process uses are removed, the ones that were used longest ago first; None for any size.
         cache_dir: of these stores; ``$HARNESS_CACHE`` or ``~/.cache/harness`` if None.
 
     Raises:
@@ -140,6 +142,7 @@ class AtomsDataModule(SetLoaders):
         check_units: bool = True,
         isolated_atoms: str = "references",
         store_above: str | int | None = "512 MiB",
+        store_limit: str | int | None = "100 GiB",
         cache_dir: PathLike | None = None,
     ) -> None:
         super().__init__()
@@ -173,7 +176,7 @@ class AtomsDataModule(SetLoaders):
         if isolated_atoms not in ("references", "frames"):
             raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
         self.isolated_atoms = isolated_atoms
-        self._store_above = num_bytes(store_above)
+        self._store_above, self._store_limit = num_bytes(store_above), num_bytes(store_limit, "store_limit")
         self._cache_dir = cache_dir
         self._asked_type_names = checked_type_names(type_names)
         self._is_set_up = False
@@ -339,7 +342,7 @@ class AtomsDataModule(SetLoaders):
     def _read_as_store(self, path: Path) -> FrameSet:
         cutoffs = (self.cutoff,) if "edges" in (self._limited.removeprefix("max_"), self.balance) else ()
         settings = BuildSettings(self.keys, self.extras, self.min_distance, self.check_units, cutoffs)
-        store = cached_store(path, settings, self._cache_dir, tell_of_rank)
+        store = cached_store(path, settings, self._cache_dir, tell_of_rank, self._store_limit)
         self._stores[path] = store
         self._found |= found_of(store.manifest["found"])
         self.cache_neighbors = False  # they would fill the memory that the store leaves free

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -586,6 +587,59 @@ def test_the_name_of_a_store_in_the_cache_depends_on_each_part_of_its_key(
     expect_another(cache_key(file, SETTINGS))
 
 
+def test_stores_in_the_cache_keep_to_a_limit(folder: Path, tmp_path: Path) -> None:
+    """Those that are in use stay, also in another process; of the others, the ones used longest ago go first."""
+    told: list[str] = []
+
+    def made(name: str, limit: int | None = None) -> StoredFrames:
+        file = tmp_path / name
+        if not file.exists():
+            file.write_bytes((folder / "more.xyz").read_bytes())
+        return cached_store(file, SETTINGS, tmp_path, told.append, limit)
+
+    names = ["a.xyz", "b.xyz", "c.xyz"]
+    paths = {name: made(name).path for name in names}  # none of them is in use any more
+    for place, name in enumerate(names):
+        os.utime(f"{paths[name]}.used", (1e9 + place, 1e9 + place))
+    size = sum(file.stat().st_size for file in paths["a.xyz"].rglob("*") if file.is_file())
+    (tmp_path / "stores" / "old.store.building").mkdir()  # what a killed build has left
+    os.utime(tmp_path / "stores" / "old.store.building", (1e8, 1e8))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:  # a process that has the first in use, until it is told to end
+        status = 1
+        with suppress(BaseException):
+            kept = made("a.xyz")
+            os.write(writing, b"x")
+            os.close(writing)
+            signal.pause()
+            status = int(len(kept) == 0)
+        os._exit(status)
+    try:
+        assert os.read(reading, 1) == b"x"
+        os.utime(f"{paths['a.xyz']}.used", (1e9, 1e9))
+        told.clear()
+        one = made("d.xyz", 3 * size + size // 2)
+        assert not (tmp_path / "stores" / "old.store.building").exists()
+        assert [is_store(path) for path in paths.values()] == [True, False, True]
+        assert "b.xyz" in told[-1]
+        assert "which was used longest ago: stores have" in told[-1]
+        two = made("e.xyz", 1)
+        assert [is_store(path) for path in paths.values()] == [True, False, False]
+        assert is_store(one.path)
+        assert is_store(two.path)
+        assert list(one)  # and is read
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    made("f.xyz", 1)
+    assert not is_store(paths["a.xyz"])
+    assert [is_store(each.path) for each in (one, two)] == [True, True]
+    assert list((tmp_path / "stores").glob("*.store")) != []
+    again = made("b.xyz")  # is built anew
+    assert len(again) == len(one)
+
+
 def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: None
 ) -> None:
@@ -744,6 +798,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: StoreDataModule(path / "more.store", min_distance=1.0, **OPTIONS),
         "min_dist",
     ),
+    "a limit": (lambda path: AtomsDataModule(path / "a.xyz", store_limit="1 GB", **OPTIONS), "store_limit is a size"),
     "a size": (lambda path: AtomsDataModule(path / "a.xyz", store_above="many", **OPTIONS), "such as '512 MiB'"),
     "a store twice": (lambda path: StoreDataModule([path / "more.store"] * 2, **OPTIONS), "2 times"),
     "one that is there": (lambda path: build_store(path / "more.store", [path / "more.xyz"]), "exists .a store."),

@@ -72,6 +72,7 @@ class StoredFrames(FrameSet):
         self._fields = [[RecordField.from_json(field) for field in part["fields"]] for part in self._parts]
         self._checked_columns: set[str] = set()
         self._files: dict[str, int] = {}
+        self._held: list[int] = []
         for name, facts in self._all_files():
             self._check_size(name, facts["bytes"])
 
@@ -109,11 +110,18 @@ class StoredFrames(FrameSet):
 
     def __getstate__(self) -> dict[str, Any]:
         # files are opened by each process, and memory maps would be sent as a whole
-        return {name: value for name, value in self.__dict__.items() if name != "_offsets"} | {"_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_offsets"} | {
+            "_files": {},
+            "_held": [],
+        }
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
+        for file in (*getattr(self, "_files", {}).values(), *getattr(self, "_held", ())):
             os.close(file)
+
+    def hold(self, file: int) -> None:
+        """Keep a file open as long as these frames are there, such as one whose lock says that they are in use."""
+        self._held.append(file)
 
     @property
     def digest(self) -> str:
