@@ -131,9 +131,9 @@ class GroupValues(Callback):
                 for source, positions in ((batch, chosen), (once, weightless)):
                     if positions:
                         is_whole = len(positions) == len(names)
-                        part = (outputs, source) if is_whole else frames_part(outputs, source, positions)
-                        self._add(*part, (dataloader_idx, name), source is once)
-                        self._add(*part, (ALL, name), source is once)
+                        predicted, labels = (outputs, source) if is_whole else frames_part(outputs, source, positions)
+                        self._add(predicted, labels, (dataloader_idx, name), source is once)
+                        self._add(predicted, labels, (ALL, name), source is once)
 
     def _add(
         self,

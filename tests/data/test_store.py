@@ -261,6 +261,21 @@ def test_stores_go_to_processes_without_their_content(folder: Path) -> None:
 # --- builds ---
 
 
+def test_a_file_of_some_megabytes_is_built_in_parts(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "more.xyz").read_text()
+    times = 5 * 2**20 // len(text) + 1
+    (tmp_path / "large.xyz").write_text(text * times)
+    (unit,), *others = (units := sources.units_of([sources.Source.of(tmp_path / "large.xyz")]))
+    assert len(units) == 3
+    assert (unit.start, unit.first) == (0, 0)
+    pieces = [piece for each in units for piece in each]
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    assert pieces[-1].stop == len(text.encode()) * times
+    assert pieces[-1].first < 11 * times
+    assert len(sources.units_of([sources.Source.of(folder / "more.xyz")])) == 1
+    assert others
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("suffix", ["xyz", "traj"])
 @pytest.mark.parametrize("workers", [1, 2])
