@@ -1,4 +1,4 @@
-"""What frames of a file have beside structure and labels: text, numbers, further results and columns, as plain data.
+"""Text, numbers, further results and columns that files have beside structure and labels, as plain data.
 
 A training does not read it. It is kept for those who write structures again, such as ``harness-eval --write``: what a
 stored frame cannot be put together from, in the order of the file. Of a frame without any it takes no byte.

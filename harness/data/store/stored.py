@@ -139,13 +139,9 @@ class StoredFrames(FrameSet):
             self._files[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[name]
 
-    def _part(self, index: int) -> int:
-        """Number of the part that a frame is in."""
-        return int(np.searchsorted(self._ends, index, side="right")) - 1
-
     def _record(self, index: int) -> tuple[dict[str, NDArray[Any]], RecordHeader, int]:
         """Quantities and header of a frame, and the number of its file of records."""
-        number = self._part(index)
+        number = _part_of(self._ends, index)
         start, is_last = int(self._offsets[index]), index + 1 == self._ends[number + 1]
         end = self._parts[number]["bytes"] if is_last else int(self._offsets[index + 1])
         is_there = 0 <= start < end <= self._parts[number]["bytes"]
@@ -166,7 +162,7 @@ class StoredFrames(FrameSet):
         return frame_of(found, header, part["origins"][header.origin], group)
 
     def information(self, index: int) -> bytes:
-        """What else the file of a frame says of it, see :mod:`harness.data.store.information`; empty for nothing.
+        """Everything else that a frame's file says of it, see :mod:`harness.data.store.information`; empty for nothing.
 
         Raises:
             ValueError: it is damaged.
@@ -174,7 +170,7 @@ class StoredFrames(FrameSet):
         start = int(self._stored(INFORMATION)[index]) if INFORMATION in self.manifest["columns"] else -1
         if start < 0:
             return b""
-        file = self._parts[self._part(index)][INFORMATION]["file"]
+        file = self._parts[_part_of(self._ends, index)][INFORMATION]["file"]
         header = os.pread(self._file(file), HEADER.size, start)
         length = HEADER.unpack(header)[0] if len(header) == HEADER.size else 0
         body = body_of(header + os.pread(self._file(file), length, start + HEADER.size)) if length else None
@@ -250,3 +246,8 @@ class StoredFrames(FrameSet):
                 yield f"{file} is missing"
             elif file.stat().st_size != facts["bytes"] or checksum_of(file) != facts["crc32"]:
                 yield f"{file} is damaged"
+
+
+def _part_of(ends: NDArray[np.int64], index: int) -> int:
+    """Number of the part that a frame is in, of parts with these ends."""
+    return int(np.searchsorted(ends, index, side="right")) - 1
