@@ -531,7 +531,7 @@ def build(num_frames: int, workers: list[int], folder: Path) -> None:
         frames.append(atoms)
     file = folder / "frames.xyz"
     ase.io.write(file, frames)
-    shutil.copy(file, folder / "again.xyz")  # so that two processes have work: a file of less than 16 MiB is one part
+    shutil.copy(file, folder / "again.xyz")  # of several files, as they are
     size = file.stat().st_size / 2**20
     print(f"{num_frames} frames of 24 to 32 atoms, {size:.1f} MiB of extended XYZ, in each of two files")
     print("                        µs/frame by the clock   of the processors   frames/s")

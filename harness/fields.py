@@ -31,6 +31,8 @@ __all__ = [
     "as_modifier",
     "field_spec",
     "get_field",
+    "labels_of",
+    "predictions_of",
     "register_field",
     "registered_fields",
 ]
@@ -178,6 +180,8 @@ class FieldModifier(Protocol):
     ``str(modifier)`` names the component automatically and ``level`` (or ``type``, as in NequIP's own modifiers) is the
     level of the result. One that is a frozen dataclass, or otherwise hashable by its content, is read once per step
     however many components use it. Other people's metrics with several outputs need its ``shape`` of one row.
+
+    It says what it reads by ``field``, by ``pred_field`` and ``target_field``, or by ``fields`` if these are several.
 
     Gradient accumulation needs a further method, ``target_of(target)``: the target side alone, as the call returns it
     second: the number of labels to average over must be known before there are predictions.
@@ -366,6 +370,28 @@ def as_modifier(field: object) -> tuple[FieldModifier, Level]:
     if level not in get_args(Level):
         raise ValueError(f"{field!r} has the level {level!r}. Valid levels: {', '.join(get_args(Level))}.")
     return modifier, level  # type: ignore[return-value]
+
+
+def labels_of(modifier: object) -> tuple[str, ...]:
+    """Fields of the target that a modifier reads; none where it does not say.
+
+    It does by ``target_field``, ``field``, or a tuple ``fields``.
+    """
+    return _named_fields(modifier, "target_field")
+
+
+def predictions_of(modifier: object) -> tuple[str, ...]:
+    """Fields of the predictions that a modifier reads; none where it does not say.
+
+    It does by ``pred_field``, ``field``, or a tuple ``fields``.
+    """
+    return _named_fields(modifier, "pred_field")
+
+
+def _named_fields(modifier: object, attribute: str) -> tuple[str, ...]:
+    name = getattr(modifier, attribute, None) or getattr(modifier, "field", None)
+    several = getattr(modifier, "fields", ()) if name is None else (name,)
+    return tuple(name for name in several if isinstance(name, str)) if isinstance(several, tuple) else ()
 
 
 def get_field(batch: Batch, name: str, where: str) -> Tensor:

@@ -145,7 +145,7 @@ class HarnessCalculator(Calculator):
     def _inputs_of_elements(self, atoms: Atoms) -> Mapping[str, Tensor]:
         """Inputs that depend on the elements alone, kept from step to step."""
         if self._numbers is None or not np.array_equal(atoms.numbers, self._numbers):
-            self.model.check_elements(atoms)
+            self.model.check_elements(atoms, head=None if self._head is None else self.model.heads[self._head])
             types = [self._index_of[symbol] for symbol in atoms.get_chemical_symbols()]
             made = {
                 "atom_types": torch.tensor(types, dtype=torch.int64),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from harness.distributed import named
-from harness.fields import ATOM_TYPES, Batch, as_modifier, registered_fields
+from harness.fields import ATOM_TYPES, Batch, as_modifier, predictions_of, registered_fields
 from harness.metrics import ErrorMetric, MetricsManager, Values
 from harness.support.text import some
 
@@ -225,8 +225,8 @@ def _pairs(modifier: object, preds: Batch, batch: Batch) -> Iterator[tuple[str, 
         return
     reads, level = as_modifier(modifier)
     prediction, target = reads(preds, batch)
-    names = [getattr(reads, attribute, None) for attribute in ("field", "pred_field")]
-    yield next((name for name in names if isinstance(name, str)), str(reads)), level, prediction, target
+    names = predictions_of(reads)
+    yield names[0] if len(names) == 1 else str(reads), level, prediction, target
 
 
 class _Frames:

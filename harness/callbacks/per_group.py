@@ -31,8 +31,8 @@ class PerGroupReport(Callback):
 
     After a validation, a table is printed below that of the whole, W&B gets it as ``val{i}_report/per_group``, and
     ``val{i}_per_group.csv`` has the last one; after a test likewise with ``test{i}``. Groups without frames in a set
-    are left out. ``frames`` is the number of frames, whatever their weights and labels: a group of weight 0 has frames,
-    and no errors.
+    are left out. ``frames`` is the number of frames, whatever their weights and labels. Errors are those of frames by
+    their weights; of a group whose frames all have weight 0, those of its frames counted once each.
 
     Args:
         every_n_epochs: epochs between reports of validations.

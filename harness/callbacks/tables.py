@@ -25,6 +25,7 @@ from harness.metrics import (
     StratifiedHuberForceLoss,
     modifier_key,
 )
+from harness.metrics.structures import StructureErrors
 
 __all__ = [
     "COLUMNS",
@@ -111,6 +112,8 @@ def component_unit(entry: MetricEntry) -> str:
             unit = field_spec(name).unit
         case PerAtomModifier(field=name, factor=None):
             unit = f"{field_spec(name).unit}/atom"
+        case StructureErrors(field=name):
+            unit = field_spec(name).unit
         case _:
             return ""
     squares = isinstance(entry.metric, MeanSquaredError | HuberLoss | StratifiedHuberForceLoss)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
 
 from harness.data.arguments import (
     PathLike,
@@ -31,17 +30,17 @@ from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.description import reference_warnings, summary
 from harness.data.embedded import embedded_alloy_file
-from harness.data.evaluation import evaluation_loader, sizes_of
+from harness.data.evaluation import sizes_of
 from harness.data.extras import Extras, Found, split_keys
 from harness.data.frames import FrameList, FrameSet
 from harness.data.groups import GROUP_KEY, groups_of
 from harness.data.hints import label_hint, mixed_family_hint
 from harness.data.isolated import isolated_energies
-from harness.data.loader import ResumableDataLoader
 from harness.data.reading import LabelKeys, file_fingerprint, fingerprint_text, read_frames
 from harness.data.references import SETTING
 from harness.data.repeats import repeated_frames_text
 from harness.data.samplers import GlobalBatchSampler, TrainingBatchSampler
+from harness.data.set_loaders import SetLoaders
 from harness.data.sets import divided
 from harness.data.statistics import DataStatistics, training_statistics
 from harness.data.store import BuildSettings, StoredFrames, is_store
@@ -49,7 +48,7 @@ from harness.data.store.building import found_of
 from harness.data.store.cache import cached_store, is_large, num_bytes, tell_of_rank
 from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
-from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
+from harness.strategies import launched_data_parallel_ranks
 from harness.support.checks import whole_number
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
@@ -58,7 +57,7 @@ _FIELDS = {"energy": "total_energy"}
 """Fields of labels that are called otherwise."""
 
 
-class AtomsDataModule(LightningDataModule):
+class AtomsDataModule(SetLoaders):
     """Training, validation and test batches from files that ASE reads.
 
     Batch sizes and budgets are those of all ranks together: a run on more ranks sees the same batches, each rank a part
@@ -103,6 +102,8 @@ class AtomsDataModule(LightningDataModule):
 
         store_above: size such as ``512 MiB``: files that are larger, all together, are not kept in memory, but put into
             stores in the cache directory, once; None for never.
+        store_limit: size such as ``100 GiB`` that these stores may have together: when one is built, those that no
+            process uses are removed, the ones that were used longest ago first; None for any size.
         cache_dir: of these stores; ``$HARNESS_CACHE`` or ``~/.cache/harness`` if None.
 
     Raises:
@@ -141,6 +142,7 @@ class AtomsDataModule(LightningDataModule):
         check_units: bool = True,
         isolated_atoms: str = "references",
         store_above: str | int | None = "512 MiB",
+        store_limit: str | int | None = "100 GiB",
         cache_dir: PathLike | None = None,
     ) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class AtomsDataModule(LightningDataModule):
         if isolated_atoms not in ("references", "frames"):
             raise ValueError(f"isolated_atoms is 'references' or 'frames', found {isolated_atoms!r}")
         self.isolated_atoms = isolated_atoms
-        self._store_above = num_bytes(store_above)
+        self._store_above, self._store_limit = num_bytes(store_above), num_bytes(store_limit, "store_limit")
         self._cache_dir = cache_dir
         self._asked_type_names = checked_type_names(type_names)
         self._is_set_up = False
@@ -219,33 +221,6 @@ class AtomsDataModule(LightningDataModule):
         mixed = mixed_family_hint(sets.train, self.keys)
         for text in [*filter(None, [mixed]), *repeated_frames_text(sets.train, sets.evaluated())]:
             rank_zero_warn(text)
-
-    def train_dataloader(self) -> ResumableDataLoader:
-        """This rank's part of the training batches, shuffled by seed and epoch; can be continued in mid-epoch.
-
-        Under ``Trainer(accumulate_grad_batches=k)`` the first batch of each step brings the labels of the others, see
-        :func:`~harness.data.loader.look_ahead`.
-        """
-        self.setup()
-        return ResumableDataLoader(
-            self.train_set,
-            self.training_sampler(*data_parallel_ranks(self.trainer)),
-            self._accumulate_grad_batches,
-            **self._loader_options(),
-        )
-
-    def _accumulate_grad_batches(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """This rank's part of each validation set, every frame on exactly one rank."""
-        self.setup()
-        return [self._evaluation_loader(dataset) for dataset in self.val_sets]
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        """This rank's part of each test set, every frame on exactly one rank."""
-        self.setup()
-        return [self._evaluation_loader(dataset) for dataset in self.test_sets]
 
     def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
         """Number of frames without a label or with gaps in it, and of all frames, by field.
@@ -312,7 +287,7 @@ class AtomsDataModule(LightningDataModule):
                 rank_zero_warn(text)
 
     def fingerprint(self) -> dict[str, str]:
-        """Facts that decide the batches, by name: content of the files, split, types, cutoff.
+        """Facts that decide the batches, by name: content of the files, split, weights, types, cutoff.
 
         The ranks of a job compare them before the first step. Paths of the files are not among them.
         """
@@ -328,6 +303,8 @@ class AtomsDataModule(LightningDataModule):
         for part, indices in self.sets.indices.items():
             digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
             found[f"split, part {part}"] = f"{len(indices)} frames, sha256 of their indices {digest}"
+        weights = self.extras.weighting.text()
+        found |= {"weights": weights} if weights else {}
         self._fingerprint = found | {"type names": ", ".join(self.type_names), "cutoff": f"{self.cutoff!r} Å"}
         return dict(self._fingerprint)
 
@@ -365,7 +342,7 @@ class AtomsDataModule(LightningDataModule):
     def _read_as_store(self, path: Path) -> FrameSet:
         cutoffs = (self.cutoff,) if "edges" in (self._limited.removeprefix("max_"), self.balance) else ()
         settings = BuildSettings(self.keys, self.extras, self.min_distance, self.check_units, cutoffs)
-        store = cached_store(path, settings, self._cache_dir, tell_of_rank)
+        store = cached_store(path, settings, self._cache_dir, tell_of_rank, self._store_limit)
         self._stores[path] = store
         self._found |= found_of(store.manifest["found"])
         self.cache_neighbors = False  # they would fill the memory that the store leaves free
@@ -396,17 +373,8 @@ class AtomsDataModule(LightningDataModule):
             name_of=dataset.frames.location,
         )
 
-    def _evaluation_loader(self, dataset: AtomsDataset) -> DataLoader[Any]:
-        limited, limit = ("batch_size", self.eval_batch_size) if self.eval_batch_size else (self._limited, self._limit)
-        return evaluation_loader(dataset, limited, limit, *data_parallel_ranks(self.trainer), **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
-            "persistent_workers": self.num_workers > 0,  # they hold the samples that they have made
-            "collate_fn": partial(collate, dtype=self.dtype, fields=self.batch_fields),
-        }
+    def _collate(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        return partial(collate, dtype=self.dtype, fields=self.batch_fields)
 
 
 class EmbeddedAlloyDataModule(AtomsDataModule):

@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from ase.calculators.singlepoint import SinglePointCalculator
-from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
 from harness.data.extras import Extras, Found
@@ -16,6 +14,7 @@ from harness.data.frames import FrameArrays, JoinedFrames
 from harness.data.reading import Frame
 from harness.data.store import StoredFrames
 from harness.data.store.building import found_of
+from harness.data.store.information import with_information, with_labels
 from harness.data.weights import WEIGHTS
 
 __all__ = ["EvaluatedStore"]
@@ -25,7 +24,7 @@ class EvaluatedStore(JoinedFrames):
     """Frames of a store, whose structures have their labels as those of a file do.
 
     Names of labels, inputs and weights were decided at the build. Weights are left out if none are asked for, groups if
-    those of another key are. Numbers are as they were in the files, text and further information of them is not kept.
+    those of another key are. Structures have everything that their files say of them, as numbers, text and columns.
 
     Args:
         store: with the frames.
@@ -38,6 +37,7 @@ class EvaluatedStore(JoinedFrames):
 
     def __init__(self, store: StoredFrames, extras: Extras, named: Mapping[str, str]) -> None:
         super().__init__([store])
+        self._store = store
         settings = store.manifest["settings"]
         self.found: Found = found_of(store.manifest["found"])
         self._keys: dict[str, str] = dict(settings["keys"])
@@ -67,26 +67,11 @@ class EvaluatedStore(JoinedFrames):
 
     def _frame(self, index: int) -> Frame:
         frame = super()._frame(index)
+        atoms, further = with_labels(frame, self._keys, self._extras), self._store.information(index)
+        if further:
+            atoms = with_information(atoms, further)
         group = frame.group if self._has_groups else None
-        atoms, results = frame.atoms, dict[str, Any]()
-        stress = None if frame.stress is None else full_3x3_to_voigt_6_stress(frame.stress)
-        labels: dict[str, Any] = {"energy": frame.energy, "forces": frame.forces, "stress": stress}
-        for label, value in labels.items():
-            if value is not None and self._keys[label] in ("energy", "forces", "stress"):
-                results[label] = value
-            elif value is not None:
-                (atoms.arrays if label == "forces" else atoms.info)[self._keys[label]] = value
-        if results:
-            atoms.calc = SinglePointCalculator(atoms, **results)
-        for entry in self._extras.entries:
-            if entry.field in frame.extras:
-                values = np.asarray(frame.extras[entry.field])
-                flat = values.reshape(len(atoms), -1) if entry.level == "node" else values.reshape(-1)
-                place = atoms.arrays if entry.level == "node" else atoms.info
-                place[entry.key] = flat[..., 0] if flat.shape[-1] == 1 else flat
-        if frame.group is not None and self._extras.group_key is not None:
-            atoms.info[self._extras.group_key] = frame.group
-        return replace(frame, group=group, weights=frame.weights if self._has_weights else {})
+        return replace(frame, atoms=atoms, group=group, weights=frame.weights if self._has_weights else {})
 
     def arrays(self, index: int) -> FrameArrays:
         """Numbers of one frame."""

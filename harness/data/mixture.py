@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,33 +10,32 @@ from typing import Any
 import numpy as np
 import torch
 from ase.data import atomic_numbers
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from harness.data.arguments import checked_files
 from harness.data.budget import BudgetBatchSampler
 from harness.data.collate import collate, empty_batch
 from harness.data.datamodule import AtomsDataModule
-from harness.data.evaluation import evaluation_loader, sizes_of
+from harness.data.evaluation import sizes_of
 from harness.data.extras import Extras
-from harness.data.loader import ResumableDataLoader
 from harness.data.mixing import Mixing, MixtureBatchSampler, frames_of_shares, shares_of
 from harness.data.mixture_references import MixtureStatistics, Moves, References, mixture_statistics
 from harness.data.mixture_set import MixtureDataset, MixtureFields
 from harness.data.mixture_settings import about_set, checked_sets, data_module, plain, weights_of, with_set
 from harness.data.references import outside_text, undetermined_text
 from harness.data.samplers import TrainingBatchSampler
+from harness.data.set_loaders import SetLoaders
 from harness.models import reference_energies
 from harness.models.heads import heads_of
-from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
+from harness.strategies import launched_data_parallel_ranks
 from harness.support.checks import is_number, whole_number
 
 __all__ = ["MixtureDataModule"]
 
 
-class MixtureDataModule(LightningDataModule):
+class MixtureDataModule(SetLoaders):
     r"""Training, validation and test batches of several data sets.
 
     Each set is an :class:`~harness.data.datamodule.AtomsDataModule` of its own, with its files, keys, split and
@@ -237,26 +236,6 @@ class MixtureDataModule(LightningDataModule):
 
     # --- batches ---
 
-    def train_dataloader(self) -> ResumableDataLoader:
-        """This rank's part of the training batches, mixed by seed and epoch; can be continued in mid-epoch."""
-        self.setup()
-        return ResumableDataLoader(
-            self.train_set,
-            self.training_sampler(*data_parallel_ranks(self.trainer)),
-            lambda: 1 if self.trainer is None else self.trainer.accumulate_grad_batches,
-            **self._loader_options(),
-        )
-
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        """This rank's part of each validation set, every frame on exactly one rank."""
-        self.setup()
-        return [self._evaluation_loader(dataset) for dataset in self.val_sets]
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        """This rank's part of each test set, every frame on exactly one rank."""
-        self.setup()
-        return [self._evaluation_loader(dataset) for dataset in self.test_sets]
-
     def training_sampler(self, rank: int, num_ranks: int) -> MixtureBatchSampler:
         """Sampler of the training frames in the batches of one rank.
 
@@ -284,17 +263,8 @@ class MixtureDataModule(LightningDataModule):
         )
         return MixtureBatchSampler(by_budget, mixing, sizes, largest)
 
-    def _evaluation_loader(self, dataset: MixtureDataset) -> DataLoader[Any]:
-        limited, limit = ("batch_size", self.eval_batch_size) if self.eval_batch_size else (self._limited, self._limit)
-        return evaluation_loader(dataset, limited, limit, *data_parallel_ranks(self.trainer), **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
-            "persistent_workers": self.num_workers > 0,
-            "collate_fn": partial(_collate, dtype=self.dtype, further=self._further),
-        }
+    def _collate(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        return partial(_collate, dtype=self.dtype, further=self._further)
 
     # --- facts ---
 

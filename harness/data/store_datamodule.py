@@ -20,7 +20,7 @@ from harness.data.store.changes import changed_text
 __all__ = ["OF_THE_BUILD", "StoreDataModule"]
 
 _DECIDED = ("keys", "labels", "inputs", "weights", "group_key", "min_distance", "check_units")
-OF_THE_BUILD = (*_DECIDED, "store_above", "cache_dir")
+OF_THE_BUILD = (*_DECIDED, "store_above", "store_limit", "cache_dir")
 """Arguments of data from files that a store's build decides, or that it has no use for."""
 _MOST_SOURCES = 20  # that are facts of the data by themselves
 

@@ -49,7 +49,7 @@ class Weighting:
     r"""Weights of frames: of the files, times those of the values of keys.
 
     A weight w counts as w frames do, in sums and counts: :math:`\sum_g w_g \varphi_g / \sum_g w_g`. It is a property of
-    the frame, the same in training, validation and test. With 0 a frame is measured by nothing and trains nothing.
+    the frame, the same in training, validation and test. With 0 a frame trains nothing, and is measured in its group.
 
     Attributes:
         keys: names of the weights in the files.
@@ -125,6 +125,15 @@ class Weighting:
                         f"data.weights.{key}.{value}: no frame has {key}={value}. {did_you_mean(value, there)}Values "
                         f"of {key} are {there[:20]}"
                     )
+
+    def text(self) -> str:
+        """Names and factors where they are not the defaults, in words; empty otherwise."""
+        defaults = WeightKeys()
+        named = [(name, getattr(self.keys, name)) for name in WEIGHTS]
+        parts = [f"{name} from {key or 'nothing'}" for name, key in named if key != getattr(defaults, name)]
+        for key, factor_of in sorted(self.factors.items()):
+            parts.append(f"{key} {', '.join(f'{value}: {factor:g}' for value, factor in sorted(factor_of.items()))}")
+        return "; ".join(parts)
 
     def plain(self) -> dict[str, Any]:
         """The arguments of :meth:`from_config` as plain data."""

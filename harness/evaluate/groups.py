@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from torch import Tensor
 from harness.data.frames import FrameSet
 from harness.data.reading import available_keys, information
 from harness.fields import registered_fields
-from harness.metrics import MetricsManager, Report, compute_together
+from harness.metrics import WEIGHTED_SUM, MetricsManager, Report, compute_together
+from harness.metrics.frames import WEIGHT_FIELDS
 from harness.support.text import did_you_mean
 
 __all__ = ["ALL", "NO_GROUP", "GroupValues", "frames_part", "group_names"]
@@ -67,7 +69,8 @@ def _text(value: Any) -> str:
 class GroupValues(Callback):
     """Measures the groups of each set, and all sets together, in the batches of a test.
 
-    Frames of a group are taken out of a batch and its predictions, so that the model sees each frame once.
+    Frames of a group are taken out of a batch and its predictions, so that the model sees each frame once. A group
+    whose frames all have weight 0 has the values of these, each counted once.
 
     Args:
         manager: whose components are measured; copies of it keep the sums.
@@ -86,7 +89,9 @@ class GroupValues(Callback):
         if several:
             names = dict.fromkeys(name for index in sorted(self._counted) for name in self._names(index))
             cells += [(ALL, None), *((ALL, name) for name in names)]
-        self._managers = {cell: copy.deepcopy(manager) for cell in cells}
+        self._managers = {(*cell, False): copy.deepcopy(manager) for cell in cells}
+        # of the frames of weight 0 in each group
+        self._managers |= {(*cell, True): copy.deepcopy(manager) for cell in cells if cell[1] is not None}
         self.reports: dict[tuple[int, str | None], Report] = {}
         """Values by set and group; the set :data:`ALL` is all of them, the group None is the whole set."""
 
@@ -118,16 +123,28 @@ class GroupValues(Callback):
             if self._groups is None:
                 return
             names = [self._groups[dataloader_idx][number] for number in batch["frame_index"].tolist()]
+            weights = batch["weight"].tolist() if "weight" in batch else [1.0] * len(names)
+            once = {field: values for field, values in batch.items() if field not in WEIGHT_FIELDS}
             for name in dict.fromkeys(names):
                 chosen = [position for position, each in enumerate(names) if each == name]
-                is_whole = len(chosen) == len(names)
-                predicted, labels = (outputs, batch) if is_whole else frames_part(outputs, batch, chosen)
-                self._add(predicted, labels, (dataloader_idx, name))
-                self._add(predicted, labels, (ALL, name))
+                weightless = [position for position in chosen if weights[position] == 0]
+                for source, positions in ((batch, chosen), (once, weightless)):
+                    if positions:
+                        is_whole = len(positions) == len(names)
+                        predicted, labels = (outputs, source) if is_whole else frames_part(outputs, source, positions)
+                        self._add(predicted, labels, (dataloader_idx, name), source is once)
+                        self._add(predicted, labels, (ALL, name), source is once)
 
-    def _add(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], cell: tuple[int, str | None]) -> None:
-        if cell in self._managers:
-            self._managers[cell](outputs, batch)
+    def _add(
+        self,
+        outputs: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        cell: tuple[int, str | None],
+        is_weightless: bool = False,
+    ) -> None:
+        manager = self._managers.get((*cell, is_weightless))
+        if manager is not None:
+            manager(outputs, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge over the ranks, all groups together."""
@@ -135,7 +152,15 @@ class GroupValues(Callback):
             # a group without atoms of a type is nothing to warn of
             warnings.filterwarnings("ignore", message="No data in the whole epoch")
             values = compute_together(list(self._managers.values()))
-        self.reports = {cell: each.to_report() for cell, each in zip(self._managers, values, strict=True)}
+        found = {cell: each.to_report() for cell, each in zip(self._managers, values, strict=True)}
+        self.reports = {}
+        for (index, name, is_weightless), report in found.items():  # those of weight 0 come after all others
+            if not is_weightless or not _has_data(self.reports[index, name]):
+                self.reports[index, name] = report
+
+
+def _has_data(report: Report) -> bool:
+    return any(not math.isnan(value) for name, value in report.values.items() if name != WEIGHTED_SUM)
 
 
 def frames_part(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness import field_spec
 from harness.data import Frame, collate, frame_to_sample
@@ -28,7 +29,7 @@ from harness.export.structure import example_structure
 from harness.models.heads import heads_of
 from harness.support.files import replacing
 from harness.support.process import mistakes_reported
-from harness.trained import TrainedCheckpoint
+from harness.trained import TrainedCheckpoint, TrainedModel
 
 __all__ = ["FORMATS", "main"]
 
@@ -52,6 +53,12 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     parser.add_argument(
         "--dtype", choices=["float32", "float64"], help="of the weights (--to mace); that of the training if not given"
+    )
+    parser.add_argument(
+        "--head",
+        metavar="SET",
+        help="data set of a mixture whose energies the file predicts, of a model without heads; those of the mixture "
+        "if not given",
     )
     parser.add_argument(
         "--trust",
@@ -85,13 +92,19 @@ def _run(arguments: argparse.Namespace) -> None:
     output = (arguments.output or checkpoint.path.with_name(checkpoint.path.stem + suffix)).expanduser()
     if arguments.dtype is not None and (fmt is None or not fmt.has_dtype):
         raise ValueError(f"--dtype is of --to mace alone: --to {arguments.to} keeps the dtype of the training.")
+    if arguments.head is not None and fmt is None:
+        raise ValueError(
+            f"--head is of files of other packages: --to {_STATE_DICT} keeps the weights, and has the references of "
+            f"each set in metadata['statistics']['set_references']."
+        )
     _check_output(output, checkpoint.path, arguments.force)
     if fmt is None:
         with replacing(output) as part:
             _save(state_dict_file(checkpoint), part)
         lines = [("read back", f'torch.load("{output}", weights_only=True)')]
     else:
-        lines = _export(checkpoint, fmt, output, getattr(torch, arguments.dtype or "", None), arguments.trust)
+        dtype = getattr(torch, arguments.dtype or "", None)
+        lines = _export(checkpoint, fmt, output, dtype, arguments.trust, arguments.head)
     weights = "averaged weights" if checkpoint.are_averaged else "weights"
     _print("checkpoint", f"{checkpoint.path}: {weights} of step {checkpoint.step}")
     _print("written", f"{output} ({output.stat().st_size / 2**20:.2f} MiB)")
@@ -100,7 +113,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _export(
-    checkpoint: TrainedCheckpoint, fmt: Format, output: Path, dtype: torch.dtype | None, trust: Sequence[str]
+    checkpoint: TrainedCheckpoint,
+    fmt: Format,
+    output: Path,
+    dtype: torch.dtype | None,
+    trust: Sequence[str],
+    head: str | None = None,
 ) -> list[tuple[str, str]]:
     """Write the file of another package; lines about it, each with its title."""
     builder = str(checkpoint.architecture.get("_target_"))
@@ -117,6 +135,7 @@ def _export(
     model = checkpoint.build(trust, changes).eval()
     if not fmt.takes(model):
         raise _WrongModel(checkpoint, fmt, builder)
+    level = _choose_level(model, checkpoint, head)
     weights = next(model.parameters()).dtype
     kept = dtype or fmt.only_dtype or weights
     example = example_structure(names, cutoff)
@@ -139,10 +158,35 @@ def _export(
     first, *others = fmt.uses(output, model, kept)
     return [
         ("tried", f"on a made-up crystal of {len(example)} atoms: {fmt.name} is off in {off}"),
+        *(("energies", sentence) for sentence in level),
         *(("note", remark) for remark in fmt.remarks(model, kept)),
         ("used by", first),
         *(("", line) for line in others),
     ]
+
+
+def _choose_level(model: nn.Module, checkpoint: TrainedCheckpoint, head: str | None) -> list[str]:
+    """Give a model without heads the references of a data set that is asked for; a sentence on its energies.
+
+    Raises:
+        ValueError: there is no such set, or the model has a head for each, all of which are written.
+    """
+    heads = heads_of(model)
+    if heads and head is not None:
+        raise ValueError(
+            f"--head={head}: the model has the heads {', '.join(heads)}, and the file has all of them; leave it out, "
+            f"and name the head where the file is used."
+        )
+    statistics = checkpoint.record.get("statistics") or {}
+    sets, common = statistics.get("set_references") or {}, statistics.get("mixture_references") or {}
+    if head is not None:
+        TrainedModel(model, checkpoint).choose(head)
+        absent = sorted(set(common) - set(sets[head]))
+        rest = f"; {', '.join(absent)}, which it does not have, with references of other sets" if absent else ""
+        return [f"those of the set {head}{rest}"]
+    if heads or all(common.get(each) == energy for own in sets.values() for each, energy in own.items()):
+        return []
+    return [f"those of the mixture, which are moved; of one of its sets ({', '.join(sets)}) by --head SET"]
 
 
 def _save(content: Any, part: Path) -> None:

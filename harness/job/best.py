@@ -22,9 +22,14 @@ from harness.strategies import load_weights
 
 __all__ = ["ComparableScores", "best_before", "best_checkpoint", "load_checkpoint", "why_scores_differ"]
 
-_OF_VALIDATION = ("val_metrics", "val_metrics.*", "data.keys.*", "trainer.limit_val_batches")
+_OF_VALIDATION = (
+    *("val_metrics", "val_metrics.*", "data.keys.*", "data.sets.*.keys.*", "data.evaluation"),
+    "trainer.limit_val_batches",
+)
 _OF_TRAINING = ("loss.*", "schedule.*", "adaptive.*", "train_metrics.*", "trainer.limit_train_batches")
 _OF_WEIGHTED_SUM = ("val_metrics.coeff*", "val_metrics.schedule*")
+_OF_SET = re.compile(r"(set .+, )(?=(?:train|val|test) file \d|split, part |weights$)")
+"""Beginning of the name of a fact of one set of a mixture."""
 _EXTRA = re.compile(r"(val_metrics\.extra_metrics\.\d+)\.")
 
 
@@ -115,15 +120,22 @@ def _defines(monitor: str, name: str, record: Mapping[str, Any], changed: Sequen
 
 
 def _facts_of_validation(facts: dict[str, str], names: set[str], monitor: str) -> dict[str, str]:
-    """Changed facts that a validation set depends on: its file, or what it was split from."""
+    """Changed facts that a validation set depends on: its file, or what it was split from, and weights of frames."""
     if not any(" file " in name for name in names):  # paths of a data module without a fingerprint
         return facts
-    files = [name for name in names if name.startswith("val file ")]
+    by_set: dict[str, set[str]] = {}  # without the sets of a mixture, whose values are of all together
+    for name in names:
+        found = _OF_SET.match(name)
+        by_set.setdefault(found[1] if found else "", set()).add(name[found.end() :] if found else name)
     number = monitor.partition("_")[0].removeprefix("val")
-    if number.isdigit() and files:
-        files = [f"val file {int(number) + 1}"]
-    of_split = "split, part val" in names
-    depends = {*files, *(name for name in names if of_split and (name.startswith("train file ") or "part val" in name))}
+    depends = {"weights"}
+    for of_set, own in by_set.items():
+        files = {name for name in own if name.startswith("val file ")}
+        if number.isdigit() and files and not of_set:
+            files = {f"val file {int(number) + 1}"}
+        if "split, part val" in own:
+            files |= {name for name in own if name.startswith("train file ") or name == "split, part val"}
+        depends |= {f"{of_set}{name}" for name in (*files, "weights")}
     return {name: text for name, text in facts.items() if name in depends}
 
 

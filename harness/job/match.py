@@ -23,6 +23,7 @@ from harness.data.frames import as_frame_set
 from harness.job.consistency import data_facts
 from harness.job.made_with import MADE_WITH, NOT_SET, differences, energy_level, energy_shifts
 from harness.models.conversion import patterns
+from harness.models.heads import heads_of
 
 __all__ = [
     "ACCEPTED",
@@ -71,7 +72,8 @@ RULES = (
     Rule("data.keys.*", "named", "named"),
     Rule("data.labels*", "named", "named"),
     Rule("data.inputs*", "named", "named"),
-    Rule("data.weights*", "named", "named"),
+    Rule("data.weights*", "same", "same"),  # compared as facts of the data, as those of a store are
+    Rule("data.sets.*.weights*", "same", "same"),
     Rule("trainer.precision", "named", "named"),
     Rule("matmul_precision", "named", "named"),
 )
@@ -168,6 +170,7 @@ def compare(
         lines += [f"differs from the checkpoint: {text}" for text in _named_settings(start, changed)]
         lines += data_differences(record, config, datamodule)
     _refuse_types(start, checkpoint, getattr(datamodule, "type_names", None))
+    lines += _compare_sets(start, checkpoint, datamodule, module, config.get(ACCEPTED) or ())
     _refuse_weights(start, checkpoint["state_dict"], module, config.get("init_anew") or ())
     found = _references(start, checkpoint, record, datamodule, module)
     if found:
@@ -221,13 +224,14 @@ def _override(name: str, before: Any, now: Any) -> str:
 
 
 def data_differences(record: Mapping[str, Any], config: DictConfig, datamodule: LightningDataModule) -> list[str]:
-    """A line for data that are not those of the checkpoint: content of files, and the split."""
+    """A line for data that are not those of the checkpoint: content of files, the split, weights of frames."""
     changed = changed_facts(record, config, datamodule)
     if not changed:
         return []
     line = f"data differ from those of the checkpoint: {', '.join(changed.values())}"
     facts = data_facts(config, datamodule)
-    if any("file" in name for name in facts) and not any("file" in name for name in changed):
+    is_split_otherwise = any("split, part" in name for name in changed)
+    if is_split_otherwise and any("file" in name for name in facts) and not any("file" in name for name in changed):
         line += ". The files are the same: what is validated and tested now may have been trained on"
     return [line]
 
@@ -268,6 +272,28 @@ def _refuse_types(start: Start, checkpoint: Mapping[str, Any], now: Sequence[str
         f"{', '.join(now)}: an index would mean another element. Leave data.type_names out, for those of the "
         f"checkpoint, or give 'data.type_names=[{', '.join(before)}]'."
     )
+
+
+def _compare_sets(
+    start: Start,
+    checkpoint: Mapping[str, Any],
+    datamodule: LightningDataModule,
+    module: nn.Module,
+    accepted: Sequence[str],
+) -> list[str]:
+    """A line if the sets of the mixture, or their order, are not those of the checkpoint; refused for heads of them."""
+    before, now = checkpoint.get("set_names"), list(getattr(datamodule, "set_names", None) or ())
+    if before is None or list(before) == now:
+        return []
+    pair = " → ".join(", ".join(map(str, names)) or "no mixture" for names in (before, now))
+    if heads_of(module) is not None and not any(fnmatch.fnmatchcase("data.sets", name) for name in accepted):
+        raise ValueError(
+            f"{start} was trained with heads for other sets, or in another order, than data.sets has now (before → "
+            f"now): {pair}. A head would go on with another set. Give the sets the names and the order that they "
+            f"had. If each head is meant for the set that has its place now, it is accepted: "
+            f"'{ACCEPTED}=[data.sets]'."
+        )
+    return [f"differs from the checkpoint: sets of the mixture: {pair}"]
 
 
 def _refuse_weights(start: Start, states: Mapping[str, Any], module: nn.Module, anew: Sequence[str]) -> None:

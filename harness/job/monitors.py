@@ -18,8 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 
+from harness.fields import labels_of
 from harness.metrics import MetricsManager
-from harness.metrics.components import WEIGHTED_SUM, MetricEntry, label_of
+from harness.metrics.components import WEIGHTED_SUM, MetricEntry
 from harness.module import ForceFieldModule
 from harness.support.lightning_private import saves_at_end_of_epoch, stops_at_end_of_epoch
 from harness.support.log_keys import TRAIN_LOSS, TRAINING_STAGES, LogKeys
@@ -84,21 +85,22 @@ def _check_data(job: Job, where: str, key: str, keys: LogKeys, name: str) -> Non
     entry = next(
         (each for each in manager.entries.values() if name in (each.name, *each.value_keys(manager.type_names))), None
     )
-    label = label_of(entry.field) if entry else None
-    if entry is None or label is None:
+    if entry is None:
         return
-    instead = f"Monitor a value that has data, such as {keys.key(WEIGHTED_SUM)}."
-    missing, total = missing_labels(job.datamodule, data_set, manager, entry).get(label, (0, 1))
-    if missing == total:
-        raise ValueError(
-            f"{where} is {key}, which would be NaN: none of the {total} frames of {data_set} has {label}. Are the "
-            f"label keys right (data.keys)? {instead}"
-        )
-    if missing and not entry.ignore_nan:
-        raise ValueError(
-            f"{where} is {key}, which would be NaN: {missing} of the {total} frames of {data_set} have no {label} or "
-            f"gaps in it, and the component does not leave them out. Give it ignore_nan: true. {instead}"
-        )
+    labels, instead = labels_of(entry.field), f"Monitor a value that has data, such as {keys.key(WEIGHTED_SUM)}."
+    for label in labels:
+        missing, total = missing_labels(job.datamodule, data_set, manager, entry).get(label, (0, 1))
+        if missing == total:
+            raise ValueError(
+                f"{where} is {key}, which would be NaN: none of the {total} frames of {data_set} has {label}. Are the "
+                f"label keys right (data.keys)? {instead}"
+            )
+        if missing and not entry.ignore_nan:
+            raise ValueError(
+                f"{where} is {key}, which would be NaN: {missing} of the {total} frames of {data_set} have no {label} "
+                f"or gaps in it, and the component does not leave them out. Give it ignore_nan: true. {instead}"
+            )
+    label = labels[0] if len(labels) == 1 else ""
     labelled = _ask(job.datamodule, "labelled_types", data_set).get(label)
     if labelled is None or name not in entry.type_keys(manager.type_names):
         return

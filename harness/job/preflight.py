@@ -22,6 +22,7 @@ from harness.checkpoints import OF_A_TRAINING, best_in, read
 from harness.config.precision import DEFAULT, disagreement, places
 from harness.config.resolvers import config_folder
 from harness.distributed import launched_on_node, launched_ranks
+from harness.fields import labels_of
 from harness.job.build import Job
 from harness.job.dry_step import check_first_batch
 from harness.job.dtypes import parameter_dtypes, rounded_by_checkpoint, roundings
@@ -304,8 +305,7 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
             if entry.sets not in known:
                 known[entry.sets] = missing_labels(datamodule, data_set, manager, entry)
             for name, (missing, total) in known[entry.sets].items():
-                reads = {getattr(entry.field, "field", None), getattr(entry.field, "target_field", None)}
-                if name not in reads or entry.name not in manager.ever_weighted or not missing:
+                if name not in labels_of(entry.field) or entry.name not in manager.ever_weighted or not missing:
                     continue
                 hint = datamodule.missing_hint(data_set, name) if hasattr(datamodule, "missing_hint") else ""
                 if missing == total:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torchmetrics import Metric
 
-from harness.fields import FieldModifier, as_modifier, registered_fields
+from harness.fields import FieldModifier, as_modifier, labels_of, registered_fields
 from harness.metrics.adapters import takes_weights
 from harness.metrics.errors import ErrorMetric, MeanSquaredError
 from harness.metrics.splits import DataNames, Split, chosen_sets, set_coeffs
@@ -25,7 +25,6 @@ __all__ = [
     "WeightedEntry",
     "Weights",
     "check_coeff",
-    "label_of",
     "parse_entries",
 ]
 
@@ -88,7 +87,7 @@ class MetricEntry:
     @property
     def num_parts(self) -> int:
         """Number of the whole and the parts that it is split into, each with slots of its own."""
-        return 1 + sum(len(split.names) for split in self.splits)
+        return 1 + sum(split.num_parts for split in self.splits)
 
     def num_slots(self, type_names: Sequence[str]) -> int:
         """Number of values that the component is the mean of: the number of types or of sets, or 1."""
@@ -135,6 +134,7 @@ class MetricEntry:
             f"{'' if self.sets is None else f' of sets {list(self.sets)}'}"
             f"{'' if self.mean_over is None else f' mean over sets {list(self.mean_over.names)}'}"
             f"{''.join(f' by {split.by} {list(split.names)}' for split in self.splits)}"
+            f"{' and weight 0' if any(split.counts_weightless for split in self.splits) else ''}"
         )
 
 
@@ -197,12 +197,6 @@ def field_label(field: object) -> str:
     return kind.__name__ if plain else str(field)
 
 
-def label_of(field: object) -> str | None:
-    """Field of the target that a modifier compares with; None where it does not say."""
-    label = getattr(field, "target_field", None) or getattr(field, "field", None)
-    return label if isinstance(label, str) else None
-
-
 def parse_entries(metrics: Sequence[Mapping[str, Any]], names: DataNames) -> dict[str, MetricEntry]:
     """Entries by name, in the order given.
 
@@ -252,13 +246,15 @@ def _parse_entry(specification: Mapping[str, Any], where: str, names: DataNames)
             f"{where} has no `metric`, found {given}. Example: {{field: forces, metric: MeanSquaredError()}}."
         )
     metric = _check_metric(given["metric"], where)
-    modifier, level = (None, None) if given.get("field") is None else as_modifier(given["field"])
+    own = metric.own_field if isinstance(metric, ErrorMetric) else None
+    field = given.get("field") if own is None else own
+    modifier, level = (None, None) if field is None else as_modifier(field)
 
     name = given.get("name")
     if name is None:
         named = isinstance(metric, ErrorMetric) and type(metric).__str__ is not object.__str__
         metric_name = str(metric) if named else type(metric).__name__
-        name = metric_name if modifier is None else f"{field_label(modifier)}_{metric_name}"
+        name = metric_name if given.get("field") is None else f"{field_label(modifier)}_{metric_name}"
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: `name` is a non-empty string, found {name!r}.")
     if "*" in name:
@@ -267,7 +263,10 @@ def _parse_entry(specification: Mapping[str, Any], where: str, names: DataNames)
         raise ValueError(f"{where}: the name {WEIGHTED_SUM!r} is reserved for the weighted sum of all components.")
 
     per_type = _check_flag(given.get("per_type"), "per_type", name)
-    ignore_nan = _check_flag(given.get("ignore_nan"), "ignore_nan", name, default=_may_be_missing(modifier))
+    if own is not None and given.get("field") is not None:
+        raise ValueError(f"Component {name!r}: {type(metric).__name__} reads fields of its own; leave `field` out.")
+    may_be_missing = own is not None or _may_be_missing(modifier)
+    ignore_nan = _check_flag(given.get("ignore_nan"), "ignore_nan", name, default=may_be_missing)
     if modifier is None:
         for key in ("per_type", "ignore_nan", "per_type_coeffs", "sets", "per_set", "per_set_coeffs", "per_group"):
             if given.get(key):
@@ -295,15 +294,15 @@ def _parse_entry(specification: Mapping[str, Any], where: str, names: DataNames)
         ignore_nan=ignore_nan,
         given_coeff=check_coeff(given.get("coeff"), name),
         weights=_check_weights(given.get("weights"), name, metric),
-        **_parse_splits(given, names, name, label_of(modifier), per_type),
+        **_parse_splits(given, names, name, labels_of(modifier), per_type),
     )
 
 
 def _parse_splits(
-    given: Mapping[str, Any], names: DataNames, name: str, label: str | None, per_type: bool
+    given: Mapping[str, Any], names: DataNames, name: str, labels: Sequence[str], per_type: bool
 ) -> dict[str, Any]:
     """Arguments of an entry about sets and groups."""
-    sets = chosen_sets(given.get("sets"), names, name, label)
+    sets = chosen_sets(given.get("sets"), names, name, labels)
     per_set, per_group = (_check_flag(given.get(key), key, name) for key in ("per_set", "per_group"))
     groups = (names.split_by_group(name),) if per_group else ()
     coeffs = given.get("per_set_coeffs")
@@ -364,9 +363,8 @@ def _check_metric(metric: object, where: str) -> Metric:
 
 def _may_be_missing(modifier: FieldModifier | None) -> bool:
     """True if the labels that a modifier reads are known to have gaps, as further labels of the data may."""
-    label = getattr(modifier, "target_field", None) or getattr(modifier, "field", None)
-    spec = registered_fields().get(label) if isinstance(label, str) else None
-    return spec is not None and spec.may_be_missing
+    known = registered_fields()
+    return any(label in known and known[label].may_be_missing for label in labels_of(modifier))
 
 
 def _check_flag(value: object, key: str, name: str, default: bool = False) -> bool:

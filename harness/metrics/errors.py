@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from harness.fields import FieldModifier
 from harness.metrics.row import Elements
 from harness.support.checks import is_number
 
@@ -106,6 +107,8 @@ class ErrorMetric(Metric, ABC):
     """
     dimensionless: ClassVar[bool] = False
     """True of a fraction or cosine, whose unit is not that of the target."""
+    own_field: FieldModifier | None = None
+    """Modifier that the metric is read by, if it is one of certain fields: a component gives no ``field`` then."""
 
     full_state_update = False
     is_differentiable = True
@@ -162,8 +165,10 @@ class ErrorMetric(Metric, ABC):
             ValueError: the shapes differ.
         """
         check_same_shape(preds, target, type(self).__name__)
-        elements = Elements(preds, target)
-        errors = self.measure(preds, target)
+        self._add(Elements(preds, target))
+
+    def _add(self, elements: Elements) -> None:
+        errors = self.measure(elements.prediction, elements.target)
         if self.kind == "sum":
             accumulated = self.accumulated + elements.sums(errors).squeeze(0)
         else:

@@ -69,15 +69,15 @@ class FramesOfBatch:
         self._preds, self._target, self._indices = preds, target, indices
         self._known: dict[object, Tensor] = {}
 
-    def weights(self, label: str | None, level: str, reference: Tensor) -> Tensor | None:
-        """Weight of the frame of each row, float64 ``[rows]``; None if the batch has none for this label.
+    def weights(self, labels: Sequence[str], level: str, reference: Tensor) -> Tensor | None:
+        """Weight of the frame of each row, float64 ``[rows]``; None if the batch has none for these labels.
 
         Args:
-            label: field of the label.
+            labels: fields of the labels that the rows are of.
             level: of the rows.
             reference: tensor with these rows.
         """
-        names = weights_in(self._target, label)
+        names = weights_in(self._target, labels)
         if not names:
             return None
         key = ("weights", *names)
@@ -156,9 +156,13 @@ class FramesOfBatch:
         return self._known[level]
 
 
-def weights_in(target: Batch, label: str | None) -> list[str]:
-    """Weights of a batch that multiply to that of a label: names of fields, none if the batch has no such weights."""
-    return [name for name in (_WEIGHT, WEIGHTS_OF_LABELS.get(label or "", "")) if name in target]
+def weights_in(target: Batch, labels: Sequence[str]) -> list[str]:
+    """Weights of a batch that multiply to that of what is compared: names of fields, none if it has no such weights.
+
+    The weight of a label counts for what compares that label alone.
+    """
+    names = [_WEIGHT, *(WEIGHTS_OF_LABELS.get(label, "") for label in labels if len(labels) == 1)]
+    return [name for name in names if name in target]
 
 
 def check_frames(target: Batch, numbers: Mapping[str, int]) -> None:

@@ -7,7 +7,9 @@ split by set or group, as many for each part follow those of the whole. With S s
 ``sums [S] | counts [S] | numbers of adapters | frames by group`` and ``maxima | maxima of adapters``; frames of each
 group are counted for tables alone.
 
-Whole and parts are *averages* of their slots. Values are those of the averages, the components' first, and of slots.
+Whole and parts are *averages* of their slots. Groups may have a further part each, of their frames of weight 0, whose
+value stands in for that of a group without other frames. Values are those of the averages, the components' first, and
+of slots.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class _Constants:
     one: Tensor
     zero: Tensor
     nan: Tensor
+    instead: Tensor | None
 
 
 class Layout:
@@ -142,7 +145,7 @@ class Layout:
         names = [entry.name for entry in self.components]
         for entry in self.components:
             for split in entry.splits:
-                names += split.keys(entry.name) or [""] * len(split.names)
+                names += split.value_names(entry.name)
         if not self._one_slot_each:
             for entry in self.components:
                 own = entry.slot_keys(self._type_names)
@@ -159,7 +162,7 @@ class Layout:
             counted[entry.name] = range(start, start + number)
             counted |= {key: range(start + i, start + i + 1) for i, key in enumerate(entry.slot_keys(self._type_names))}
             for split in entry.splits:
-                for key in split.keys(entry.name) or [""] * len(split.names):
+                for key in split.value_names(entry.name):
                     start += number
                     counted[key] = range(start, start + number)
             start += number
@@ -171,10 +174,21 @@ class Layout:
         found, position = {}, len(self.components)
         for entry in self.components:
             for split in entry.splits:
-                start, position = position, position + len(split.names)
+                start, position = position, position + split.num_parts
                 if split.by == "group":
-                    found[entry.name] = range(start, position)
+                    found[entry.name] = range(start, start + len(split.names))
         return found
+
+    def _find_instead(self) -> list[int] | None:
+        """Position of the value that stands in for each value without data, which may be itself; None if all are."""
+        found = list(range(len(self.names)))
+        position = len(self.components)
+        for split in (split for entry in self.components for split in entry.splits):
+            number = len(split.names)
+            if split.counts_weightless:
+                found[position : position + number] = range(position + number, position + 2 * number)
+            position += split.num_parts
+        return None if found == list(range(len(self.names))) else found
 
     def frames_by_group(self, row: Row) -> Tensor | None:
         """Number of frames of each group: float64 ``[num_groups]``; None where they are not counted."""
@@ -247,6 +261,9 @@ class Layout:
             components = averages
             if self._num_averages > len(self.components):
                 components = averages[: len(self.components)]
+        if constants.instead is not None:
+            reported = torch.where(has_data, reported, reported[constants.instead])
+            has_data = has_data | has_data[constants.instead]
         return Evaluated(components, torch.where(has_data, reported, constants.nan), has_data, counts)
 
     def _evaluate_adapters(self, row: Row, coefficients: Coefficients, gathered: GatheredValues) -> list[Tensor | None]:
@@ -270,12 +287,14 @@ class Layout:
                 whole_and_parts = [index, *range(part, part + entry.num_parts - 1)]
                 average += [each for each in whole_and_parts for _ in range(entry.num_slots(self._type_names))]
                 part += entry.num_parts - 1
+            instead = self._find_instead()
             with torch.inference_mode(False):  # they outlive this step, and training saves them for backward
                 self._constants[device] = _Constants(
                     torch.tensor(average, dtype=torch.int64, device=device),
                     torch.ones((), dtype=torch.float64, device=device),
                     torch.zeros((), dtype=torch.float64, device=device),
                     torch.full((), torch.nan, dtype=torch.float64, device=device),
+                    None if instead is None else torch.tensor(instead, dtype=torch.int64, device=device),
                 )
         return self._constants[device]
 

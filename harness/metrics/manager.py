@@ -147,26 +147,23 @@ class MetricsManager(WeightedComponents):
 
         Without groups nothing changes.
         Metrics of other packages are kept by group only where ``per_group`` asks for it, since each group costs an
-        update of its own. Names of values do not change.
+        update of its own. Names of values do not change. A group whose frames all have weight 0 has the values of
+        these, each counted once, where other values leave them out.
 
         Raises:
             RuntimeError: a batch has been accumulated.
         """
-        whole = [
-            (name, entry)
-            for name, entry in self._components.items()
-            if isinstance(entry.metric, ErrorMetric) and not any(split.by == "group" for split in entry.splits)
-        ]
-        is_split = bool(whole) or any(
-            split.by == "group" for each in self._components.values() for split in each.splits
-        )
+        own = {name: entry for name, entry in self._components.items() if isinstance(entry.metric, ErrorMetric)}
+        is_split = bool(own) or any(split.by == "group" for each in self._components.values() for split in each.splits)
         if not self.names.groups or not is_split or self._layout.num_counted_groups:
             return
         if self._local is not None or self._merged is not None:
             raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
-        for name, entry in whole:
-            split = self.names.split_by_group(name, is_shown=False)
-            self._components[name] = replace(entry, splits=(*entry.splits, split))
+        for name, entry in own.items():
+            others = [split for split in entry.splits if split.by != "group"]
+            by_group = self.names.split_by_group(name, is_shown=len(others) < len(entry.splits))
+            by_group = replace(by_group, counts_weightless=entry.weights == "everywhere")
+            self._components[name] = replace(entry, splits=(*others, by_group))
         layout = self._layout = Layout(list(self._components.values()), self.names, counts_frames=True)
         self._reader = BatchReader(layout.components, layout.merged, self.names, layout.num_counted_groups)
         self.order_as(self._layout.components)

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from harness.fields import ATOM_TYPES, Batch, FieldModifier, Level, as_modifier, get_field
+from harness.fields import ATOM_TYPES, Batch, FieldModifier, Level, as_modifier, get_field, labels_of
 from harness.metrics.adapters import MergedAdapter, detached, labelled_rows, takes_weights, whole_batches
 from harness.metrics.coefficients import Coefficients
-from harness.metrics.components import MetricEntry, Weights, label_of
+from harness.metrics.components import MetricEntry, Weights
 from harness.metrics.errors import ErrorMetric, check_same_shape
 from harness.metrics.frames import FRAME_FIELDS, WEIGHT_FIELDS, FrameIndices, FramesOfBatch, check_frames, weights_in
 from harness.metrics.row import Elements, Row
@@ -42,7 +42,7 @@ class Reading:
         mean_over: elements are grouped by these parts.
         splits: parts that are summed up beside the whole.
         level: of the rows.
-        label: field of the target, where the modifier says it.
+        labels: fields of the target, as far as the modifier says them.
         positions: positions of the components that use it.
         is_counted: errors of it are summed, so that their number is needed.
     """
@@ -55,7 +55,7 @@ class Reading:
     mean_over: Split | None = None
     splits: tuple[Split, ...] = ()
     level: Level = "graph"
-    label: str | None = None
+    labels: tuple[str, ...] = ()
     positions: list[int] = field(default_factory=list)
     is_counted: bool = False
 
@@ -72,7 +72,7 @@ class Reading:
             entry.mean_over,
             entry.splits,
             level,
-            label_of(modifier),
+            labels_of(modifier),
         )
 
     @property
@@ -147,11 +147,12 @@ class BatchReader:
         for reading in self._readings:
             pair = self._read(reading, preds, target, pairs)
             elements, counted = self._elements(reading, *pair, types, frames)
-            parts = self._parts(reading, elements.detach(), frames) if reading.splits else []
+            watched = self._with_weightless(reading, *pair, types, frames)
+            parts = self._parts(reading, elements.detach(), frames, watched) if reading.splits else []
             cut = elements if all(map(coefficients.is_trained, reading.positions)) else elements.detach()
             count: list[Tensor] = []
             if reading.is_counted:
-                of_parts = parts if counted is elements else self._parts(reading, counted, frames)
+                of_parts = parts if counted is elements else self._parts(reading, counted, frames, watched)
                 count = [each.counts() for each in (counted, *of_parts)]
             for position in reading.positions:
                 seen = elements if coefficients.is_trained(position) else cut
@@ -159,11 +160,12 @@ class BatchReader:
                     reached.add(modifier_key(reading.modifier))
                 if position < self._num_sums + self._num_maxima:
                     errors = self._errors(position, seen)
+                    of_all = errors.detach() if watched is None else self._errors(position, watched)
                     if position < self._num_sums:
-                        sums[position] = [seen.sums(errors), *(part.sums(errors.detach()) for part in parts)]
+                        sums[position] = [seen.sums(errors), *(part.sums(of_all) for part in parts)]
                         counts[position] = count
                     else:
-                        extremes = [seen.maxima(errors), *(part.maxima(errors.detach()) for part in parts)]
+                        extremes = [seen.maxima(errors), *(part.maxima(of_all) for part in parts)]
                         maxima[position - self._num_sums] = extremes
                 else:
                     inputs[position] = [
@@ -210,7 +212,8 @@ class BatchReader:
                 types = self._read_types(target, target)
             reference = cast(Any, reading.modifier).target_of(target)
             counted = self._elements(reading, None, reference, types, frames)[1]
-            parts = self._parts(reading, counted, frames)
+            watched = self._with_weightless(reading, None, reference, types, frames)
+            parts = self._parts(reading, counted, frames, watched)
             numbers = [each.counts() for each in (counted, *parts)]
             for position in weighted:
                 counts[position] = numbers
@@ -258,10 +261,9 @@ class BatchReader:
             target: of a batch.
             reference: labels of the field, ``[rows, ...]``.
         """
-        reading, frames, rows = Reading.of(entry), FramesOfBatch(target, target, self._indices), None
-        if reading.sets is not None:
-            rows = frames.are_of(reading.sets, len(self._names.sets), reading.level, reference, entry.name)
-        weights = None if reading.weights == "nowhere" else frames.weights(reading.label, reading.level, reference)
+        reading, frames = Reading.of(entry), FramesOfBatch(target, target, self._indices)
+        rows = self._rows_of_sets(reading, reference, frames, entry.name)
+        weights = None if reading.weights == "nowhere" else frames.weights(reading.labels, reading.level, reference)
         if weights is None:
             return rows
         return weights > 0 if rows is None else rows & (weights > 0)
@@ -276,10 +278,8 @@ class BatchReader:
     ) -> tuple[Elements, Elements]:
         """Elements of a pair, or of a target alone, and those that are counted, where weights count in sums alone."""
         options = {"ignore_nan": reading.ignore_nan, **self._grouping(reading, reference, types, frames)}
-        if reading.sets is not None:
-            num_sets, name = len(self._names.sets), self._name(reading)
-            options["rows"] = frames.are_of(reading.sets, num_sets, reading.level, reference, name)
-        weights = None if reading.weights == "nowhere" else frames.weights(reading.label, reading.level, reference)
+        options["rows"] = self._rows_of_sets(reading, reference, frames, self._name(reading))
+        weights = None if reading.weights == "nowhere" else frames.weights(reading.labels, reading.level, reference)
         if prediction is None:
             elements = Elements.of_target(reference, weights=weights, **options)
         else:
@@ -288,13 +288,58 @@ class BatchReader:
             return elements, elements
         return elements, Elements.of_target(reference, **options)
 
-    def _parts(self, reading: Reading, elements: Elements, frames: FramesOfBatch) -> list[Elements]:
-        """The same elements grouped by the parts of each split, and within them as before."""
+    def _rows_of_sets(
+        self, reading: Reading, reference: Tensor, frames: FramesOfBatch, component: str
+    ) -> Tensor | None:
+        """Mask of the rows whose frames are of the sets that count; None if all do."""
+        if reading.sets is None:
+            return None
+        return frames.are_of(reading.sets, len(self._names.sets), reading.level, reference, component)
+
+    def _with_weightless(
+        self,
+        reading: Reading,
+        prediction: Tensor | None,
+        reference: Tensor,
+        types: Tensor | None,
+        frames: FramesOfBatch,
+    ) -> Elements | None:
+        """The elements of a pair and, once each, those of frames of weight 0; None if the split does not count them."""
+        if not any(split.counts_weightless for split in reading.splits):
+            return None
+        weights = frames.weights(reading.labels, reading.level, reference)
+        if weights is None:
+            return None
+        options = self._grouping(reading, reference, types, frames)
+        options["ignore_nan"] = reading.ignore_nan or weights == 0  # labels of these frames may be missing
+        options["rows"] = self._rows_of_sets(reading, reference, frames, self._name(reading))
+        options["weights"] = torch.where(weights == 0, 1.0, weights)
+        if prediction is None:
+            return Elements.of_target(reference, **options)
+        return Elements.read(prediction.detach(), reference, **options)
+
+    def _parts(
+        self, reading: Reading, elements: Elements, frames: FramesOfBatch, watched: Elements | None = None
+    ) -> list[Elements]:
+        """The same elements grouped by the parts of each split, and within them as before.
+
+        Args:
+            reading: of the elements.
+            elements: in groups, or in one.
+            frames: of the batch.
+            watched: the elements with those of frames of weight 0, for splits that count these.
+        """
         regrouped, number = [], elements.num_groups
         for split in reading.splits:
             parts = frames.parts(split, reading.level, elements.target, self._name(reading))
+            of_split = elements
+            if split.counts_weightless and watched is not None:
+                weights = cast(Tensor, frames.weights(reading.labels, reading.level, elements.target))
+                # those in none of the parts stay so
+                parts = (parts + (weights == 0) * len(split.names)).clamp(max=split.num_parts)
+                of_split = watched
             groups = parts if elements.types is None else parts * number + elements.types
-            regrouped.append(replace(elements, types=groups, num_groups=len(split.names) * number, num_rest=number))
+            regrouped.append(replace(of_split, types=groups, num_groups=split.num_parts * number, num_rest=number))
         return regrouped
 
     def _name(self, reading: Reading) -> str:
@@ -341,7 +386,7 @@ class BatchReader:
         for entry in self._components[self._num_sums + self._num_maxima :]:
             if entry.field is None or entry.weights == "nowhere" or takes_weights(entry.metric):
                 continue
-            if weights_in(target, label_of(entry.field)):
+            if weights_in(target, labels_of(entry.field)):
                 warnings.warn(
                     f"Component {entry.name!r}: {type(entry.metric).__name__} knows no weights of frames: those of "
                     f"weight 0 are left out, and all others count once. Use an error metric of this package, such as "

@@ -114,7 +114,7 @@ class Elements:
         prediction: Tensor,
         target: Tensor,
         *,
-        ignore_nan: bool,
+        ignore_nan: bool | Tensor,
         types: Tensor | None = None,
         num_groups: int = 1,
         rows: Tensor | None = None,
@@ -128,7 +128,8 @@ class Elements:
         Args:
             prediction: ``[rows, ...]``.
             target: same shape.
-            ignore_nan: leave out elements whose target is NaN.
+            ignore_nan: leave out elements whose target is NaN; in some of the rows alone if it is a mask of them,
+                bool ``[rows]``.
             types: group of each row, int64 ``[rows]``.
             num_groups: number of groups.
             rows: bool ``[rows]``, those that count; None for all.
@@ -144,7 +145,7 @@ class Elements:
         cls,
         target: Tensor,
         *,
-        ignore_nan: bool,
+        ignore_nan: bool | Tensor,
         types: Tensor | None = None,
         num_groups: int = 1,
         rows: Tensor | None = None,
@@ -161,7 +162,7 @@ class Elements:
         """Weighted sum of the errors of each group: float64 ``[num_groups]``. Masked errors must be 0."""
         if self.types is None and self.weights is None:
             return errors.sum(dtype=torch.float64).unsqueeze(0)
-        return self._add(_sum_rows(errors))
+        return self._add(sum_rows(errors))
 
     def counts(self) -> Tensor:
         """Number of elements that count in each group, each as often as its weight says: float64 ``[num_groups]``."""
@@ -170,7 +171,7 @@ class Elements:
                 return self.mask.sum(dtype=torch.float64).unsqueeze(0)
             return self.target.new_full((1,), float(self.target.numel()), dtype=torch.float64)
         if self.mask is not None:
-            return self._add(_sum_rows(self.mask))
+            return self._add(sum_rows(self.mask))
         rows = self.target.shape[0]
         per_row = float(self.target.numel() // rows) if rows else 0.0
         return self._add(self.target.new_full((rows,), per_row, dtype=torch.float64))
@@ -200,15 +201,22 @@ class Elements:
         return values[: self.num_groups] if self.num_rest else values
 
 
-def _mask(target: Tensor, ignore_nan: bool, rows: Tensor | None, weights: Tensor | None) -> Tensor | None:
+def _mask(target: Tensor, ignore_nan: bool | Tensor, rows: Tensor | None, weights: Tensor | None) -> Tensor | None:
     """Mask of the elements that count, of the shape of the target; None if all do."""
-    mask = _labelled(target) if ignore_nan else None
+    mask = None if ignore_nan is False else _labelled(target)
+    if isinstance(ignore_nan, Tensor) and mask is not None:
+        mask = mask | ~_of_rows(ignore_nan, target)
     if weights is not None:
         rows = weights > 0 if rows is None else rows & (weights > 0)
     if rows is None:
         return mask
-    rows = rows.reshape(-1, *[1] * (target.dim() - 1))
+    rows = _of_rows(rows, target)
     return rows.expand(target.shape) if mask is None else mask & rows
+
+
+def _of_rows(values: Tensor, target: Tensor) -> Tensor:
+    """A number of each row ``[rows]`` in as many dimensions as the target has."""
+    return values.reshape(-1, *[1] * (target.dim() - 1))
 
 
 def _labelled(target: Tensor) -> Tensor | None:
@@ -216,7 +224,7 @@ def _labelled(target: Tensor) -> Tensor | None:
     return ~target.isnan() if target.is_floating_point() else None
 
 
-def _sum_rows(values: Tensor) -> Tensor:
+def sum_rows(values: Tensor) -> Tensor:
     """Float64 sum of each row over all other dimensions: ``[rows, ...] -> [rows]``."""
     if values.dim() == 1:
         return values.to(torch.float64)

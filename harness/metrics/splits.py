@@ -30,6 +30,8 @@ class Split:
         indices: index in a batch that each part stands for.
         num_indices: number of sets or groups that there are.
         is_shown: the values of the parts are reported as ``{component}@{part}``, and not in tables alone.
+        counts_weightless: frames of weight 0 are counted too, once each, apart from the others: where a part has no
+            other frames, its values are of these.
     """
 
     by: Kind
@@ -37,16 +39,27 @@ class Split:
     indices: tuple[int, ...]
     num_indices: int
     is_shown: bool = True
+    counts_weightless: bool = False
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts; those of frames of weight 0 are behind the others, in the same order."""
+        return len(self.names) * (2 if self.counts_weightless else 1)
 
     @property
     def slots(self) -> tuple[int, ...]:
         """Slot of each index from -1 on (no set or group); one past the last slot for those in none."""
         slot_of = {index: slot for slot, index in enumerate(self.indices)}
-        return tuple(slot_of.get(index, len(self.names)) for index in range(-1, self.num_indices))
+        return tuple(slot_of.get(index, self.num_parts) for index in range(-1, self.num_indices))
 
     def keys(self, component: str) -> list[str]:
         """Names of the values of the parts of a component; none of parts that are in tables alone."""
         return [f"{component}@{name}" for name in self.names] if self.is_shown else []
+
+    def value_names(self, component: str) -> list[str]:
+        """Name of the value of each part, empty for those that are not reported."""
+        keys = self.keys(component)
+        return keys + [""] * (self.num_parts - len(keys))
 
 
 @dataclass(frozen=True)
@@ -137,26 +150,31 @@ def check_names(given: Sequence[str] | None, what: str) -> tuple[str, ...]:
     return names
 
 
-def chosen_sets(given: Any, names: DataNames, component: str, label: str | None) -> tuple[int, ...] | None:
+def chosen_sets(given: Any, names: DataNames, component: str, labels: Sequence[str]) -> tuple[int, ...] | None:
     """Indices of the sets whose frames a component counts; None for all frames.
 
-    Without a choice of the user's these are the sets that have the label, so that the missing labels of the others are
+    Without a choice of the user's these are the sets that have the labels, so that the missing labels of the others are
     no missing labels of the component.
 
     Args:
         given: the user's list of names; None for no choice.
         names: of the data.
         component: its name, for messages.
-        label: field that it compares with, if that is known.
+        labels: fields that it compares with, as far as they are known.
 
     Raises:
         TypeError: no list.
-        ValueError: an unknown set, or one without the label.
+        ValueError: an unknown set, or one without a label.
     """
-    labelled = names.labelled_sets.get(label or "")
-    having = None if labelled is None else tuple(at for at, name in enumerate(names.sets) if name in labelled)
+    lacking = {
+        at: label
+        for label in labels
+        for at, name in enumerate(names.sets)
+        if name not in names.labelled_sets.get(label, names.sets)
+    }
     if given is None:
-        return having if having and len(having) < len(names.sets) else None
+        having = tuple(at for at in range(len(names.sets)) if at not in lacking)
+        return having if lacking and having else None
     names.need_sets(component, "sets")
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
         raise TypeError(f"Component {component!r}: `sets` is a list of names of sets, found {given!r}.")
@@ -167,12 +185,12 @@ def chosen_sets(given: Any, names: DataNames, component: str, label: str | None)
                 f"Valid names: {', '.join(names.sets)}."
             )
     indices = tuple(sorted({names.sets.index(name) for name in given}))
-    lacking = [names.sets[index] for index in indices if having is not None and index not in having]
-    if lacking:
-        raise ValueError(
-            f"Component {component!r}: no frame of the set {lacking[0]} has {label}. Take it out of `sets`, or look at "
-            f"the keys of its labels."
-        )
+    for index in indices:
+        if index in lacking:
+            raise ValueError(
+                f"Component {component!r}: no frame of the set {names.sets[index]} has {lacking[index]}. Take it out "
+                f"of `sets`, or look at the keys of its labels."
+            )
     return indices
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.fields import NUM_ATOMS, Batch, registered_fields
+from harness.fields import NUM_ATOMS, Batch, predictions_of, registered_fields
 from harness.metrics import MetricsManager
 from harness.models.references import connected_zero
 
@@ -48,8 +48,7 @@ def takes_empty_batches(model: nn.Module) -> bool:
 def fields_read(manager: MetricsManager, weighted: bool = False) -> set[str]:
     """Fields of the predictions that the components of a manager read, or those with a coefficient alone."""
     entries = [entry for name, entry in manager.entries.items() if manager.coeffs[name] or not weighted]
-    read = {getattr(entry.field, name, None) for entry in entries for name in ("field", "pred_field")}
-    return {name for name in read if isinstance(name, str)}
+    return {name for entry in entries for name in predictions_of(entry.field)}
 
 
 class PredictedRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class TrainedModel(nn.Module):
         self.energy_shifts: dict[str, float] | None = checkpoint.record.get("energy_shifts")
         self.heads: tuple[str, ...] = heads_of(model) or ()
         self.head: str | None = None
+        self._told_absent: set[str] = set()
         self.extras = Extras.from_plain(checkpoint.record.get("extras"))
         self.record: Mapping[str, Any] = checkpoint.record
         self.path = checkpoint.path
@@ -87,7 +89,7 @@ class TrainedModel(nn.Module):
         of_head = self.head_index(head)
         frames = [structures] if isinstance(structures, Atoms) else list(structures)
         for index, atoms in enumerate(frames):
-            self.check_elements(atoms, "" if isinstance(structures, Atoms) else f"structure {index}: ")
+            self.check_elements(atoms, "" if isinstance(structures, Atoms) else f"structure {index}: ", head)
         if self.cutoff is None:
             raise ValueError(
                 f"{self.path} has no cutoff, so the batches of its model are not known: make them yourself."
@@ -152,12 +154,13 @@ class TrainedModel(nn.Module):
         set_reference_energies(self.model, list(moved.values()))
         self.energy_shifts = moved
 
-    def check_elements(self, atoms: Atoms, where: str = "") -> None:
-        """Refuse elements that the model was not trained on.
+    def check_elements(self, atoms: Atoms, where: str = "", head: str | None = None) -> None:
+        """Refuse elements that the model was not trained on, and warn once of those that the chosen set has not.
 
         Args:
             atoms: a structure.
             where: beginning of the message.
+            head: by which it is predicted; :attr:`head` if None.
 
         Raises:
             ValueError: with the elements that it knows.
@@ -169,6 +172,17 @@ class TrainedModel(nn.Module):
             raise ValueError(
                 f"{where}the model of {self.path} knows {', '.join(self.type_names)}, found {', '.join(unknown)} in "
                 f"{atoms.get_chemical_formula()}: an element needs training data that have it."
+            )
+        chosen = self.head if head is None else head
+        of_set = ((self.record.get("statistics") or {}).get("set_references") or {}).get(chosen)
+        absent = set() if of_set is None else set(atoms.get_chemical_symbols()) - set(of_set) - self._told_absent
+        if absent:
+            self._told_absent |= absent
+            warnings.warn(
+                f"{where}the set {chosen} of the training of {self.path} has no frame with "
+                f"{', '.join(sorted(absent))}: its reference energy is that of another set, and energies of structures "
+                f"with it are not those of {chosen}. Forces and stresses were learnt of the other sets.",
+                stacklevel=3,
             )
 
 

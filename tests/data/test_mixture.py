@@ -179,6 +179,20 @@ def test_groups_and_further_fields_are_there_in_every_set(sets):
     assert {name: empty[name].dtype for name in empty} == {name: batch[name].dtype for name in empty}
 
 
+def test_groups_of_the_same_name_are_the_same_in_all_sets(sets, tmp_path):
+    """Each set counts its own groups, the mixture those of all."""
+    frames = ase.io.read(sets["metal"]["train"], index=":")
+    for number, atoms in enumerate(frames):
+        atoms.info["config_type"] = ("bulk", "H2O", "alloy", "CH4")[number % 4]
+    ase.io.write(tmp_path / "metal.xyz", frames, format="extxyz")
+    data = mixture(sets, {"metal": {"train": str(tmp_path / "metal.xyz")}})
+    assert data.group_names == ["CH3OH", "CH4", "H2O", "alloy", "bulk"]
+    batch = whole(data.train_set)
+    found = [data.group_names[index] for index in batch["group_index"].tolist()]
+    assert found == [frame.group for frame in data.train_set.frames]
+    assert len(set(found[:9])) == 4
+
+
 def test_labels_and_inputs_of_all_sets_are_those_of_the_mixture(sets, tmp_path):
     """A checkpoint records them: a prediction needs the inputs of every set."""
     changes: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,10 +13,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ase.db
 import ase.io
 import numpy as np
 import pytest
@@ -23,6 +26,8 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.io.extxyz import write_extxyz
 from filelock import FileLock
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
@@ -40,10 +45,12 @@ from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
 from harness.data.reading import LabelKeys, information
 from harness.data.store import BuildSettings, is_store
+from harness.data.store.cache import _key as cache_key
 from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
 from harness.data.weights import WEIGHTS
 from harness.data_command import main
+from harness.evaluate.predictions import with_predictions
 
 LABELS = {"dipole": {"key": "dipole", "level": "graph", "shape": [3], "unit": "e·Å"}}
 OPTIONS: dict[str, Any] = {
@@ -254,6 +261,21 @@ def test_stores_go_to_processes_without_their_content(folder: Path) -> None:
 # --- builds ---
 
 
+def test_a_file_of_some_megabytes_is_built_in_parts(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "more.xyz").read_text()
+    times = 5 * 2**20 // len(text) + 1
+    (tmp_path / "large.xyz").write_text(text * times)
+    (unit,), *others = (units := sources.units_of([sources.Source.of(tmp_path / "large.xyz")]))
+    assert len(units) == 3
+    assert (unit.start, unit.first) == (0, 0)
+    pieces = [piece for each in units for piece in each]
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    assert pieces[-1].stop == len(text.encode()) * times
+    assert pieces[-1].first < 11 * times
+    assert len(sources.units_of([sources.Source.of(folder / "more.xyz")])) == 1
+    assert others
+
+
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("suffix", ["xyz", "traj"])
 @pytest.mark.parametrize("workers", [1, 2])
@@ -438,6 +460,9 @@ def read_like(path: Path, when: str) -> None:
         store.symbols()
     elif when == "read":
         list(store)
+    elif when == "text":
+        for index in range(len(store)):
+            store.information(index)
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path, int], None], int, str, str]] = {
@@ -450,7 +475,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, int], None], int, str, str]] = {
     "a missing file": ("columns/group.npy", remove, 0, "open", r"group\.npy is missing.*not copied completely"),
     "a manifest": ("manifest.json", flip, 300, "open", r"manifest\.json is damaged"),
     "a missing manifest": ("manifest.json", remove, 0, "open", r"is no store: expected a folder that `harness-data"),
-    "another version": ("manifest.json", other_version, 0, "open", r"version 77, this package reads version 1"),
+    "another version": ("manifest.json", other_version, 0, "open", r"version 77, this package reads version 2"),
+    "text of a frame": ("information/00000.npy", flip, -9, "text", r"information/00000\.npy: .* is damaged"),
+    "a cut file of text": ("information/00000.npy", cut, 0, "open", r"00000\.npy has \d+ bytes, expected \d+"),
+    "places of text": ("columns/information.npy", flip, -9, "text", r"columns/information\.npy is damaged"),
 }
 
 
@@ -538,6 +566,95 @@ def test_other_labels_weights_or_groups_make_another_store(folder: Path, tmp_pat
         cached_store(folder / "more.xyz", asked[-1], tmp_path, lambda _: None)
 
 
+def test_the_name_of_a_store_in_the_cache_depends_on_each_part_of_its_key(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Content and settings of equal size and time too: a store of others would be taken silently."""
+    file = tmp_path / "a.xyz"
+    file.write_bytes((folder / "more.xyz").read_bytes())
+    os.utime(file, ns=(10**18, 10**18))
+    first = cache_key(file, SETTINGS)
+    assert cache_key(file, replace(SETTINGS)) == first
+    keys = {first}
+
+    def expect_another(key: str) -> None:
+        assert key not in keys
+        keys.add(key)
+
+    for changes in (
+        {"cutoffs": (4.0,)},
+        {"check_units": True},
+        {"min_distance": 0.2},
+        {"keys": LabelKeys(forces="f")},
+        {"extras": Extras()},
+    ):
+        expect_another(cache_key(file, replace(SETTINGS, **changes)))
+    other = tmp_path / "b.xyz"
+    other.write_bytes(file.read_bytes())
+    os.utime(other, ns=(10**18, 10**18))
+    expect_another(cache_key(other, SETTINGS))  # its name
+    os.utime(file, ns=(10**18, 10**18 + 1))
+    expect_another(cache_key(file, SETTINGS))
+    flip(file, 100)
+    os.utime(file, ns=(10**18, 10**18))
+    expect_another(cache_key(file, SETTINGS))
+    monkeypatch.setattr("harness.data.store.cache.VERSION", 0)
+    expect_another(cache_key(file, SETTINGS))
+
+
+def test_stores_in_the_cache_keep_to_a_limit(folder: Path, tmp_path: Path) -> None:
+    """Those that are in use stay, also in another process; of the others, the ones used longest ago go first."""
+    told: list[str] = []
+
+    def made(name: str, limit: int | None = None) -> StoredFrames:
+        file = tmp_path / name
+        if not file.exists():
+            file.write_bytes((folder / "more.xyz").read_bytes())
+        return cached_store(file, SETTINGS, tmp_path, told.append, limit)
+
+    names = ["a.xyz", "b.xyz", "c.xyz"]
+    paths = {name: made(name).path for name in names}  # none of them is in use any more
+    for place, name in enumerate(names):
+        os.utime(f"{paths[name]}.used", (1e9 + place, 1e9 + place))
+    size = sum(file.stat().st_size for file in paths["a.xyz"].rglob("*") if file.is_file())
+    (tmp_path / "stores" / "old.store.building").mkdir()  # what a killed build has left
+    os.utime(tmp_path / "stores" / "old.store.building", (1e8, 1e8))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:  # a process that has the first in use, until it is told to end
+        status = 1
+        with suppress(BaseException):
+            kept = made("a.xyz")
+            os.write(writing, b"x")
+            os.close(writing)
+            signal.pause()
+            status = int(len(kept) == 0)
+        os._exit(status)
+    try:
+        assert os.read(reading, 1) == b"x"
+        os.utime(f"{paths['a.xyz']}.used", (1e9, 1e9))
+        told.clear()
+        one = made("d.xyz", 3 * size + size // 2)
+        assert not (tmp_path / "stores" / "old.store.building").exists()
+        assert [is_store(path) for path in paths.values()] == [True, False, True]
+        assert "b.xyz" in told[-1]
+        assert "which was used longest ago: stores have" in told[-1]
+        two = made("e.xyz", 1)
+        assert [is_store(path) for path in paths.values()] == [True, False, False]
+        assert is_store(one.path)
+        assert is_store(two.path)
+        assert list(one)  # and is read
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    made("f.xyz", 1)
+    assert not is_store(paths["a.xyz"])
+    assert [is_store(each.path) for each in (one, two)] == [True, True]
+    assert list((tmp_path / "stores").glob("*.store")) != []
+    again = made("b.xyz")  # is built anew
+    assert len(again) == len(one)
+
+
 def test_the_rank_that_builds_tells_its_progress_and_others_that_they_wait(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: None
 ) -> None:
@@ -603,6 +720,7 @@ def test_an_evaluation_has_the_frames_of_the_file(folder: Path) -> None:
         dipoles = [information(frame.atoms, "dipole") for frame in (one, other)]
         assert [each is None for each in dipoles] in ([True, True], [False, False])
         assert dipoles[0] is None or (dipoles[0] == dipoles[1]).all()
+        assert written(one.atoms) == written(other.atoms)
     unweighted = Extras.from_config(LABELS, None, None, None, dict.fromkeys(WEIGHTS))
     (plain,) = read_evaluated([folder / "train.store"], extras=unweighted, **given)
     assert plain.frames.weight_names() == []
@@ -616,6 +734,74 @@ def test_an_evaluation_has_the_frames_of_the_file(folder: Path) -> None:
             read_evaluated([folder / "train.store"], extras=Extras.from_config(LABELS, **options), **given)
 
 
+def written(atoms: Atoms) -> str:
+    """Text that ``harness-eval --write`` writes of a frame."""
+    text = io.StringIO()
+    write_extxyz(text, [with_predictions(atoms, {"energy": np.array(-1.5)}, "predicted_")])
+    return text.getvalue()
+
+
+def annotated(index: int) -> Atoms:
+    """A structure with text, numbers, lists, columns, constraints and results of its own, in an order of its own."""
+    atoms = molecule("CH3OH")
+    atoms.info["note"] = f'step {index}, "quoted" = ü'
+    results = {"dipole": np.arange(3.0), "energy": -7.0 / 3, "forces": np.full((6, 3), 1 / 3), "magmoms": np.ones(6)}
+    if index % 2:
+        atoms.pbc, atoms.cell = True, np.eye(3) * 9 + 0.1
+        atoms.info["REF_virial"] = np.diag([1.0, 2.0, 3.0])
+        atoms.info["number"], atoms.info["flag"], atoms.info["half"] = index, True, np.float64(0.1)
+        atoms.info["config_type"] = index  # a group that is no text
+        atoms.arrays["tags_of_atoms"] = np.array(["a", "bc", "d", "e", "f", "g"])
+        atoms.arrays["velocity"] = np.arange(18.0).reshape(6, 3) / 7
+        atoms.set_constraint(FixAtoms([0, 2]))
+        del results["forces"]
+    else:
+        atoms.info["nested"] = {"steps": [1, 2.5, None, "x"], "array": np.arange(4)}
+        atoms.info["stress"] = np.ones(6)  # of what is not periodic
+    if index == 2:
+        atoms.info["object"] = object()  # no plain data
+    atoms.calc = SinglePointCalculator(atoms)
+    atoms.calc.results = results
+    return atoms
+
+
+@pytest.mark.filterwarnings("ignore:Skipping")
+@pytest.mark.parametrize("suffix", ["xyz", "traj", "db"])
+def test_a_store_has_everything_that_its_file_has(tmp_path: Path, suffix: str) -> None:
+    keys = LabelKeys() if suffix == "db" else LabelKeys(virial="REF_virial")
+    extras = Extras.from_config({"magnetic_moments": {"key": "magmoms"}}, {"total_charge": {"key": "number"}})
+    file = tmp_path / f"all.{suffix}"
+    frames = [annotated(index) for index in range(5)]
+    if suffix == "db":
+        with ase.db.connect(file) as database:
+            for atoms in frames[:2]:
+                database.write(atoms, note="by hand", factor=0.1, data={"history": [1, 2], "matrix": np.eye(2)})
+    else:
+        ase.io.write(file, frames)
+    build_store(tmp_path / "all.store", [file], BuildSettings(keys, extras, check_units=False))
+    (stored,) = read_evaluated([tmp_path / "all.store"], keys, extras=extras, units=False)
+    (read,) = read_evaluated([file], keys, extras=extras, units=False)
+    for one, other in zip(stored.frames, read.frames, strict=True):
+        assert written(one.atoms) == written(other.atoms)
+        assert information(one.atoms, "note") == information(other.atoms, "note") is not None
+        assert one.group == other.group
+    store = StoredFrames(tmp_path / "all.store")
+    assert store.information(0)
+    assert not list(store.damages())
+    texts = [store.information(index) for index in range(len(store))]
+    assert not any(b"-2.333" in text or np.full((6, 3), 1 / 3).tobytes() in text for text in texts)  # not twice
+
+
+def test_frames_without_more_than_labels_take_no_bytes_for_it(tmp_path: Path) -> None:
+    frames = [atoms for atoms in structures(8) if not atoms.info.keys() - {"config_type"} and atoms.pbc.all()]
+    ase.io.write(tmp_path / "plain.xyz", frames)
+    store = build_store(tmp_path / "plain.store", [tmp_path / "plain.xyz"], BuildSettings(extras=Extras.from_config()))
+    assert not (store.path / "information").exists()
+    assert "information" not in store.manifest["columns"]
+    (stored,) = read_evaluated([store.path], LabelKeys(), units=False)
+    assert stored.frames[0].atoms.info == frames[0].info
+
+
 # --- mistakes ---
 
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -627,6 +813,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: StoreDataModule(path / "more.store", min_distance=1.0, **OPTIONS),
         "min_dist",
     ),
+    "a limit": (lambda path: AtomsDataModule(path / "a.xyz", store_limit="1 GB", **OPTIONS), "store_limit is a size"),
     "a size": (lambda path: AtomsDataModule(path / "a.xyz", store_above="many", **OPTIONS), "such as '512 MiB'"),
     "a store twice": (lambda path: StoreDataModule([path / "more.store"] * 2, **OPTIONS), "2 times"),
     "one that is there": (lambda path: build_store(path / "more.store", [path / "more.xyz"]), "exists .a store."),

@@ -10,7 +10,12 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from support import oracle
+from support.frames import weighted
+from support.spawning import spawn
 
+import harness
+from harness.callbacks.tables import component_unit
 from harness.metrics import (
     EnergyForcesWithinThreshold,
     ErrorQuantile,
@@ -165,7 +170,7 @@ def batches(scale: float = 0.02, seed: int = 0) -> tuple[dict[str, torch.Tensor]
 
 def parts(preds, target):
     """Each structure as a batch of its own."""
-    starts = np.cumsum([0, *NUM_ATOMS])
+    starts = np.cumsum([0, *target["num_atoms"].tolist()])
     for number, (start, stop) in enumerate(pairwise(starts)):
         yield (
             {"total_energy": preds["total_energy"][[number]], "forces": preds["forces"][start:stop]},
@@ -177,23 +182,25 @@ def parts(preds, target):
         )
 
 
-def efwt(preds, target, energy, forces) -> float:
+def are_right(preds, target, energy, forces) -> np.ndarray:
+    """1 or 0 for each structure, NaN for one that lacks a label."""
     right = []
     for own, labels in parts(preds, target):
         errors = [abs(own[name] - labels[name]).numpy() for name in ("total_energy", "forces")]
-        if not np.isnan(errors[0]).any() and not np.isnan(errors[1]).any():
-            right.append(errors[0].max() < energy and errors[1].max() < forces)
-    return float(np.mean(right)) if right else math.nan
+        known = not np.isnan(errors[0]).any() and not np.isnan(errors[1]).any()
+        right.append(float(errors[0].max() < energy and errors[1].max() < forces) if known else math.nan)
+    return np.array(right)
 
 
-def by_structure(preds, target, field, error) -> float:
+def own_errors(preds, target, field, error) -> np.ndarray:
+    """Error of each structure, NaN for one without any label."""
     values = []
     for own, labels in parts(preds, target):
         errors = abs(own[field] - labels[field]).numpy()
         errors = errors[~np.isnan(errors)]
-        if errors.size:
-            values.append(errors.mean() if error == "mae" else math.sqrt((errors**2).mean()))
-    return float(np.mean(values))
+        mean = (errors if error == "mae" else errors**2).mean() if errors.size else math.nan
+        values.append(mean if error == "mae" else math.sqrt(mean))
+    return np.array(values)
 
 
 COMPONENTS = """
@@ -220,11 +227,11 @@ def test_measures_from_yaml_on_one_batch_and_on_many(seed):
             manager(own, labels)
         found.append({name: float(value) for name, value in manager.compute().items()})
     expected = {
-        "efwt": efwt(preds, target, 0.02, 0.03),
-        "loose": efwt(preds, target, 0.05, 0.04),
-        "mae": by_structure(preds, target, "forces", "mae"),
-        "rmse": by_structure(preds, target, "forces", "rmse"),
-        "energy": by_structure(preds, target, "total_energy", "mae"),
+        "efwt": np.nanmean(are_right(preds, target, 0.02, 0.03)),
+        "loose": np.nanmean(are_right(preds, target, 0.05, 0.04)),
+        "mae": np.nanmean(own_errors(preds, target, "forces", "mae")),
+        "rmse": np.nanmean(own_errors(preds, target, "forces", "rmse")),
+        "energy": np.nanmean(own_errors(preds, target, "total_energy", "mae")),
     }
     assert found[0] == pytest.approx(found[1], rel=1e-12, nan_ok=True)
     assert {name: found[0][name] for name in expected} == pytest.approx(expected, rel=1e-12)
@@ -255,3 +262,158 @@ def test_a_structure_counts_once_whatever_its_size():
         MeanOverStructures(error="mse")
     with pytest.raises(ValueError, match="of is a field of nodes or graphs"):
         MeanOverStructures(of="edge_cell_shift")
+
+
+# ---- structures by set and group, and with weights
+
+
+GROUPS, SETS = ("bulk", "surface", "vacancy"), ("crystals", "molecules")
+NAMES = ("efwt", "forces_rmse_by_structure", "total_energy_mae_by_structure")
+
+
+def of_structures(**keys):
+    """Manager of components of structures with further keys; two of them are trained."""
+    metrics = (
+        EnergyForcesWithinThreshold(1.5, 2.5),
+        MeanOverStructures("forces", "rmse"),
+        MeanOverStructures("total_energy"),
+    )
+    entries = [{"metric": metric, "coeff": coeff, **keys} for metric, coeff in zip(metrics, (None, 1, 2), strict=True)]
+    return MetricsManager(entries, group_names=GROUPS, set_names=SETS)
+
+
+def drawn(seed: int, atoms: list[int]):
+    """Features and labels of frames with weights, in sets and in groups, some in none."""
+    features, target = oracle.draw(seed, atoms, unlabelled=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    target["group_index"] = torch.randint(-1, len(GROUPS), (len(atoms),), generator=generator)
+    target["set_index"] = torch.randint(0, len(SETS), (len(atoms),), generator=generator)
+    return features, target | weighted(seed, len(atoms))
+
+
+def numbers_of(features, target):
+    """Number and weight of each structure, by component."""
+    preds = {name: value.detach() for name, value in oracle.predict(features, oracle.parameters()).items()}
+    weights = {name: target[name].numpy() for name in ("weight", "forces_weight", "energy_weight")}
+    numbers = (
+        are_right(preds, target, 1.5, 2.5),
+        own_errors(preds, target, "forces", "rmse"),
+        own_errors(preds, target, "total_energy", "mae"),
+    )
+    own = weights["weight"], weights["weight"] * weights["forces_weight"], weights["weight"] * weights["energy_weight"]
+    return dict(zip(NAMES, zip(numbers, own, strict=True), strict=True))
+
+
+def mean_of(numbers, weights, chosen) -> float:
+    """Weighted mean of the structures that are chosen and have a number."""
+    chosen = chosen & ~np.isnan(numbers) & (weights > 0)
+    return float(np.average(numbers[chosen], weights=weights[chosen])) if chosen.any() else math.nan
+
+
+def gradient_of(features, target, weights):
+    """Gradient of the two trained components by a loop over structures."""
+    theta = oracle.parameters()
+    terms = {"forces": [], "total_energy": []}
+    for (own, labels), *of_frame in zip(parts(oracle.predict(features, theta), target), *weights, strict=True):
+        for (field, found), weight in zip(terms.items(), of_frame, strict=True):
+            errors = (own[field] - labels[field])[~labels[field].isnan()]
+            if errors.numel() and weight:
+                found.append((weight, errors.square().mean().sqrt() if field == "forces" else errors.abs().mean()))
+    means = [sum(w * v for w, v in found) / sum(w for w, _ in found) for found in terms.values()]
+    ((means[0] + 2 * means[1]) / 3).backward()
+    return theta.grad.numpy()
+
+
+def assert_close(found, expected, name=""):
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_structures_have_values_of_sets_and_groups_with_weights(seed):
+    features, target = drawn(seed, [2, 1, 3, 2, 4, 1, 2, 3])
+    numbers = numbers_of(features, target)
+    manager, some = of_structures(per_set=True, per_group=True), of_structures(sets=["molecules"], per_group=True)
+    mean = of_structures(per_set_coeffs={"crystals": 1, "molecules": 3})
+    plain, in_sums = of_structures(weights=False), of_structures(weights="in_sums")
+    plain.keep_by_group()
+    for cut, labels in oracle.split(features, target, [3, 3, 5]):
+        with torch.no_grad():
+            harness.step_together(
+                manager, some, mean, plain, in_sums, preds=oracle.predict(cut, oracle.parameters()), target=labels
+            )
+    report, of_set, of_mean, unweighted, of_sums = (
+        values.to_report() for values in harness.compute_together([manager, some, mean, plain, in_sums])
+    )
+    everywhere = np.ones(len(target["weight"]), bool)
+    index = {field: target[field].numpy() for field in ("set_index", "group_index")}
+    for name, (values, weights) in numbers.items():
+        assert_close(report.values[name], mean_of(values, weights, everywhere), name)
+        assert_close(of_set.values[name], mean_of(values, weights, index["set_index"] == 1), name)
+        assert_close(unweighted.values[name], mean_of(values, np.ones_like(weights), everywhere), name)
+        known = ~np.isnan(values)
+        assert_close(of_sums.values[name], (weights[known] * values[known]).sum() / known.sum(), name)
+        of_sets = [mean_of(values, weights, index["set_index"] == number) for number in range(len(SETS))]
+        assert_close([report.values[f"{name}@{each}"] for each in SETS], of_sets, name)
+        having = [number for number in range(len(SETS)) if not math.isnan(of_sets[number])]
+        expected = np.average([of_sets[number] for number in having], weights=[(1, 3)[number] for number in having])
+        assert_close(of_mean.values[name], expected, name)
+        for number, group in enumerate(GROUPS):
+            in_group = index["group_index"] == number
+            assert_close(report.values[f"{name}@{group}"], mean_of(values, weights, in_group), f"{name}@{group}")
+            both = in_group & (index["set_index"] == 1)
+            assert_close(of_set.values[f"{name}@{group}"], mean_of(values, weights, both), f"{name}@{group}")
+            expected = mean_of(values, np.ones_like(weights), in_group)
+            assert_close(unweighted.by_group[name][number], expected, f"{name}@{group}")
+    of_weights = [numbers[name][1] for name in NAMES[1:]]
+    expected = gradient_of(features, target, of_weights)
+    theta = oracle.parameters()
+    manager(oracle.predict(features, theta), target)["weighted_sum"].backward()
+    assert_close(theta.grad.numpy(), expected)
+    pieces = oracle.split(features, target, [2, 6])  # micro-batches add up, too
+    window, theta = manager.window([labels for _, labels in pieces]), oracle.parameters()
+    for piece, labels in pieces:
+        (step,) = harness.step_together(manager, preds=oracle.predict(piece, theta), target=labels, window=window)
+        step.weighted_sum.backward()
+    assert_close(theta.grad.numpy(), expected)
+
+
+def structures_on_rank(rank, world_size):
+    """Two batches of a rank, of which the second rank's last one has no frames; gradients are of this rank's part."""
+    manager, theta = of_structures(per_set=True, per_group=True), oracle.parameters()
+    for number, (features, target) in enumerate(batches_of_rank(rank)):
+        if rank and number:
+            features, target = oracle.split(features, target, [0])[0]
+            target = {name: value for name, value in target.items() if not name.endswith(("_index", "weight"))}
+        manager(oracle.predict(features, theta), target)["weighted_sum"].backward()
+    (values,) = harness.compute_together([manager])
+    return values.to_report().values, theta.grad.numpy()
+
+
+def batches_of_rank(rank):
+    return [drawn(10 * rank + number, [[3, 1, 2], [2, 2, 4]][number]) for number in range(2)]
+
+
+def test_structures_on_ranks_are_those_of_one_process():
+    ranks = spawn(2, structures_on_rank)
+    assert str(ranks[0][0]) == str(ranks[1][0])
+    (first, second), (third, _) = batches_of_rank(0), batches_of_rank(1)
+    manager, theta = of_structures(per_set=True, per_group=True), oracle.parameters()
+    for pieces in ([first, third], [second]):
+        features, target = (oracle.join(each) for each in zip(*pieces, strict=True))
+        manager(oracle.predict(features, theta), target)["weighted_sum"].backward()
+    (values,) = harness.compute_together([manager])
+    for name, expected in values.to_report().values.items():
+        assert_close(ranks[0][0][name], expected, name)
+    assert_close(ranks[0][1] + ranks[1][1], theta.grad.numpy())
+
+
+def test_components_of_structures_know_their_fields_labels_and_units():
+    entries = [{"metric": EnergyForcesWithinThreshold()}, {"metric": MeanOverStructures("forces")}]
+    manager = MetricsManager(entries, set_names=SETS, labelled_sets={"forces": ["molecules"]})
+    efwt, mean = manager.entries.values()
+    assert (efwt.sets, mean.sets) == ((1,), (1,))  # sets without forces are left out by themselves
+    assert (component_unit(efwt), component_unit(mean)) == ("", "eV/Å")
+    with pytest.raises(ValueError, match="MeanOverStructures reads fields of its own; leave `field` out"):
+        MetricsManager([{"metric": MeanOverStructures(), "field": "forces"}])
+    with pytest.raises(ValueError, match=r"`per_type` needs .* forces_mae_by_structure is a graph field"):
+        MetricsManager([{"metric": MeanOverStructures(), "per_type": True}], ["H"])

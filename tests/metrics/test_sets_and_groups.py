@@ -247,8 +247,71 @@ def test_frames_of_groups_are_counted_whatever_counts_in_errors():
                 manager(oracle.predict(part, oracle.parameters()), labels)
         report = harness.compute_together([manager])[0].to_report()
         assert report.frames_by_group == [2, 0, 2]
-        assert all(math.isnan(values[2]) for values in report.by_group.values())
         assert not math.isnan(report.by_group["forces_max"][0])
+
+
+def weightless(features, target):
+    """Groups and weights: one group of weight 0 alone, without some labels, one with both, and one without frames."""
+    target["group_index"] = torch.tensor([0, 2, 0, -1, 2, -1])
+    target["set_index"] = torch.tensor([0, 0, 1, 1, 1, 0])
+    target["weight"] = torch.tensor([3.0, 0.0, 0.0, 0.5, 0.0, 0.0]).double()
+    target["total_energy"][1] = target["stress"][1] = math.nan
+    target["forces"][3:6] = math.nan  # of a frame of weight 0 in a group with another one
+    return features, target
+
+
+UNMASKED = [Component(**{**vars(component), "ignore_nan": False}) for component in COMPONENTS]
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_group_of_weight_0_has_the_values_of_its_frames_once_each(shown):
+    """In tables, and where values of groups are logged; nothing else changes by these frames."""
+    features, target = weightless(*oracle.draw(12, [2, 1, 3, 2, 1, 1]))
+    manager = manager_of(UNMASKED, per_set=True, per_group=shown)
+    manager.keep_by_group()
+    in_sums, nowhere = (manager_of(UNMASKED, weights=mode) for mode in ("in_sums", False))
+    for other in (in_sums, nowhere):
+        other.keep_by_group()
+    for part, labels in oracle.split(features, target, [3, 3]):
+        with torch.no_grad():
+            harness.step_together(
+                manager, in_sums, nowhere, preds=oracle.predict(part, oracle.parameters()), target=labels
+            )
+    report, of_sums, _ = (each.to_report() for each in harness.compute_together([manager, in_sums, nowhere]))
+    plain = manager_of(UNMASKED, per_set=True)
+    plain(oracle.predict(features, oracle.parameters()), target)
+    for name, value in plain.compute().items():
+        assert_close(report.values[name], value.item(), name)
+    for component in UNMASKED:
+        name = component.name
+        alone = [4] if "forces" not in component.field else [1, 4]  # the energy and stress of the other are missing
+        known = chosen(features, target, alone)
+        expected = oracle.values([component], oracle.predict(known[0], oracle.parameters()), known[1], TYPES)[name]
+        assert_close(report.by_group[name][2], expected, name)
+        first = chosen(features, target, [0] * 3)  # the frame of weight 0 beside it does not count
+        expected = oracle.values([component], oracle.predict(first[0], oracle.parameters()), first[1], TYPES)[name]
+        assert_close(report.by_group[name][0], expected, name)
+        assert math.isnan(report.by_group[name][1])
+        assert not of_sums.by_group[name][2] > 0  # sums of weights that are 0
+        if shown:
+            assert_close(report.values[f"{name}@vacancy"], report.by_group[name][2])
+    assert report.frames_by_group == [2, 0, 2]
+
+
+def test_frames_of_weight_0_have_no_part_in_gradients_and_windows():
+    features, target = weightless(*oracle.draw(12, [2, 1, 3, 2, 1, 1]))
+    gradients = []
+    for keeps in (False, True):
+        manager, theta = manager_of(UNMASKED, per_group=True), oracle.parameters()
+        if keeps:
+            manager.keep_by_group()
+        window = manager.window([target])
+        (step,) = harness.step_together(manager, preds=oracle.predict(features, theta), target=target, window=window)
+        step.weighted_sum.backward()
+        gradients.append(theta.grad)
+    assert (gradients[0] == gradients[1]).all()
+    assert gradients[0].isfinite().all()
+    assert gradients[0].any()
 
 
 def test_metrics_of_others_have_values_of_groups_where_they_are_asked_for():

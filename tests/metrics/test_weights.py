@@ -260,7 +260,7 @@ def test_measures_of_several_sums_have_the_values_of_repeated_frames():
     for name, value in plain.items():
         torch.testing.assert_close(value, unweighted[name], rtol=0, atol=0, equal_nan=True)
     assert all(plain[name].item() != expected[name] for name in ("rel_mae", "rel_rmse", "of_forces", "of_energies"))
-    for entry in OF_SEVERAL_SUMS:
+    for entry in OF_SEVERAL_SUMS[:5]:  # those of structures are a sum and a count
         with pytest.raises(ValueError, match="has weights in all of its sums, or in none"):
             harness.MetricsManager([{**entry, "weights": "in_sums"}], type_names=TYPES)
     # quantiles depend on ratios of weights alone

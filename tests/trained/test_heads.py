@@ -22,8 +22,10 @@ import harness
 from harness.calculators import HarnessCalculator
 from harness.evaluate import main as evaluate
 from harness.export import main as export
+from harness.export.command import _choose_level
 from harness.export.mace import mace_predictions
 from harness.job import execute, prepare
+from harness.trained import TrainedCheckpoint
 
 needs_mace = pytest.mark.skipif("mace" not in INSTALLED, reason="mace is not installed")
 
@@ -86,6 +88,57 @@ def test_a_set_that_there_is_not(of_schnet: tuple[Path, Atoms, Path]) -> None:
         ValueError, match=r"has no heads, found head=metal; leave it out.*load_model\(path, head='metal'\)"
     ):
         HarnessCalculator(harness.load_model(checkpoint), head="metal")
+
+
+def test_an_element_that_the_chosen_set_has_not_is_told_once(of_schnet: tuple[Path, Atoms, Path]) -> None:
+    checkpoint, atoms, _ = of_schnet
+    model = harness.load_model(checkpoint, head="molecules")
+    copper = Atoms("CuO", positions=[[0, 0, 0], [0, 0, 1.9]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        energy(model, atoms)
+        energy(harness.load_model(checkpoint), copper)  # of no set
+    with pytest.warns(UserWarning, match=r"the set molecules of the training of .* has no frame with Cu: its") as told:
+        energy(model, copper)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        energy(model, copper)
+    copper.calc = HarnessCalculator(harness.load_model(checkpoint, head="molecules"))
+    with pytest.warns(UserWarning, match="no frame with Cu"):
+        copper.get_potential_energy()
+
+
+def test_exported_energies_are_those_of_the_mixture_or_of_a_set(
+    of_schnet: tuple[Path, Atoms, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, atoms, _ = of_schnet
+    checkpoint = TrainedCheckpoint.read(path)
+    batch = harness.load_model(path).batch_of(atoms)
+    model = checkpoint.build().eval()
+    (sentence,) = _choose_level(model, checkpoint, None)
+    assert sentence == "those of the mixture, which are moved; of one of its sets (metal, molecules) by --head SET"
+    plain = float(model(batch)["total_energy"])
+    assert plain == pytest.approx(energy(harness.load_model(path), atoms), abs=1e-9)
+    (sentence,) = _choose_level(model, checkpoint, "molecules")
+    assert sentence == "those of the set molecules; Cu, which it does not have, with references of other sets"
+    moved = float(model(batch)["total_energy"])
+    assert moved == pytest.approx(energy(harness.load_model(path, head="molecules"), atoms), abs=1e-9)
+    assert abs(moved - plain) > 1000
+    with pytest.raises(ValueError, match="head=bulk is no data set of the training"):
+        _choose_level(checkpoint.build(), checkpoint, "bulk")
+    with pytest.raises(ValueError, match=r"--head=metal: the model has the heads metal, .*the file has all of them"):
+        _choose_level(WithHeads(), checkpoint, "metal")
+    assert _choose_level(WithHeads(), checkpoint, None) == []
+    with pytest.raises(SystemExit):
+        export([str(path), "--to", "state-dict", "-o", str(tmp_path / "a.pt"), "--head", "metal"])
+    assert "--head is of files of other packages" in capsys.readouterr().err
+
+
+class WithHeads(torch.nn.Module):
+    """A model with a head for each set."""
+
+    set_heads = ("metal", "molecules")
 
 
 @needs_mace

@@ -25,6 +25,7 @@ from harness.data.extras import Extras, Found
 from harness.data.frames import FrameList
 from harness.data.reading import Frame, LabelKeys, frames_of, has_key
 from harness.data.store.format import MANIFEST, VERSION
+from harness.data.store.information import encode_information
 from harness.data.store.sources import Piece, Source, found_files, read_piece, units_of
 from harness.data.store.stored import StoredFrames, is_store
 from harness.data.store.writing import has_part, join_parts, name_store, read_part, write_part
@@ -352,5 +353,6 @@ def _write(folder: Path, number: int, unit: Sequence[Piece], sources: Sequence[S
         source.refuse_change()
         frames += read
     facts = {"found": plain_found(found), "keys": keys, "digests": digests}
-    write_part(folder, number, frames, settings.cutoffs, facts)
+    information = [encode_information(frame, asdict(settings.keys), settings.extras) for frame in frames]
+    write_part(folder, number, frames, settings.cutoffs, facts, information)
     return len(frames)

@@ -3,6 +3,7 @@
     my.store/manifest.json            what is in it: sizes, checksums, sources and settings of the build
     my.store/columns/num_atoms.npy    facts, an entry for each frame, see harness.data.facts
     my.store/records/00000.npy        bytes: the numbers of one frame side by side, frame after frame
+    my.store/information/00000.npy    bytes: what else its files say of a frame, see harness.data.store.information
 
 Facts are asked of all frames at once and are columns; frames are read one at a time and are records, so that a frame is
 one read of one file. A record is a header, the quantities that the frame has, in the order of the fields of its file,
@@ -48,7 +49,7 @@ __all__ = [
     "sync_folder",
 ]
 
-VERSION = 1
+VERSION = 2
 """To be raised whenever a store is written otherwise: others are refused, not misread."""
 MANIFEST = "manifest.json"
 COMPOSITION_COLUMNS = ("composition_offsets", "composition_numbers", "composition_counts", "composition_with_forces")

@@ -20,7 +20,7 @@ from harness.data.store.stored import is_store
 
 __all__ = ["Piece", "Source", "found_files", "pieces_of", "read_piece", "units_of"]
 
-_FEWEST_BYTES = 16 << 20  # of a unit
+_FEWEST_BYTES = 2 << 20  # of a unit: half a second of work, which a process of its own is worth
 _MOST_UNITS = 200  # about: files of records that a store has, and that a process has open
 _UNSPLIT = "whole"
 
@@ -138,7 +138,7 @@ def _is_readable(file: Path) -> bool:
 
 
 def units_of(sources: Sequence[Source]) -> list[list[Piece]]:
-    """Pieces of all files in order, put together to parts of a store of similar size: about 200, of 16 MiB or more."""
+    """Pieces of all files in order, put together to parts of a store of similar size: about 200, of 2 MiB or more."""
     target = max(_FEWEST_BYTES, sum(source.bytes for source in sources) // _MOST_UNITS)
     units: list[list[Piece]] = []
     filled = target

@@ -27,8 +27,12 @@ from harness.data.store.format import (
     header_of,
     read_manifest,
 )
+from harness.data.store.information import HEADER, body_of
 
-__all__ = ["StoredFrames", "edges_column", "is_store"]
+__all__ = ["INFORMATION", "StoredFrames", "edges_column", "is_store"]
+
+INFORMATION = "information"
+"""Column with the place of what else a frame's file says of it; -1 for nothing."""
 
 
 def is_store(path: Path) -> bool:
@@ -67,7 +71,8 @@ class StoredFrames(FrameSet):
         self._ends = np.cumsum([0, *(part["frames"] for part in self._parts)])
         self._fields = [[RecordField.from_json(field) for field in part["fields"]] for part in self._parts]
         self._checked_columns: set[str] = set()
-        self._files: dict[int, int] = {}
+        self._files: dict[str, int] = {}
+        self._held: list[int] = []
         for name, facts in self._all_files():
             self._check_size(name, facts["bytes"])
 
@@ -93,7 +98,8 @@ class StoredFrames(FrameSet):
 
     def _all_files(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from ((f"columns/{name}.npy", facts) for name, facts in self.manifest["columns"].items())
-        yield from ((part["file"], part) for part in self._parts)
+        for part in self._parts:
+            yield from ((each["file"], each) for each in (part, part.get(INFORMATION)) if each is not None)
 
     def _check_size(self, name: str, expected: int) -> None:
         file = self.path / name
@@ -104,11 +110,18 @@ class StoredFrames(FrameSet):
 
     def __getstate__(self) -> dict[str, Any]:
         # files are opened by each process, and memory maps would be sent as a whole
-        return {name: value for name, value in self.__dict__.items() if name != "_offsets"} | {"_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_offsets"} | {
+            "_files": {},
+            "_held": [],
+        }
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
+        for file in (*getattr(self, "_files", {}).values(), *getattr(self, "_held", ())):
             os.close(file)
+
+    def hold(self, file: int) -> None:
+        """Keep a file open as long as these frames are there, such as one whose lock says that they are in use."""
+        self._held.append(file)
 
     @property
     def digest(self) -> str:
@@ -119,21 +132,21 @@ class StoredFrames(FrameSet):
         """Number of frames."""
         return int(self._ends[-1])
 
-    def _file(self, number: int) -> int:
-        if number not in self._files:
+    def _file(self, name: str) -> int:
+        if name not in self._files:
             if len(self._files) >= 256:  # processes may have no more than 1024 files open
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[number] = os.open(self.path / self._parts[number]["file"], os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[number]
+            self._files[name] = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[name]
 
     def _record(self, index: int) -> tuple[dict[str, NDArray[Any]], RecordHeader, int]:
         """Quantities and header of a frame, and the number of its file of records."""
-        number = int(np.searchsorted(self._ends, index, side="right")) - 1
+        number = _part_of(self._ends, index)
         start, is_last = int(self._offsets[index]), index + 1 == self._ends[number + 1]
         end = self._parts[number]["bytes"] if is_last else int(self._offsets[index + 1])
         is_there = 0 <= start < end <= self._parts[number]["bytes"]
         record = bytearray(end - start if is_there else 0)
-        read = os.preadv(self._file(number), [record], start) if is_there else 0
+        read = os.preadv(self._file(self._parts[number]["file"]), [record], start) if is_there else 0
         header = header_of(record) if read == len(record) else None
         if header is None:
             raise ValueError(
@@ -147,6 +160,26 @@ class StoredFrames(FrameSet):
         part = self._parts[number]
         group = None if header.group < 0 else part["groups"][header.group]
         return frame_of(found, header, part["origins"][header.origin], group)
+
+    def information(self, index: int) -> bytes:
+        """Everything else that a frame's file says of it, see :mod:`harness.data.store.information`; empty for nothing.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        start = int(self._stored(INFORMATION)[index]) if INFORMATION in self.manifest["columns"] else -1
+        if start < 0:
+            return b""
+        file = self._parts[_part_of(self._ends, index)][INFORMATION]["file"]
+        header = os.pread(self._file(file), HEADER.size, start)
+        length = HEADER.unpack(header)[0] if len(header) == HEADER.size else 0
+        body = body_of(header + os.pread(self._file(file), length, start + HEADER.size)) if length else None
+        if body is None:
+            raise ValueError(
+                f"{self.path / file}: what the store has of frame {index} beside its labels is damaged: its checksum "
+                f"does not fit. {anew(self.path)}"
+            )
+        return body
 
     def arrays(self, index: int) -> FrameArrays:
         """Numbers of one frame."""
@@ -213,3 +246,8 @@ class StoredFrames(FrameSet):
                 yield f"{file} is missing"
             elif file.stat().st_size != facts["bytes"] or checksum_of(file) != facts["crc32"]:
                 yield f"{file} is damaged"
+
+
+def _part_of(ends: NDArray[np.int64], index: int) -> int:
+    """Number of the part that a frame is in, of parts with these ends."""
+    return int(np.searchsorted(ends, index, side="right")) - 1

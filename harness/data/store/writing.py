@@ -27,7 +27,7 @@ from harness.data.store.format import (
     save_array,
     sync_folder,
 )
-from harness.data.store.stored import StoredFrames, edges_column
+from harness.data.store.stored import INFORMATION, StoredFrames, edges_column
 from harness.support.files import write_text_whole
 
 __all__ = ["PART_FACTS", "has_part", "join_parts", "name_store", "write_part"]
@@ -41,6 +41,7 @@ def write_part(
     frames: Sequence[Frame],
     cutoffs: Sequence[float] = (),
     facts: Mapping[str, Any] | None = None,
+    information: Sequence[bytes] = (),
 ) -> None:
     """Write some frames as one part of a store that is being built; a part is there as a whole or not.
 
@@ -50,12 +51,12 @@ def write_part(
         frames: structures and labels.
         cutoffs: in Å, for which the numbers of edges are counted.
         facts: further facts that the build needs when all parts are there.
+        information: bytes of each frame, see :mod:`harness.data.store.information`.
     """
-    columns_folder, records_folder = folder / "parts" / f"{number:05d}", folder / "records"
+    columns_folder = folder / "parts" / f"{number:05d}"
     unfinished = columns_folder.with_name(f"{number:05d}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    records_folder.mkdir(exist_ok=True)
     origins: list[str] = []
     groups: list[str] = []
     columns: dict[str, NDArray[Any]] = columns_of(frames, origins, groups)
@@ -64,8 +65,7 @@ def write_part(
         encode(frame, fields, int(origin), int(group))
         for frame, origin, group in zip(frames, columns["origin"], columns["group"], strict=True)
     ]
-    path = records_folder / f"{number:05d}.npy"
-    saved = save_array(path, np.frombuffer(b"".join(records), np.uint8))
+    saved = _save_bytes(folder / "records" / f"{number:05d}.npy", records)
     lengths = np.array([len(record) for record in records], dtype=np.int64)
     columns["offset"] = saved["bytes"] - int(lengths.sum()) + np.cumsum(lengths) - lengths
     columns["checksum"] = np.array([content_checksum(record) for record in records], dtype=np.uint32)
@@ -73,12 +73,18 @@ def write_part(
     columns |= dict(zip(COMPOSITION_COLUMNS, _arrays(compositions), strict=True))
     for cutoff in cutoffs:
         columns[edges_column(cutoff)] = np.array([_num_edges(frame, cutoff) for frame in frames], dtype=np.int32)
+    further = {}
+    if any(information):
+        lengths = np.array([len(each) for each in information], dtype=np.int64)
+        further = {"information": _save_bytes(folder / "information" / f"{number:05d}.npy", information)}
+        starts = further["information"]["bytes"] - int(lengths.sum()) + np.cumsum(lengths) - lengths
+        columns[INFORMATION] = np.where(lengths > 0, starts, -1)
     for name, column in columns.items():
         save_array(unfinished / f"{name}.npy", column)
     part = {
         "frames": len(frames),
-        "file": f"records/{number:05d}.npy",
         **saved,
+        **further,
         "fields": fields,
         "groups": groups,
         "origins": origins,
@@ -88,10 +94,17 @@ def write_part(
     }
     write_text_whole(unfinished / PART_FACTS, manifest_text(part))
     sync_folder(unfinished)
-    sync_folder(records_folder)
     shutil.rmtree(columns_folder, ignore_errors=True)
     os.replace(unfinished, columns_folder)
     sync_folder(columns_folder.parent)
+
+
+def _save_bytes(path: Path, pieces: Sequence[bytes]) -> dict[str, Any]:
+    """Write a file of bytes into a folder of the build; returns its place there, its size and checksum."""
+    path.parent.mkdir(exist_ok=True)
+    saved = save_array(path, np.frombuffer(b"".join(pieces), np.uint8))
+    sync_folder(path.parent)
+    return {"file": f"{path.parent.name}/{path.name}", **saved}
 
 
 def _arrays(compositions: Compositions) -> tuple[NDArray[Any], ...]:
@@ -109,8 +122,9 @@ def has_part(folder: Path, number: int) -> bool:
         part = read_part(folder, number)
     except (OSError, ValueError):
         return False
-    file = folder / part["file"]
-    return file.is_file() and file.stat().st_size == part["bytes"]
+    written = [part, part["information"]] if "information" in part else [part]
+    files = [(folder / each["file"], each["bytes"]) for each in written]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
 
 
 def read_part(folder: Path, number: int) -> dict[str, Any]:
@@ -142,7 +156,7 @@ def join_parts(folder: Path, num_parts: int, facts: Mapping[str, Any]) -> Stored
     for part in parts:
         for name, might_be in part["available"].items():
             available.setdefault(name, set()).update(might_be)
-    kept = ("frames", "file", "bytes", "crc32", "fields", "groups", "origins")
+    kept = ("frames", "file", "bytes", "crc32", "information", "fields", "groups", "origins")
     manifest = {
         "made_by": _package(),
         "num_frames": sum(part["frames"] for part in parts),
@@ -152,7 +166,7 @@ def join_parts(folder: Path, num_parts: int, facts: Mapping[str, Any]) -> Stored
         "available": {name: sorted(might_be) for name, might_be in available.items()},
         "columns": saved,
         "digest": _digest(columns_folder),
-        "parts": [{name: part[name] for name in kept} for part in parts],
+        "parts": [{name: part[name] for name in kept if name in part} for part in parts],
         **facts,
     }
     # the manifest as it will be read, in which tuples are lists
@@ -169,6 +183,8 @@ def _joined(
             array = np.load(folder / "parts" / f"{number:05d}" / f"{name}.npy", allow_pickle=False)
         elif name in WEIGHTS:
             array = np.ones(part["frames"])
+        elif name == INFORMATION:
+            array = np.full(part["frames"], -1, np.int64)
         else:  # a label that no frame of this part has
             array = np.zeros(part["frames"], np.uint8)
         if name in ("origin", "group"):
