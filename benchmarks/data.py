@@ -12,8 +12,8 @@ Four tables:
   makes all of them beforehand, and *made* is its ``AtomicData.from_config`` called on access. A package that cannot be
   imported is left out.
 * ``hand-over``: a batch of kept samples from a worker, as one buffer and tensor by tensor.
-* ``lists``: neighbour lists of a batch, made by vesin frame by frame, as workers do, and of the whole batch on the device
-  (``data.neighbors=device``, where its extra is installed), with what else the making of a batch costs.
+* ``lists``: neighbour lists of a batch, made by vesin frame by frame, as workers do, and of the whole batch on the
+  device (``data.neighbors=device``, where its extra is installed), and what else the making of a batch costs.
 * ``plans``: seconds for the plan at the start and for that of an epoch, and the division among 64 ranks, for drawn
   sizes (log-normal about 40 atoms, 4 to 500).
 """
