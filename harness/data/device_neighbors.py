@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from harness.data.collate import collate, frame_to_sample
 from harness.data.dataset import AtomsDataset
 from harness.support.guest import guest
-from harness.support.text import reason
+from harness.support.text import reason, some
 
 __all__ = ["DeviceNeighbors", "EdgesOnDevice", "check_on_device", "checked_neighbors", "invertible_cells", "with_edges"]
 
@@ -22,6 +23,8 @@ _PACKAGE, _EXTRA = "nvalchemi-toolkit-ops", "neighbors"
 _PLACES = ("workers", "device")
 _SHIFT_BITS = 5
 """Bits of a shift by which edges of the same two atoms are put in order: fewer than 32 images are within the cutoff."""
+_COMPARED = 8
+"""Frames whose edges are compared before a training."""
 _CLOSE = 1e-4  # Å from the cutoff, where rounded positions may have an edge that exact ones do not
 
 
@@ -212,7 +215,7 @@ def with_edges(batch: dict[str, Tensor], datamodule: LightningDataModule) -> dic
 
 
 def check_on_device(neighbors: DeviceNeighbors, dataset: AtomsDataset, device: torch.device) -> None:
-    """Compare the edges of the smallest and the largest frame of a data set with vesin's; kernels are compiled here.
+    """Compare edges of frames of a data set, from the smallest to the largest, with vesin's; compiles the kernels.
 
     Edges within 10⁻⁴ Å of the cutoff may differ: vesin is given the positions of the file, and the kernels those of the
     batch, which may be rounded.
@@ -225,8 +228,9 @@ def check_on_device(neighbors: DeviceNeighbors, dataset: AtomsDataset, device: t
     Raises:
         ValueError: they differ, or the kernels cannot be called.
     """
-    sizes = dataset.num_atoms()
-    frames = [dataset.frames[int(index)] for index in sorted({int(sizes.argmin()), int(sizes.argmax())})]
+    order = dataset.num_atoms().argsort(kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, min(len(order), _COMPARED)).round().astype(int))
+    frames = [dataset.frames[int(index)] for index in order[places]]
     leave = "Leave data.neighbors at workers, whose lists vesin makes."
     samples = [frame_to_sample(frame, dataset.type_names, dataset.cutoff, dtype=dataset.dtype) for frame in frames]
     expected = collate(samples)
@@ -243,7 +247,7 @@ def check_on_device(neighbors: DeviceNeighbors, dataset: AtomsDataset, device: t
         version = importlib.metadata.version(_PACKAGE)
         raise ValueError(
             f"data.neighbors=device: {_PACKAGE} {version} finds {ours.total()} edges on {device} in "
-            f"{', '.join(frame.location for frame in frames)}, and vesin {theirs.total()}; {number} of them differ, "
+            f"{some(frame.location for frame in frames)}, and vesin {theirs.total()}; {number} of them differ, "
             f"expected the same. {leave}"
         )
 

@@ -107,7 +107,7 @@ def test_edges_of_large_frames_are_those_of_vesin() -> None:
 
 @kernels
 def test_more_neighbours_than_the_package_reckons_with_are_all_there() -> None:
-    dense = Atoms("H", positions=[[0.2, 0.1, 0.3]], cell=np.eye(3) * 0.8, pbc=True)
+    dense = Atoms("H", positions=[[0.2, 0.1, 0.3]], cell=np.eye(3) * 0.79, pbc=True)
     neighbors = DeviceNeighbors(4.0)
     for atoms in ([molecule("H2O")], [molecule("H2O"), dense], [molecule("H2O")]):
         expected, found = batch_of(atoms, 4.0), neighbors.with_edges(batch_of(atoms, None))
@@ -161,7 +161,11 @@ def test_energies_forces_stresses_and_gradients_are_those_with_vesin() -> None:
         atoms.rattle(0.05, seed=1)
     sizes = {"hidden_channels": 6, "num_filters": 6, "num_interactions": 2, "num_gaussians": 5}
     statistics = AtomsDataset([Frame(atoms) for atoms in crystals], TYPES, 4.0)
-    model = schnet_force_field(training_statistics(statistics), cutoff=4.0, seed=0, **sizes).double().train()
+    model = (
+        schnet_force_field(training_statistics(statistics), cutoff=4.0, seed=0, energy_scales=1.0, **sizes)
+        .double()
+        .train()
+    )
     results = []
     for batch in (batch_of(crystals, 4.0), DeviceNeighbors(4.0).with_edges(batch_of(crystals, None))):
         model.zero_grad()
