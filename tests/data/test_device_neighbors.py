@@ -16,7 +16,16 @@ from support.alloy import LOSS, build, trainer
 from support.lightning_ranks import Ranks
 from support.spawning import spawn
 
-from harness.data import AtomsDataset, EmbeddedAlloyDataModule, Frame, collate, frame_to_sample, training_statistics
+from harness.data import (
+    AtomsDataset,
+    EmbeddedAlloyDataModule,
+    Frame,
+    MixtureDataModule,
+    collate,
+    embedded_alloy_file,
+    frame_to_sample,
+    training_statistics,
+)
 from harness.data.device_neighbors import DeviceNeighbors, check_on_device, checked_neighbors, invertible_cells
 from harness.models import schnet_force_field
 
@@ -213,6 +222,21 @@ def test_samples_have_no_edges_and_numbers_of_edges_are_known_all_the_same(tmp_p
     assert ours.statistics.mean_neighbors == theirs.statistics.mean_neighbors
     assert list(ours.training_sampler(0, 1)) == list(theirs.training_sampler(0, 1))
     assert ours.train_set.num_edges().tolist() == theirs.train_set.num_edges().tolist()
+
+
+@kernels
+def test_batches_of_a_mixture_are_those_with_lists_from_workers(tmp_path: Path) -> None:
+    files = [embedded_alloy_file(6, seed, tmp_path) for seed in (0, 1)]
+    sets = {name: {"train": file, "weight": weight} for name, file, weight in zip("ab", files, (1, 2), strict=True)}
+    batches = []
+    for neighbors in ("device", "workers"):
+        data = MixtureDataModule(sets, cutoff=4.0, batch_size=5, dtype="float64", neighbors=neighbors)
+        data.setup()
+        batches.append([data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()])
+    for found, expected in zip(*batches, strict=True):
+        assert sorted_edges(found) == sorted_edges(expected)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["set_index"], expected["set_index"])
 
 
 # ---- refusals
