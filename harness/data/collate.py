@@ -87,6 +87,10 @@ def frame_to_sample(
     atoms = frame.atoms
     num_atoms = len(atoms)
     real = _FLOATS[dtype]
+    edges: dict[str, NDArray[Any]] = {}
+    if cutoff is not None:
+        edge_index, edge_cell_shift = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, cutoff)
+        edges = {"edge_index": edge_index, "edge_cell_shift": np.array(edge_cell_shift, dtype=real)}
     missing = np.array(np.nan)
     arrays = {
         "pos": np.array(atoms.positions, dtype=real),
@@ -96,14 +100,12 @@ def frame_to_sample(
         "num_atoms": np.array([num_atoms], dtype=np.int64),
         "cell": np.array(atoms.cell.array[None], dtype=real),
         "pbc": np.array(atoms.pbc[None], dtype=bool),
+        **edges,
         "total_energy": np.array([[np.nan if frame.energy is None else frame.energy]], dtype=np.float64),
         "forces": _filled(missing if frame.forces is None else frame.forces, (num_atoms, 3), real),
         "stress": _filled(missing if frame.stress is None else frame.stress, (1, 3, 3), real),
         "frame_index": np.array([frame_index], dtype=np.int64),
     }
-    if cutoff is not None:
-        edge_index, edge_cell_shift = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, cutoff)
-        arrays |= {"edge_index": edge_index, "edge_cell_shift": np.array(edge_cell_shift, dtype=real)}
     sample = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {**sample, **fields_of_frame(frame, fields, dtype)}
 
