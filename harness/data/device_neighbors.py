@@ -53,7 +53,7 @@ class DeviceNeighbors:
     pair in both directions. They are ordered by centre, neighbour and shift, so that the same batch has the same order
     on every device. Gradients do not go through them; positions and cell of the batch stay as they are.
 
-    The host waits for the device, which counts the edges: their number is the length of the tensors.
+    The host waits for the device, for sizes of grids and for the number of edges, which is the length of the tensors.
 
     Args:
         cutoff: in Å.
