@@ -195,10 +195,10 @@ def alloy(cache: Path, neighbors: str, **options: Any) -> EmbeddedAlloyDataModul
 
 
 def weights_after_training(rank: int, world_size: int, cache: Path, neighbors: str, **options: Any) -> Any:
-    """Weights, and the mean errors of the validation, after two epochs."""
+    """Weights, and the mean errors of the validation, after an epoch."""
     data = alloy(cache, neighbors, **options)
     parallel = {"strategy": DDPStrategy(cluster_environment=Ranks(rank, world_size)), "devices": world_size}
-    running = trainer(cache / f"{neighbors}-{rank}", **(parallel if world_size > 1 else {}))
+    running = trainer(cache / f"{neighbors}-{rank}", max_epochs=1, **(parallel if world_size > 1 else {}))
     module = build(data)
     data.check_job(running, module, "fit")
     running.fit(module, data)
