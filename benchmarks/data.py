@@ -1,10 +1,10 @@
-"""Loaders of batches: samples a second of one worker beside NequIP's and MACE's, hand-over of a batch, plans of epochs.
+"""Loaders of batches: samples a second of one worker beside NequIP's and MACE's, hand-over, neighbour lists, plans.
 
     python benchmarks/data.py                                    # 1000 frames of 32 atoms, plans of 1 and 10 million
     python benchmarks/data.py --mace-python .venv-mace/bin/python
     python benchmarks/data.py --only plans --frames-planned 1000000
 
-Three tables:
+Four tables:
 
 * ``loaders``: the same frames of the same file, read before, drawn at random in batches of 8 by one worker; the median
   of rounds in which the packages take turns, each in a process of its own. ``made``: neighbour lists are made when a
@@ -12,6 +12,8 @@ Three tables:
   makes all of them beforehand, and *made* is its ``AtomicData.from_config`` called on access. A package that cannot be
   imported is left out.
 * ``hand-over``: a batch of kept samples from a worker, as one buffer and tensor by tensor.
+* ``lists``: neighbour lists of a batch, made by vesin frame by frame, as workers do, and of the whole batch on the
+  device (``data.neighbors=device``, where its extra is installed), and what else the making of a batch costs.
 * ``plans``: seconds for the plan at the start and for that of an epoch, and the division among 64 ranks, for drawn
   sizes (log-normal about 40 atoms, 4 to 500).
 """
@@ -225,6 +227,59 @@ def report_hand_over(arguments: argparse.Namespace) -> None:
         print(f"{batch_size:>10}{packed:>14.2f}{by_tensor:>20.2f}{by_tensor / packed:>8.1f}{none:>12.2f}")
 
 
+# ---- neighbour lists
+
+
+def milliseconds(function: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    """Least time of a call, of the processor or, on a GPU, by the clock; two calls before are not counted."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    found = []
+    for _ in range(rounds + 2):
+        start = clock()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(1e3 * (clock() - start))
+    return min(found[2:])
+
+
+def report_lists(arguments: argparse.Namespace) -> None:
+    """Print milliseconds for the neighbour lists of a batch, and for the batch without them."""
+    from ase.build import bulk
+
+    from harness.data import Frame, collate, frame_to_sample, neighbor_list
+    from harness.data.device_neighbors import DeviceNeighbors
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size, cutoff = arguments.batch_size, arguments.cutoff
+    print(f"\nlists: {size} frames a batch, cutoff {cutoff} Å, float32; ms a batch, least of {arguments.rounds * 10}")
+    try:
+        neighbors = DeviceNeighbors(cutoff)
+    except ModuleNotFoundError as error:
+        print(f"left out: {error}")
+        return
+    print(f"{'atoms':>10}{'edges':>10}{'vesin':>10}{f'on {device}':>10}{'all else':>10}")
+    for repeats in (arguments.repeats, 5 * arguments.repeats // 2):
+        frames = []
+        for seed in range(size):
+            atoms = bulk("Cu", cubic=True) * ((repeats,) * 3)
+            atoms.rattle(0.1, seed=seed)
+            frames.append(Frame(atoms))
+
+        def bare(frames: list[Frame] = frames) -> dict[str, Tensor]:
+            return collate([frame_to_sample(frame, ["Cu"], None) for frame in frames])
+
+        def by_vesin(frames: list[Frame] = frames) -> None:
+            for frame in frames:
+                neighbor_list(frame.atoms.positions, frame.atoms.cell.array, frame.atoms.pbc, cutoff)
+
+        batch = {name: value.to(device) for name, value in bare().items()}
+        num_edges = neighbors.with_edges(batch)["edge_index"].shape[1]
+        calls: list[Callable[[], Any]] = [by_vesin, lambda batch=batch: neighbors.with_edges(batch), bare]
+        times = [milliseconds(call, 10 * arguments.rounds, device) for call in calls]
+        print(f"{4 * repeats**3:>10}{num_edges:>10}" + "".join(f"{each:>10.2f}" for each in times))
+
+
 # ---- plans
 
 
@@ -278,7 +333,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--frames-planned", type=int, nargs="+", default=[1_000_000, 10_000_000])
-    parser.add_argument("--only", choices=("loaders", "hand-over", "plans"), nargs="+")
+    parser.add_argument("--only", choices=("loaders", "hand-over", "lists", "plans"), nargs="+")
     parser.add_argument(
         "--mace-python", default=str(ROOT / ".venv-mace" / "bin" / "python"), help="interpreter with MACE"
     )
@@ -294,13 +349,15 @@ def main() -> None:
         return
     if not Path(arguments.mace_python).exists():
         arguments.mace_python = sys.executable
-    tables = arguments.only or ["loaders", "hand-over", "plans"]
+    tables = arguments.only or ["loaders", "hand-over", "lists", "plans"]
     print(f"Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         if "loaders" in tables:
             report_loaders(arguments, Path(folder))
     if "hand-over" in tables:
         report_hand_over(arguments)
+    if "lists" in tables:
+        report_lists(arguments)
     if "plans" in tables:
         report_plans(arguments.frames_planned)
 

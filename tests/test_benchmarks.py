@@ -19,7 +19,7 @@ SMALL = {
     "continuation.py": (["--output", "rates"], "| extended to 8 |  |  |  |  | 0.0025 |"),
     "store.py": (["formats", "--frames", "200", "--only", "records", "columns"], "told (ValueError)"),
     "data.py": (
-        ["--only", "hand-over", "plans", "--frames", "16", "--repeats", "1", "--frames-planned", "2000"],
+        ["--only", "hand-over", "lists", "plans", "--frames", "16", "--repeats", "1", "--frames-planned", "2000"],
         "      2000  evaluation by 1000 atoms",
     ),
     "schedules.py": (["--epochs", "1", "--seeds", "0", "--only", "constant", "deepmd"], "| deepmd |"),

@@ -57,12 +57,12 @@ def _type_table(type_names: tuple[str, ...]) -> NDArray[np.int64]:
 def frame_to_sample(
     frame: Frame,
     type_names: Sequence[str],
-    cutoff: float,
+    cutoff: float | None,
     frame_index: int = 0,
     dtype: torch.dtype = torch.float32,
     fields: Sequence[BatchField] = (),
 ) -> dict[str, Tensor]:
-    """Tensors of one frame: a batch of one graph, with its neighbour list.
+    """Tensors of one frame: a batch of one graph, with its neighbour list if there is a cutoff.
 
     Labels that are missing are NaN, so that every sample has the same fields. ``total_energy`` is float64 whatever the
     dtype: of -9000 eV, float32 keeps no more than 1 meV.
@@ -70,7 +70,7 @@ def frame_to_sample(
     Args:
         frame: the structure and its labels.
         type_names: chemical symbols in the order of the type indices.
-        cutoff: of the neighbour list, in Å.
+        cutoff: of the neighbour list, in Å; None for a sample without edges.
         frame_index: number of the frame in its data set.
         dtype: of positions, cell, shifts, forces and stress.
         fields: further ones: labels, inputs, weights, group.
@@ -86,8 +86,11 @@ def frame_to_sample(
     """
     atoms = frame.atoms
     num_atoms = len(atoms)
-    edge_index, edge_cell_shift = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, cutoff)
     real = _FLOATS[dtype]
+    edges: dict[str, NDArray[Any]] = {}
+    if cutoff is not None:
+        edge_index, edge_cell_shift = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, cutoff)
+        edges = {"edge_index": edge_index, "edge_cell_shift": np.array(edge_cell_shift, dtype=real)}
     missing = np.array(np.nan)
     arrays = {
         "pos": np.array(atoms.positions, dtype=real),
@@ -97,8 +100,7 @@ def frame_to_sample(
         "num_atoms": np.array([num_atoms], dtype=np.int64),
         "cell": np.array(atoms.cell.array[None], dtype=real),
         "pbc": np.array(atoms.pbc[None], dtype=bool),
-        "edge_index": edge_index,
-        "edge_cell_shift": np.array(edge_cell_shift, dtype=real),
+        **edges,
         "total_energy": np.array([[np.nan if frame.energy is None else frame.energy]], dtype=np.float64),
         "forces": _filled(missing if frame.forces is None else frame.forces, (num_atoms, 3), real),
         "stress": _filled(missing if frame.stress is None else frame.stress, (1, 3, 3), real),

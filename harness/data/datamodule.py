@@ -29,6 +29,7 @@ from harness.data.checks import check_distances, check_units
 from harness.data.collate import collate
 from harness.data.dataset import AtomsDataset
 from harness.data.description import reference_warnings, summary
+from harness.data.device_neighbors import EdgesOnDevice
 from harness.data.embedded import embedded_alloy_file
 from harness.data.evaluation import sizes_of
 from harness.data.extras import Extras, Found, split_keys
@@ -57,7 +58,7 @@ _FIELDS = {"energy": "total_energy"}
 """Fields of labels that are called otherwise."""
 
 
-class AtomsDataModule(SetLoaders):
+class AtomsDataModule(SetLoaders, EdgesOnDevice):
     """Training, validation and test batches from files that ASE reads.
 
     Batch sizes and budgets are those of all ranks together: a run on more ranks sees the same batches, each rank a part
@@ -93,6 +94,8 @@ class AtomsDataModule(SetLoaders):
         dtype: of all floating-point fields but ``total_energy``, which is always float64.
         num_workers: processes of each data loader.
         pin_memory: whether batches are made in page-locked memory.
+        neighbors: place where neighbour lists are made: ``workers`` as samples are drawn, ``device`` of whole batches
+            that are on the device, see :mod:`harness.data.device_neighbors`.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
         min_distance: frames with closer atoms are refused, in Å; None does not look.
         check_units: whether files in other units are refused, where that shows; see :mod:`harness.data.checks`.
@@ -108,6 +111,7 @@ class AtomsDataModule(SetLoaders):
 
     Raises:
         KeyError: if ``keys`` or ``split`` has an unknown name.
+        ModuleNotFoundError: if ``neighbors`` is ``device`` and its package is not installed.
         TypeError: if an argument is of the wrong kind.
         ValueError: if a number is out of range.
     """
@@ -137,6 +141,7 @@ class AtomsDataModule(SetLoaders):
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
         pin_memory: bool = False,
+        neighbors: str = "workers",
         cache_neighbors: bool = True,
         min_distance: float | None = 0.1,
         check_units: bool = True,
@@ -168,6 +173,7 @@ class AtomsDataModule(SetLoaders):
         self.dtype = floating_dtype(dtype)
         self.num_workers = whole_number("num_workers", num_workers, least=0)
         self.pin_memory = pin_memory
+        self._set_neighbors(neighbors, self.cutoff)
         self.cache_neighbors = cache_neighbors
         self.min_distance = checked_min_distance(min_distance)
         if not isinstance(check_units, bool):
@@ -261,9 +267,10 @@ class AtomsDataModule(SetLoaders):
         concerns.
 
         Raises:
-            ValueError: with the numbers of frames and ranks.
+            ValueError: with the numbers of frames and ranks; or neighbour lists cannot be made on the device.
         """
         self._tell_of_references(pl_module, stage)
+        self._check_device(self.train_set, trainer.strategy.root_device)
         ranks = launched_data_parallel_ranks(trainer.strategy)
         if stage == "fit" and ranks is not None:
             self.training_sampler(*ranks)
@@ -349,8 +356,15 @@ class AtomsDataModule(SetLoaders):
         return store
 
     def _dataset(self, frames: FrameSet) -> AtomsDataset:
-        fields = self.batch_fields
-        return AtomsDataset(frames, self.type_names, self.cutoff, self.dtype, self.cache_neighbors, fields)
+        return AtomsDataset(
+            frames,
+            self.type_names,
+            self.cutoff,
+            self.dtype,
+            self.cache_neighbors,
+            self.batch_fields,
+            with_edges=self.neighbors == "workers",
+        )
 
     def training_sampler(self, rank: int, num_ranks: int) -> GlobalBatchSampler:
         """Sampler of the training frames in the batches of one rank.

@@ -33,6 +33,8 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         cache_neighbors: whether a sample, with its neighbour list, stays in memory once it has been made; up to 512 MiB
             of them on a rank, which its workers divide among them.
         fields: further ones of the samples: labels, inputs, weights, group.
+        with_edges: whether samples have their edges; without, they are made of whole batches, see
+            :mod:`harness.data.device_neighbors`.
 
     Raises:
         ValueError: if a frame has a symbol that is not among the type names.
@@ -46,6 +48,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         dtype: torch.dtype = torch.float32,
         cache_neighbors: bool = True,
         fields: Sequence[BatchField] = (),
+        with_edges: bool = True,
     ) -> None:
         self.frames = as_frame_set(frames)
         self.type_names = list(type_names)
@@ -53,6 +56,7 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         self.dtype = dtype
         self.cache_neighbors = cache_neighbors
         self.fields = tuple(fields)
+        self.with_edges = with_edges
         self._samples: dict[int, dict[str, Tensor]] = {}
         self._cached_bytes = 0
         self._num_edges: NDArray[np.int64] | None = None
@@ -71,7 +75,8 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         """Sample of one frame; see :func:`~harness.data.collate.frame_to_sample`. Not to be changed in place."""
         if index in self._samples:
             return self._samples[index]
-        sample = frame_to_sample(self.frames[index], self.type_names, self.cutoff, index, self.dtype, self.fields)
+        cutoff = self.cutoff if self.with_edges else None
+        sample = frame_to_sample(self.frames[index], self.type_names, cutoff, index, self.dtype, self.fields)
         if self.cache_neighbors:
             self._keep(index, sample)
         return sample
@@ -97,11 +102,12 @@ class AtomsDataset(Dataset[dict[str, Tensor]]):
         if self._num_edges is None:
             self._num_edges = self.frames.num_edges(self.cutoff)
         if self._num_edges is None:
-            self._num_edges = np.array([self._count_edges(index) for index in range(len(self))], dtype=np.int64)
+            self._num_edges = np.array([self.count_edges(index) for index in range(len(self))], dtype=np.int64)
         return self._num_edges
 
-    def _count_edges(self, index: int) -> int:
-        if self.cache_neighbors:
+    def count_edges(self, index: int) -> int:
+        """Number of edges of one frame."""
+        if self.cache_neighbors and self.with_edges:
             return int(self[index]["edge_index"].shape[1])
         atoms = self.frames[index].atoms
         return neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff)[0].shape[1]

@@ -18,6 +18,7 @@ from harness.data.arguments import checked_files
 from harness.data.budget import BudgetBatchSampler
 from harness.data.collate import collate, empty_batch
 from harness.data.datamodule import AtomsDataModule
+from harness.data.device_neighbors import EdgesOnDevice
 from harness.data.evaluation import sizes_of
 from harness.data.extras import Extras
 from harness.data.mixing import Mixing, MixtureBatchSampler, frames_of_shares, shares_of
@@ -35,7 +36,7 @@ from harness.support.checks import is_number, whole_number
 __all__ = ["MixtureDataModule"]
 
 
-class MixtureDataModule(SetLoaders):
+class MixtureDataModule(SetLoaders, EdgesOnDevice):
     r"""Training, validation and test batches of several data sets.
 
     Each set is an :class:`~harness.data.datamodule.AtomsDataModule` of its own, with its files, keys, split and
@@ -72,6 +73,8 @@ class MixtureDataModule(SetLoaders):
         dtype: of all floating-point fields but ``total_energy``.
         num_workers: processes of each data loader.
         pin_memory: whether batches are made in page-locked memory.
+        neighbors: place where neighbour lists are made: ``workers`` as samples are drawn, ``device`` of whole batches
+            that are on the device, see :mod:`harness.data.device_neighbors`.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made; if None, those
             of files, and not those of stores.
         options: any argument of a set, for the sets that do not have it themselves.
@@ -102,10 +105,12 @@ class MixtureDataModule(SetLoaders):
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
         pin_memory: bool = False,
+        neighbors: str = "workers",
         cache_neighbors: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        self._set_neighbors(neighbors, cutoff)
         options = plain(options)
         arguments = checked_sets(plain(sets), options)
         self.set_names: list[str] = list(arguments)
@@ -139,6 +144,7 @@ class MixtureDataModule(SetLoaders):
             "dtype": dtype,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
+            "neighbors": neighbors,
         }
         if cache_neighbors is not None:
             shared["cache_neighbors"] = cache_neighbors
@@ -403,7 +409,8 @@ class MixtureDataModule(SetLoaders):
         """Leave energies as they are for a model with heads; tell of references; refuse more ranks than frames.
 
         Raises:
-            ValueError: with the numbers of frames and ranks; or the heads of the model are not the sets.
+            ValueError: with the numbers of frames and ranks; or the heads of the model are not the sets; or neighbour
+                lists cannot be made on the device.
         """
         heads = heads_of(pl_module)
         if heads is not None and list(heads) != self.set_names:
@@ -419,6 +426,7 @@ class MixtureDataModule(SetLoaders):
         self.moves.are_made = heads is None
         if heads is None:
             self._tell_of_references(pl_module, stage)
+        self._check_device(self.train_set, trainer.strategy.root_device)
         ranks = launched_data_parallel_ranks(trainer.strategy)
         if stage == "fit" and ranks is not None:
             self.training_sampler(*ranks)

@@ -148,7 +148,8 @@ class MixtureDataset(AtomsDataset):
     ) -> None:
         first = parts[0]
         frames = MixtureFrames([part.frames for part in parts], set_indices, moves)
-        super().__init__(frames, type_names, first.cutoff, first.dtype, first.cache_neighbors, further.fields)
+        kept, edges = first.cache_neighbors, first.with_edges
+        super().__init__(frames, type_names, first.cutoff, first.dtype, kept, further.fields, edges)
         self.parts = list(parts)
         self.set_indices = list(set_indices)
         self.moves = moves

@@ -32,6 +32,7 @@ _OF_THE_WHOLE = frozenset(
         "dtype",
         "num_workers",
         "pin_memory",
+        "neighbors",
         "cache_neighbors",
     }
 )

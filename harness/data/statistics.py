@@ -77,15 +77,14 @@ def training_statistics(
     references = fit_references(sums, type_names, isolated, rows if sums.num_frames else None)
 
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), _NEIGHBOR_FRAMES)).round().astype(int))
-    samples = [dataset[int(index)] for index in chosen]
-    num_edges = sum(sample["edge_index"].shape[1] for sample in samples)
+    num_edges = sum(dataset.count_edges(int(index)) for index in chosen)
     missing = [name for name in LABELS if not len(frames.labelled(name))]
     names = keys or LabelKeys()
     return DataStatistics(
         type_names=type_names,
         energy_shifts=torch.from_numpy(references.energies),
         force_rms=float(np.sqrt(squares / num_components)) if num_components else float("nan"),
-        mean_neighbors=num_edges / sum(sample["pos"].shape[0] for sample in samples),
+        mean_neighbors=num_edges / int(dataset.num_atoms()[chosen].sum()),
         num_frames=len(dataset),
         num_atoms=int(frames.num_atoms().sum()),
         undetermined=torch.from_numpy(references.undetermined),

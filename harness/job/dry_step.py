@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from harness.data import AtomsDataset, collate
 from harness.data.batch_fields import ExtraField
+from harness.data.device_neighbors import with_edges
 from harness.data.facts import LABELS, MISSING
 from harness.distributed import launched_ranks
 from harness.fields import ATOM_TYPES, NUM_ATOMS, Batch, registered_fields
@@ -158,7 +159,8 @@ def _small_batch(datamodule: LightningDataModule, name: str) -> Batch | None:
     dataset = own[0] if own else None
     try:
         if isinstance(dataset, AtomsDataset):
-            return collate([dataset[index] for index in _smallest(dataset)], dtype=dataset.dtype)
+            samples = [dataset[index] for index in _smallest(dataset)]
+            return with_edges(collate(samples, dtype=dataset.dtype), datamodule)
         loader = _loader_of(datamodule, name)
         if loader is None:
             return None

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from harness.data import AtomsDataset, collate
+from harness.data.device_neighbors import with_edges
 from harness.data.references import EnergySums, fit_references, refitted_text
 from harness.distributed import launched_rank, share
 from harness.job.build import Job
@@ -236,7 +237,8 @@ def _predicted(job: Job, dataset: AtomsDataset, indices: Sequence[int]) -> _Pred
     try:
         with job.trainer.precision_plugin.forward_context():
             for batch in _batches(job, dataset, indices):
-                found = model({name: value.to(device) for name, value in batch.items()})
+                moved = {name: value.to(device) for name, value in batch.items()}
+                found = model(with_edges(moved, job.datamodule))
                 no_energy = torch.full_like(batch["num_atoms"], torch.nan, dtype=torch.float64)
                 energies += found.get("total_energy", no_energy).detach().double().flatten().cpu().tolist()
                 if "forces" in found and "forces" in batch:
