@@ -58,7 +58,9 @@ test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet and TorchMD-N
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*,$(EXTRA_OF_$*)test-tools]'
 	touch $@
 
-test-all: test test-slow test-mace test-sevennet  ## every test
+test-all: install  ## every test; those of one file share their trainings, slow or not
+	$(BIN)/python -m pytest $(XDIST)
+	@$(MAKE) --no-print-directory test-mace test-sevennet
 
 lint: install  ## ruff, shellcheck, hadolint
 	@$(MAKE) --no-print-directory lint-code lint-format lint-shell lint-docker
