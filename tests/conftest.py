@@ -22,7 +22,8 @@ settings.load_profile("repeatable")
 FIRST = ("tests", "jobs", "strategies", "testing", "trained")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(specname="pytest_collection_modifyitems")
+def pytest_long_files_first(items: list[pytest.Item]) -> None:
     """Order files so that the last ones are short: a worker that has nothing left to do waits for the other."""
     items.sort(key=lambda item: item.path.parent.name not in FIRST)
 
