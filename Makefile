@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
 WORKERS ?= 2
+# a file stays on one worker, which shares its trainings; tests/conftest.py has the order
+XDIST = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
   tests/jobs/test_other_models_jobs.py tests/trained/test_load_model.py tests/calculators/test_calculator.py \
   tests/export/test_export.py tests/jobs/test_recipes.py tests/models/test_conversion.py \
@@ -13,7 +15,7 @@ STRICT := fields.py schedules distributed support metrics presets.py testing
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install hooks train test test-slow test-mace test-sevennet test-all lint lint-code lint-format lint-shell lint-docker types imports \
+.PHONY: help install environments hooks train test test-slow test-mace test-sevennet test-all lint lint-code lint-format lint-shell lint-docker types imports \
   docs benchmark dist release ci lock clean
 
 help:  ## this list
@@ -28,6 +30,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+environments: install .venv-mace/.installed .venv-sevennet/.installed  ## all three environments of the tests
+
 hooks: install  ## let git run what `make lint` runs before each commit
 	$(BIN)/pre-commit install
 
@@ -35,17 +39,17 @@ train: install  ## train and test a force field on the embedded alloy, on RANKS=
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m harness.train experiment=alloy $(MODEL:%=model=%) $(ARGS)
 
 test: install  ## the test suite but for what is marked slow
-	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not slow' $(XDIST)
 
 test-slow: install  ## what is marked slow: trainings that are killed, stopped and cut off
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m slow $(XDIST)
 
 test-mace: .venv-mace/.installed  ## the tests of MACE, whose e3nn is not NequIP's, in an environment of their own
-	.venv-mace/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) \
+	.venv-mace/bin/python -m pytest $(XDIST) $(MODEL_TESTS) \
 	  -k 'mace or not (test_calculator or test_load_model)'
 
 test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet and TorchMD-Net, which bring many packages, likewise
-	.venv-sevennet/bin/python -m pytest -n $(WORKERS) --dist loadfile $(MODEL_TESTS) tests/models/test_bring_a_model.py \
+	.venv-sevennet/bin/python -m pytest $(XDIST) $(MODEL_TESTS) tests/models/test_bring_a_model.py \
 	  -k 'sevennet or bring_a_model'
 
 .venv-%/.installed: pyproject.toml constraints.txt
@@ -54,7 +58,9 @@ test-sevennet: .venv-sevennet/.installed  ## the tests of SevenNet and TorchMD-N
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*,$(EXTRA_OF_$*)test-tools]'
 	touch $@
 
-test-all: test test-slow test-mace test-sevennet  ## every test
+test-all: install  ## every test; those of one file share their trainings, slow or not
+	$(BIN)/python -m pytest $(XDIST)
+	@$(MAKE) --no-print-directory test-mace test-sevennet
 
 lint: install  ## ruff, shellcheck, hadolint
 	@$(MAKE) --no-print-directory lint-code lint-format lint-shell lint-docker
@@ -93,7 +99,8 @@ dist: install  ## build sdist and wheel into dist/, check them, and train from t
 release: CHECKS := --release
 release: dist  ## the same for a release, which also needs a clean checkout and a date in the changelog
 
-ci: lint types imports docs test-all dist  ## everything that CI runs
+ci:  ## everything that CI runs
+	.ci/run
 
 lock:  ## exact versions of what is in the image, into constraints-image.txt
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

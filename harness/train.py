@@ -116,12 +116,15 @@ def _settle_arguments() -> None:
 
 def _refuse(error: ConfigError) -> NoReturn:
     """Report a wrong configuration once for all ranks, and exit."""
-    from harness.distributed import share
-    from harness.job.consistency import refusal
-
-    if launched_rank() == 0:
-        share("output_dir", "")  # which ranks that found no mistake are waiting for
-    refused = refusal(str(error))
+    refused: str | None = str(error)
+    if launched_ranks() > 1:
+        defer()
+        with importing():
+            from harness.distributed import share
+            from harness.job.consistency import refusal
+        if launched_rank() == 0:
+            share("output_dir", "")  # which ranks that found no mistake are waiting for
+        refused = refusal(str(error))
     if launched_rank() == 0:
         print(f"\nerror: {refused}", file=sys.stderr)
     sys.exit(error.exit_code)

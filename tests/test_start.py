@@ -70,6 +70,18 @@ def test_a_command_that_only_prints_imports_no_torch(option: list[str], tmp_path
     assert len(lines) > 20
 
 
+def test_a_mistake_on_the_command_line_is_told_without_torch(tmp_path: Path) -> None:
+    """By one process, which asks no other."""
+    program = (
+        "import sys\nsys.argv = ['harness-train', 'loss.coeffs.force=1']\nfrom harness.train import main\n"
+        "sys.stderr = sys.stdout\ntry:\n    main()\nexcept SystemExit as error:\n    print(error.code)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    lines = _prints(program, tmp_path)
+    assert lines[-2:] == ["1", "[]"]
+    assert any(line.startswith("error: loss.coeffs has no force") for line in lines)
+
+
 def test_a_training_executes_none_of_what_is_put_off(tmp_path: Path) -> None:
     program = TRAINING + (
         "print([name for name in DEFERRED if name in sys.modules and not is_deferred(sys.modules[name])])\n"

@@ -116,7 +116,7 @@ def test_installed_command_explains_itself(installed: Callable[..., Finished], t
 
 
 def test_installed_command_trains(installed: Callable[..., Finished], tmp_path: Path) -> None:
-    done = installed("trainer=debug", "logger=csv", "callbacks.parity=null", *TINY, folder=tmp_path)
+    done = installed("trainer=debug", "logger=csv", *TINY, folder=tmp_path)
     (folder,) = done.runs
     assert (folder / "checkpoints" / "best.ckpt").is_file()
     target = installed.target  # type: ignore[attr-defined]

@@ -739,7 +739,7 @@ def check_rows(rows: list[dict[str, float]]) -> None:
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, float]:
-    config = composed(*TINY, "trainer.accelerator=cpu", "logger=csv", "callbacks.parity=null", *overrides)
+    config = composed(*TINY, "trainer.accelerator=cpu", "logger=csv", *overrides)
     config.output_dir = str(folder)
     config.trainer.enable_progress_bar = False
     return execute(prepare(config))
@@ -764,7 +764,7 @@ def test_choices(choice: list[str], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_on_the_command_line(tmp_path: Path) -> None:
     choice = ["adaptive=gradient_balance", "adaptive.every_n_steps=1", "callbacks=[default,gradient_share]"]
-    settings = ["callbacks.gradient_share.every_n_steps=2", "callbacks.parity=null", "logger=csv", "test=false"]
+    settings = ["callbacks.gradient_share.every_n_steps=2", "logger=csv", "test=false"]
     done = train(*TINY, *choice, *settings, folder=tmp_path, ranks=2)
     assert done.code == 0, done.err[-4000:]
     rows = read_csv(done.runs[0])

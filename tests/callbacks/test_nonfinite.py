@@ -17,7 +17,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from support.alloy import LOSS, build, data, trainer  # noqa: F401 - a fixture
-from support.commands import BIN, ROOT, TINY, run, started
+from support.commands import BIN, ROOT, SIZES, run, started
 from support.failure_callbacks import Spoil
 from support.lightning_ranks import Ranks
 from support.spawning import spawn
@@ -227,7 +227,7 @@ def test_one_micro_batch_spoils_its_step(data: EmbeddedAlloyDataModule, tmp_path
 def test_all_ranks_stop_at_one_sample_of_one_of_them(tmp_path: Path) -> None:
     overrides = (
         "experiment=alloy",
-        *TINY,
+        *SIZES,
         "logger=[wandb]",
         "dry_step=false",
         "trainer.timeout=60",

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from support.alloy import LOSS, build, data, trainer  # noqa: F401 - a fixture
-from support.commands import BIN, ROOT, TINY, Finished, read_csv, read_wandb, run
+from support.commands import BIN, ROOT, SIZES, Finished, read_csv, read_wandb, run
 
 import harness
 from harness.callbacks import BestEpoch, LossProgressBar, PerTypeReport, ValidationTable
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "harness.train"]
     overrides = [
         "experiment=alloy",
-        *TINY,
+        *SIZES,
         "logger=[wandb,csv]",
         "dry_step=false",
         "callbacks.nonfinite.action=skip",

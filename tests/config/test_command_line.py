@@ -20,7 +20,7 @@ from harness.runs.command import Command
 from harness.runs.resuming import interrupted_stamp
 
 GRAMMAR = "mismatched input\nSee https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details"
-QUIET = (*TINY, "max_epochs=1", "logger=none", "callbacks.parity=null", "trainer.enable_progress_bar=false")
+QUIET = (*TINY, "max_epochs=1", "logger=none", "trainer.enable_progress_bar=false")
 
 
 @pytest.mark.parametrize(

@@ -535,7 +535,6 @@ BY_BUDGET = (
     "test=false",
     "logger=csv",
     "lr_scheduler=none",
-    "callbacks.parity=null",
 )
 KEEP_STEPS = (
     "+callbacks.steps={_target_: lightning.pytorch.callbacks.ModelCheckpoint, dirpath: steps, filename: '{step}', "

@@ -15,6 +15,7 @@ import torch
 from ase import Atoms
 from omegaconf import OmegaConf
 from support.bad_input import BASE, composed, frames, isolated
+from support.commands import NO_FIGURES
 from support.trained import trained
 
 import harness
@@ -24,7 +25,7 @@ from harness.job.preflight import check_files
 from harness.models import reference_energies
 
 _OTHERS = [setting for setting in BASE if not setting.startswith(("model", "cutoff"))]
-TUNING = (*_OTHERS, "model=from_checkpoint", "callbacks.parity=null", "test=false", "max_epochs=1")
+TUNING = (*_OTHERS, "model=from_checkpoint", *NO_FIGURES, "test=false", "max_epochs=1")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from harness.job.going_on import changed_settings
 from harness.job.job import execute, prepare
 
 TRAINING = (*TINY, "logger=none", "trainer=cpu", "test=false", "dry_step=false", "callbacks=[default,ema]")
-TRAINING += ("callbacks.parity=null", "callbacks.progress=null", "callbacks.table=null", "callbacks.coefficients=null")
+TRAINING += ("callbacks.progress=null", "callbacks.table=null")
 
 
 class Start(Callback):

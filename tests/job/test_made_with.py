@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.bad_input import BASE, composed, frames
+from support.commands import NO_FIGURES
 from torch.distributed.fsdp import FSDPModule
 
 import harness
@@ -31,7 +32,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(file: Path, folder: Path, *more: str) -> list[str]:
-    return [*BASE, f"data.train={file}", "callbacks.parity=null", f"output_dir={folder}", *more]
+    return [*BASE, f"data.train={file}", *NO_FIGURES, f"output_dir={folder}", *more]
 
 
 @pytest.fixture(scope="module")

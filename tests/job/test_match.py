@@ -11,6 +11,7 @@ import ase.io
 import pytest
 import torch
 from support.bad_input import BASE, composed, frames, relabelled
+from support.commands import NO_FIGURES
 from torch import Tensor, nn
 
 from harness.checkpoints import read
@@ -19,7 +20,7 @@ from harness.job.made_with import MADE_WITH, RecordedStatistics, energy_level
 from harness.job.match import Start, compare, rule_of
 from harness.models import schnet_force_field
 
-QUIET = ("dry_step=false", "callbacks.parity=null", "callbacks.table=null", "trainer.enable_progress_bar=false")
+QUIET = ("dry_step=false", *NO_FIGURES, "callbacks.table=null", "trainer.enable_progress_bar=false")
 
 
 class Folder:

@@ -18,7 +18,6 @@ from support.commands import ROOT, TINY, read_csv, wait_for
 ARGUMENTS = (
     *TINY,
     "logger=csv",
-    "callbacks.parity=null",
     "trainer.enable_progress_bar=false",
     "trainer.timeout=60",
     "trainer.log_every_n_steps=1",

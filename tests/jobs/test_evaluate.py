@@ -25,7 +25,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from support import oracle
-from support.commands import BIN, ROOT, SHARED, Finished, run, same, train
+from support.commands import BIN, NO_FIGURES, ROOT, SHARED, Finished, run, same, train
 from support.configs import composed
 from support.frames import chosen as chosen_frames
 
@@ -518,7 +518,7 @@ def test_silicon_by_config_type_on_two_ranks_is_what_its_training_found(tmp_path
         "data.num_train=40",
         "data.split={val: 8}",
     )
-    settings = (*of_stress, *SMALL[:4], *DOUBLE, "max_epochs=1", "logger=none", "output_dir=run")
+    settings = (*of_stress, *SMALL[:4], *DOUBLE, *NO_FIGURES, "max_epochs=1", "logger=none", "output_dir=run")
     done = train("data=file", *files, *settings, folder=tmp_path)
     assert done.code == 0, done.err[-4000:]
     done = evaluate("run/checkpoints/best.ckpt", f"{data}/test.xyz", "output_dir=out", folder=tmp_path, ranks=2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from support.commands import ROOT, Finished, read_csv, run, train
+from support.commands import NO_FIGURES, ROOT, Finished, read_csv, run, train
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -28,7 +28,7 @@ PARTS = (
     "+callbacks.weights={_target_: weights_of_ranks.WeightsOfRanks}",
     "trainer=cpu",
     "logger=csv",
-    "callbacks.parity=null",
+    *NO_FIGURES,
     "data.num_frames=24",
     "data.split={val:4,test:4}",
     "data.batch_size=4",

@@ -30,7 +30,6 @@ ARGUMENTS = (
     "+lr_scheduler.scheduler.threshold=1e9",
     "callbacks=[default,ema]",
     "callbacks.ema.decay=0.7",
-    "callbacks.parity=null",
     "+callbacks.noise._target_=support.failure_callbacks.Noise",
     "+callbacks.weights={_target_: support.failure_callbacks.WeightsAtEnd, path: '${output_dir}/weights.pt'}",
     "trainer.enable_progress_bar=false",
@@ -134,21 +133,39 @@ def test_sigterm_saves_within_the_step_and_the_same_command_goes_on(
     assert_same_run(folder, undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_restart_on_another_number_of_ranks(ranks: int, undisturbed: Path, tmp_path: Path) -> None:
-    fault = signal_at(5, "SIGTERM", tmp_path)
-    without_noise = "callbacks.noise=null"
-    whole = under_torchrun(without_noise, folder=tmp_path / "whole")
-    stopped = under_torchrun(fault, without_noise, folder=tmp_path / "stopped")
-    assert whole.code == 0, whole.err[-4000:]
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """Two ranks that left in their second epoch, without noise: the folder, a copy of it, and the overrides."""
+    folder = tmp_path_factory.mktemp("left")
+    overrides = [signal_at(5, "SIGTERM", folder), "callbacks.noise=null"]
+    stopped = under_torchrun(*overrides, folder=folder / "stopped")
     assert stopped.code != 0
     assert "exitcode  : 75" in stopped.err
-    again = under_torchrun(fault, without_noise, folder=tmp_path / "stopped", ranks=ranks)
+    shutil.copytree(folder, folder.parent / "copy of left")
+    return folder, folder.parent / "copy of left", overrides
+
+
+@pytest.fixture(scope="module")
+def without_noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output directory of that training where nobody leaves."""
+    whole = under_torchrun("callbacks.noise=null", folder=tmp_path_factory.mktemp("whole"))
+    assert whole.code == 0, whole.err[-4000:]
+    return whole.runs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_restart_on_another_number_of_ranks(
+    ranks: int, left: tuple[Path, Path, list[str]], without_noise: Path
+) -> None:
+    place, copy, overrides = left
+    shutil.rmtree(place)
+    shutil.copytree(copy, place)  # as the ranks have left it, under its own paths
+    again = under_torchrun(*overrides, folder=place / "stopped", ranks=ranks)
     assert again.code == 0, again.err[-4000:]
     (folder,) = again.runs
     assert "goes on from" in again.out
-    assert_same_run(folder, whole.runs[0], 1e-9)
+    assert_same_run(folder, without_noise, 1e-9)
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from support.commands import read_csv, same, train
+from support.commands import NO_FIGURES, read_csv, same, train
 
 import harness
 
 DATA = ("experiment=alloy", "data.num_frames=24", "data.split={val:4,test:4}", "data.batch_size=4", "precision=float64")
-QUIET = ("logger=csv", "train_metrics=null", "callbacks.parity=null", "max_epochs=2")
+QUIET = ("logger=csv", "train_metrics=null", *NO_FIGURES, "max_epochs=2")
 
 
 @pytest.mark.slow

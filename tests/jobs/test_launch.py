@@ -30,7 +30,6 @@ SCRIPTS = sorted(path for pattern in ("*.sh", "*.sbatch", "env/*.sh") for path i
 ARGUMENTS = (
     *TINY,
     "logger=csv",
-    "callbacks.parity=null",
     "trainer.enable_progress_bar=false",
     "trainer.timeout=60",
     "trainer.log_every_n_steps=1",

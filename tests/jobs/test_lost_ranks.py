@@ -17,7 +17,7 @@ from harness.distributed import is_lost_connection, keep_alive, named
 
 REASON = why_not()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-ARGUMENTS = (*TINY, "logger=csv", "callbacks.progress=null", "callbacks.parity=null", "test=false")
+ARGUMENTS = (*TINY, "logger=csv", "callbacks.progress=null", "test=false")
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 LIMIT = 12  # seconds of trainer.timeout; enough for ranks to meet on a busy machine
 

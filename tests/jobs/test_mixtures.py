@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import read_csv, same, train
+from support.commands import NO_FIGURES, read_csv, same, train
 from support.mixtures import write_sets
 
 from harness.data_command import main as data_command
@@ -18,7 +18,7 @@ COMMON = (
     *("data.batch_size=null", "data.max_atoms=24", "cutoff=3.5", "precision=float64"),
     *(f"model.{size}=6" for size in ("hidden_channels", "num_filters", "num_gaussians")),
     *("model.num_interactions=1", "trainer=cpu", "max_epochs=3", "test=false", "logger=csv"),
-    *("trainer.log_every_n_steps=1", "callbacks.parity=null", "callbacks.last.every_n_steps=4", "resume=auto"),
+    *("trainer.log_every_n_steps=1", *NO_FIGURES, "callbacks.last.every_n_steps=4", "resume=auto"),
 )
 
 

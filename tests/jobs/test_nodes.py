@@ -17,7 +17,7 @@ from harness.job.consistency import difference, facts
 REASON = why_not()
 needs_hosts = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SIZES = tuple(each for each in TINY if not each.startswith("data.num_frames"))  # of data=file
-QUIET = ("callbacks.progress=null", "callbacks.parity=null", "trainer.timeout=60")
+QUIET = ("callbacks.progress=null", "trainer.timeout=60")
 
 
 def on_two_hosts(overrides: list[list[str]], folder: Path, timeout: float = 240, **environment: str) -> list[Finished]:

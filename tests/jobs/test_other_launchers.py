@@ -21,7 +21,6 @@ from support.commands import ROOT, TINY, Finished, kill_tree, read_csv, run, tra
 ARGUMENTS = (
     *TINY,
     "logger=csv",
-    "callbacks.parity=null",
     "trainer.enable_progress_bar=false",
     "trainer.timeout=60",
     "trainer.log_every_n_steps=1",

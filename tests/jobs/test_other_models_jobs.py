@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.commands import read_csv, train
+from support.commands import NO_FIGURES, read_csv, train
 from support.other_models import INSTALLED
 
 SMALL = {
@@ -15,6 +15,7 @@ SMALL = {
     "sevennet": ["channels=4", "num_convolution_layer=2", "weight_nn_hidden_neurons=[8]"],
 }
 DATA = ["data.num_frames=24", "data.split={val:4,test:4}", "data.batch_size=4", "max_epochs=2", "logger=csv"]
+DATA += NO_FIGURES
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import ROOT, SHARED, TINY, read_csv, read_wandb, run, same, train
+from support.commands import ROOT, SHARED, SIZES, TINY, read_csv, read_wandb, run, same, train
 
 STRESS = ("loss=energy_force_stress", "metrics=energy_force_stress")
 DOUBLE = ("data.dtype=float64", "trainer.precision=64-true")
@@ -20,7 +20,7 @@ DOUBLE = ("data.dtype=float64", "trainer.precision=64-true")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output directory of a training on two ranks that logs to W&B and CSV."""
     done = train(
-        *TINY,
+        *SIZES,
         *STRESS,
         *DOUBLE,
         "logger=[wandb,csv]",
@@ -39,7 +39,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same training on one rank."""
     done = train(
-        *TINY,
+        *SIZES,
         *STRESS,
         *DOUBLE,
         "logger=csv",
@@ -146,7 +146,7 @@ def test_the_loss_falls(one_rank: Path) -> None:
 
 def test_a_run_continues_from_its_last_epoch_and_remembers_the_best(tmp_path: Path) -> None:
     """The second epoch is made worse than the first by a huge learning rate: best and last are not the same."""
-    arguments = [*TINY, "logger=csv", "lr_scheduler=none", "optimizer.lr=0.5"]
+    arguments = [*SIZES, "logger=csv", "lr_scheduler=none", "optimizer.lr=0.5"]
     arguments += ["callbacks.parity=null", "callbacks.table=null"]  # the table of the test is the only one then
     first = train(*arguments, "hydra.run.dir=first", folder=tmp_path)
     assert first.code == 0, first.err[-4000:]
@@ -177,7 +177,7 @@ def test_a_run_continues_from_its_last_epoch_and_remembers_the_best(tmp_path: Pa
 
 
 def test_averaged_weights_are_those_that_are_tested(tmp_path: Path) -> None:
-    arguments = [*TINY, "logger=none", "callbacks.parity=null", "callbacks.table=null"]
+    arguments = [*TINY, "logger=none", "callbacks.table=null"]
     averaged = ["callbacks=[default,ema]", "callbacks.ema.decay=0.5", "optimizer.lr=0.05", "hydra.run.dir=ema"]
     done = train(*arguments, *averaged, folder=tmp_path)
     assert done.code == 0, done.err[-4000:]
@@ -268,7 +268,6 @@ def test_users_files(name: str, overrides: list[str], components: list[str], tmp
         "data.eval_batch_size=64",
         "max_epochs=1",
         "logger=csv",
-        "callbacks.parity=null",
         *overrides,
         folder=tmp_path,
         ranks=2,

@@ -29,7 +29,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from support.commands import BIN, TINY, Finished, train
+from support.commands import BIN, SIZES, Finished, train
 from support.disturbances import fill, service_of
 from support.disturbances import log_steps as log_steps_of_all
 from wandb.sdk.lib import telemetry
@@ -40,7 +40,7 @@ from harness.loggers.media import Media
 from harness.loggers.wandb_service import mend
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
-SMALL = (*TINY, "max_epochs=3", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false")
+SMALL = (*SIZES, "max_epochs=3", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false")
 TESTS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])}
 
 
@@ -682,7 +682,7 @@ def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
 def test_no_secret_reaches_a_file(tmp_path: Path) -> None:
     token = "a-token-of-the-environment"
     done = train(
-        *TINY,
+        *SIZES,
         "max_epochs=1",
         "logger=[wandb,csv]",
         "+note=${oc.env:MY_SECRET_TOKEN}",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from support.commands import ROOT, read_csv, train
+from support.commands import NO_FIGURES, ROOT, read_csv, train
 
 from harness.data import DataStatistics, Frame, collate, frame_to_sample
 
@@ -63,7 +63,7 @@ def test_a_cell_below_the_cutoff_is_its_repetition(built: torch.nn.Module) -> No
 
 def test_it_learns(tmp_path: Path) -> None:
     conf, small = ROOT / "examples" / "own_config", ["data.num_frames=40", "data.split={val:8,test:8}"]
-    settings = ["max_epochs=4", "optimizer.lr=0.01", "logger=csv", "callbacks.parity=null", "data.batch_size=4"]
+    settings = ["max_epochs=4", "optimizer.lr=0.01", "logger=csv", "data.batch_size=4", *NO_FIGURES]
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'examples'}"}
     arguments = [f"--config-dir={conf}", "experiment=alloy", "model=tensornet", *small, *settings]
     done = train(*arguments, folder=tmp_path, ranks=2, **path)

@@ -761,7 +761,7 @@ NESTED = (
 def test_a_job_goes_on_in_its_ramp_after_a_kill_on_another_number_of_ranks(tmp_path: Path) -> None:
     """By the same command with resume=auto."""
     command = (*TINY, *NESTED, "max_epochs=3", "data.dtype=float64", "trainer.precision=64-true",
-               "trainer.log_every_n_steps=1", f"callbacks.last.every_n_steps={EVERY}", "callbacks.parity=null",
+               "trainer.log_every_n_steps=1", f"callbacks.last.every_n_steps={EVERY}",
                "trainer.enable_progress_bar=false", "logger=csv", "resume=auto", "test=false")  # fmt: skip
     tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     whole = train(*command, folder=tmp_path / "whole", **tests)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from strategies.test_strategies import PARAMETERS, VALUES, Seen, launch, same_training, write_frames
 from support.other_models import INSTALLED
@@ -39,9 +37,10 @@ MOVED = 4e-3  # of a parameter in the 4 to 8 steps
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Seen]]:
     model, folder = request.param, tmp_path_factory.mktemp(request.param)
     frames = write_frames(folder / "frames.xyz")
-    alone = [f"{case},model={model},name={name}" for name, case in ALONE.items()]
     two = [f"{case},model={model},name={name}" for name, (case, _) in TWO.items()]
-    return launch(folder, 1, frames, *alone) | launch(folder, 2, frames, *two) | {"folder": [{"path": str(folder)}]}
+    alone = [f"{case},model={model},name={name}" for name, case in ALONE.items()]
+    alone.append(f"single,adam,64-true,from={folder}/ddp-0.ckpt,model={model},name=continued")
+    return launch(folder, 2, frames, *two) | launch(folder, 1, frames, *alone)
 
 
 @pytest.mark.parametrize("name", list(TWO))
@@ -52,10 +51,6 @@ def test_two_ranks_train_other_models_as_one_process(trained: dict[str, list[See
 
 
 def test_a_checkpoint_of_another_model_goes_on(trained: dict[str, list[Seen]]) -> None:
-    folder = Path(trained["folder"][0]["path"])
-    model = folder.name.rstrip("0123456789")
-    saved = folder / "ddp-0.ckpt"
-    case = f"single,adam,64-true,from={saved},model={model},name=continued"
-    (found,) = launch(folder, 1, folder / "frames.xyz", case)["continued"]
+    (found,) = trained["continued"]
     assert 0 < len(found["steps"]) < len(trained["exact"][0]["steps"])
     same_training(trained["exact"][0], [found], 1e-8, 1e-8, moved=MOVED)

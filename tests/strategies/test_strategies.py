@@ -248,21 +248,17 @@ def test_a_checkpoint_is_continued_by_every_strategy_on_any_number_of_ranks(
     cases = [f"{name},adam,32-true,from={path(name)},name={name}-by-itself" for name in SPLIT]
     cases += [f"{name},adam,32-true,from={path('ddp')},name={name}-from-ddp" for name in SPLIT]
     cases += [f"ddp,adam,32-true,from={path(name)},name=ddp-from-{name}" for name in ("fsdp", "zero1")]
+    grouped = functools.partial("{}/{}-{}-0.ckpt".format, folder_of_two)
+    kind = GROUPS.replace(",", "-")
+    cases += [f"{name},{GROUPS},from={grouped(name, kind)},name={name}-groups" for name in SPLIT]
+    cases += [f"zero2,{GROUPS},from={grouped('fsdp', kind)},name=zero2-groups-from-fsdp"]
     for name, ranks in launch(tmp_path, 2, frames, *cases).items():
         assert len(ranks[0]["steps"]) == 4, name
-        same_training(alone["single,adam"][0], ranks)
+        same_training(alone[f"single,{GROUPS}" if "-groups" in name else "single,adam"][0], ranks)
         if name.endswith("by-itself"):  # to the last bit
             strategy = name.partition("-")[0]
             assert deviation(two[f"{strategy},adam"][0], ranks[0]) == (0, 0)
 
-    path = functools.partial("{}/{}-{}-0.ckpt".format, folder_of_two)
-    kind = GROUPS.replace(",", "-")
-    cases = [f"{name},{GROUPS},from={path(name, kind)},name={name}-groups" for name in SPLIT]
-    cases += [f"zero2,{GROUPS},from={path('fsdp', kind)},name=zero2-groups-from-fsdp"]
-    for ranks in launch(tmp_path, 2, frames, *cases).values():
-        same_training(alone[f"single,{GROUPS}"][0], ranks)
-
-    path = functools.partial("{}/{}-adam-0.ckpt".format, folder_of_two)
     cases = [f"single,adam,32-true,from={path(name)},name=single-from-{name}" for name in ("fsdp", "zero2", "zero3")]
     cases += [f"{name},adam,32-true,from={path('zero1')},name={name}-from-zero1" for name in ("zero2", "zero3")]
     for ranks in launch(tmp_path, 1, frames, *cases).values():
@@ -272,12 +268,10 @@ def test_a_checkpoint_is_continued_by_every_strategy_on_any_number_of_ranks(
 @pytest.mark.slow
 def test_every_strategy_goes_on_with_other_settings(frames: Path, tmp_path: Path) -> None:
     """Adam's moments under AdamW, with another rate and decay: each strategy as one process, and SGD anew."""
-    launch(tmp_path, 1, frames, "single,adam")
     start = f"32-true,from={tmp_path}/single-adam-0.ckpt"
-    expected = {
-        name: launch(tmp_path, 1, frames, f"single,{name},{start},name=single-{name}")[f"single-{name}"][0]
-        for name in ("adamw", "sgd")
-    }
+    kinds = ("adamw", "sgd")
+    alone = launch(tmp_path, 1, frames, "single,adam", *(f"single,{kind},{start},name=single-{kind}" for kind in kinds))
+    expected = {kind: alone[f"single-{kind}"][0] for kind in kinds}
     assert deviation(expected["adamw"], expected["sgd"])[1] > 1e-3
     strategies = ("ddp", "fsdp", "zero2", "zero3")
     cases = [f"{name},{kind},{start},name={name}-{kind}" for name in strategies for kind in expected]
@@ -300,7 +294,6 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
     done = train(
         *TINY,
         "logger=csv",
-        "callbacks.parity=null",
         "strategy=single",
         folder=tmp_path_factory.mktemp("one"),
         timeout=400,
@@ -323,7 +316,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
 def test_the_best_checkpoint_is_tested(
     strategy: list[str], one_process: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    arguments = [*TINY, "logger=csv", "callbacks.parity=null", *strategy]
+    arguments = [*TINY, "logger=csv", *strategy]
     done = train(*arguments, folder=tmp_path, ranks=2, timeout=400, **SEARCH)
     rows = results(done)
     assert len(rows) == len(one_process)

@@ -74,6 +74,11 @@ def case(*overrides: str, words: Sequence[str], **options: Any) -> Case:
 
 def frames(number: int = 16, symbols: str = "Cu3Ag") -> list[Atoms]:
     """Frames of a small alloy with its EMT labels, close to each other."""
+    return copy.deepcopy(_frames(number, symbols))
+
+
+@functools.cache
+def _frames(number: int, symbols: str) -> list[Atoms]:
     made = []
     for index in range(number):
         atoms = bulk("Cu", "fcc", a=3.8, cubic=True)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 BIN = Path(sys.executable).parent
 
-# a training of seconds
-TINY = (
+# of data, model and training, for one of seconds
+SIZES = (
     "data.num_frames=24",
     "data.split={val:4,test:4}",
     "data.batch_size=4",
@@ -33,6 +33,9 @@ TINY = (
     "max_epochs=2",
     "trainer.log_every_n_steps=2",
 )
+# the default callbacks that draw as a training ends, which takes longer than all of its steps
+NO_FIGURES = ("callbacks.parity=null", "callbacks.per_type=null", "callbacks.coefficients=null")
+TINY = (*SIZES, *NO_FIGURES)
 
 
 @dataclass(frozen=True)

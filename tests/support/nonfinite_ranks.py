@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import support.deferred_imports  # noqa: F401 - the first
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from support.failure_callbacks import Spoil

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import support.deferred_imports  # noqa: F401 - the first
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from lightning.pytorch import Callback, Trainer, seed_everything

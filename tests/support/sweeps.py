@@ -14,8 +14,6 @@ from support.commands import BIN, TINY
 POINT = (
     *(each for each in TINY if not each.startswith("max_epochs")),
     "max_epochs=1",
-    "callbacks.parity=null",
-    "callbacks.coefficients=null",
     "callbacks.learning_rate=null",
     "trainer.enable_progress_bar=false",
     "trainer.accelerator=cpu",

@@ -9,6 +9,7 @@ import ase.io
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support.bad_input import BASE, composed, frames
+from support.commands import NO_FIGURES
 from torch import Tensor
 
 from harness.job import execute, prepare
@@ -50,7 +51,7 @@ def trained(folder: Path, *overrides: str, model: str = "schnet") -> tuple[Path,
     file = folder / "frames.xyz"
     ase.io.write(file, frames(), format="extxyz")
     options = [f"model={model}", *(f"model.{option}" for option in SMALL[model])]
-    run = [f"data.train={file}", "callbacks.parity=null", f"output_dir={folder}", "test=false", "max_epochs=2"]
+    run = [f"data.train={file}", *NO_FIGURES, f"output_dir={folder}", "test=false", "max_epochs=2"]
     job = prepare(composed([*_OF_SCHNET, *run, *options, *overrides]))
     kept = KeepValidation()
     job.trainer.callbacks.append(kept)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ase import Atoms
 from support.bad_input import composed
+from support.commands import NO_FIGURES
 from support.mixtures import write_sets
 from support.other_models import INSTALLED
 from support.trained import SMALL
@@ -36,7 +37,7 @@ def trained(folder: Path, *overrides: str, model: str = "schnet") -> tuple[Path,
     options = [f"model={model}", *(f"model.{option}" for option in SMALL[model]), *overrides]
     common = ["cutoff=3.5", "max_epochs=1", "logger=none", "trainer.accelerator=cpu", "precision=float64", "test=false"]
     data = ["data=mixture", f"data.sets={json.dumps(sets)}".replace('"', ""), "data.batch_size=12"]
-    config = composed([*data, *common, *options, "callbacks.parity=null", f"output_dir={folder / 'run'}"])
+    config = composed([*data, *common, *options, *NO_FIGURES, f"output_dir={folder / 'run'}"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         execute(prepare(config))
