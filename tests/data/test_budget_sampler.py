@@ -29,8 +29,8 @@ from harness.data import (
     TrainingBatchSampler,
     embedded_alloy_file,
     samplers,
+    set_loaders,
 )
-from harness.data import datamodule as datamodule_file
 from harness.data.balance import balanced_parts, balanced_shares, deal
 from harness.data.dealing import ascending_order, deal_in_rounds
 
@@ -468,7 +468,7 @@ def test_the_module_makes_batches_by_a_budget(mixed_file, unit, cache):
 
 def test_the_module_balances_batches_of_a_fixed_number(mixed_file, monkeypatch):
     def frames(rank: int, num_ranks: int, **options) -> list[list[int]]:
-        monkeypatch.setattr(datamodule_file, "data_parallel_ranks", lambda trainer: (rank, num_ranks))
+        monkeypatch.setattr(set_loaders, "data_parallel_ranks", lambda trainer: (rank, num_ranks))
         module = AtomsDataModule(mixed_file, cutoff=3.0, batch_size=8, **options)
         return [batch["frame_index"].tolist() for batch in module.train_dataloader()]
 
@@ -500,7 +500,7 @@ def test_errors_of_the_module(mixed_file, monkeypatch):
         ValueError, match=r"1 of 21 samples.*31 atoms.*the largest, .*mixed.xyz, frame 20, has 32 atoms"
     ):
         module(max_atoms=31).train_dataloader()
-    monkeypatch.setattr(datamodule_file, "data_parallel_ranks", lambda trainer: (0, 8))
+    monkeypatch.setattr(set_loaders, "data_parallel_ranks", lambda trainer: (0, 8))
     with pytest.raises(ValueError, match=r"there are 8 ranks.*mixed.xyz, frame 20, has 32 atoms; .*256 atoms"):
         module(max_atoms=40).train_dataloader()
 

@@ -25,9 +25,9 @@ from harness.data import (
     embedded_alloy_file,
     empty_batch,
     frame_to_sample,
+    set_loaders,
     training_statistics,
 )
-from harness.data import datamodule as datamodule_file
 from harness.data.embedded import alloy_frame
 from harness.data.splitting import split_indices
 from harness.models import ForceField
@@ -324,7 +324,7 @@ def test_a_file_for_a_set_overrides_its_split(water_file, ethanol_file):
 
 
 def test_more_ranks_than_frames_in_a_batch(water_file, monkeypatch):
-    monkeypatch.setattr(datamodule_file, "data_parallel_ranks", lambda trainer: (0, 8))
+    monkeypatch.setattr(set_loaders, "data_parallel_ranks", lambda trainer: (0, 8))
     module = AtomsDataModule(water_file, cutoff=4.0, batch_size=6)
     with pytest.raises(ValueError, match="batches of 5 samples for 8 ranks"):
         module.train_dataloader()
