@@ -20,11 +20,14 @@ from harness.data.store.building import BuildSettings, build_store
 from harness.data.store.format import VERSION
 from harness.data.store.sources import Source
 from harness.data.store.stored import StoredFrames, is_store
+from harness.distributed import launched_ranks
 
 __all__ = ["cached_store", "is_large", "num_bytes", "tell_of_rank"]
 
 _LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # where rank_zero_info tells, on rank 0 alone
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_LOOKS = 20.0  # a second, of all ranks together that wait for a store: they may share a file system
+_LONGEST_WAIT = 5.0  # seconds between two looks of a rank
 _UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
 
@@ -89,12 +92,11 @@ def cached_store(
         if local_rank > 0:
             time.sleep(1)  # the first rank of the node builds if it can
         lock = FileLock(f"{target}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if local_rank < 2:
-                tell(f"waiting for another process that builds the store of {path} in {target}")
-            lock.acquire()
+        if not _has_lock(lock) and local_rank < 2:
+            tell(f"waiting for another process that builds the store of {path} in {target}")
+        between = min(_LONGEST_WAIT, launched_ranks() / _LOOKS)
+        while not (is_store(target) or _has_lock(lock)):  # that process may end before it is done
+            time.sleep(between)
         try:
             if not is_store(target):
                 size = file.stat().st_size / 2**20
@@ -114,6 +116,16 @@ def cached_store(
             f"variable HARNESS_CACHE or data.cache_dir=..., or read the file as a whole: data.store_above=null"
         ) from error
     return StoredFrames(target)
+
+
+def _has_lock(lock: FileLock) -> bool:
+    """True if this process has a lock, or could take it at once."""
+    try:
+        if not lock.is_locked:
+            lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def _told(tell: Callable[[str], None]) -> Callable[[int, int, int], None]:
