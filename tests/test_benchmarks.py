@@ -16,6 +16,10 @@ SMALL = {
     "step.py": (["--types", "1", "2", "--rounds", "2", "--atoms", "8"], "minimum             1           0"),
     "balance.py": (["--ranks", "2", "--drawn", "100"], "heavy tail            2  edges  budget"),
     "logging.py": (["--types", "2", "--steps", "60", "--atoms", "8"], "| 2 | with everything |"),
+    "training.py": (
+        ["--frames", "1", "--ranks", "1", "--rounds", "2", "--where"],
+        "| [Callback]NonFiniteGuard.on_before_optimizer_step |",
+    ),
     "continuation.py": (["--output", "rates"], "| extended to 8 |  |  |  |  | 0.0025 |"),
     "store.py": (["formats", "--frames", "200", "--only", "records", "columns"], "told (ValueError)"),
     "data.py": (
