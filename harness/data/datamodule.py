@@ -49,7 +49,7 @@ from harness.data.store.building import found_of
 from harness.data.store.cache import cached_store, is_large, num_bytes, tell_of_rank
 from harness.data.weights import refuse_weightless
 from harness.models import reference_energies
-from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
+from harness.strategies import data_parallel_ranks, is_on_gpu, launched_data_parallel_ranks
 from harness.support.checks import whole_number
 
 __all__ = ["AtomsDataModule", "EmbeddedAlloyDataModule"]
@@ -93,7 +93,8 @@ class AtomsDataModule(LightningDataModule):
         type_names: chemical symbols in the order of the type indices; None for those of all sets by atomic number.
         dtype: of all floating-point fields but ``total_energy``, which is always float64.
         num_workers: processes of each data loader.
-        pin_memory: whether batches are made in page-locked memory.
+        pin_memory: whether batches are made in page-locked memory, from which a GPU copies them without the host
+            waiting; None for those of a trainer on a GPU.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made.
         min_distance: frames with closer atoms are refused, in Å; None does not look.
         check_units: whether files in other units are refused, where that shows; see :mod:`harness.data.checks`.
@@ -135,7 +136,7 @@ class AtomsDataModule(LightningDataModule):
         type_names: Sequence[str] | None = None,
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
         cache_neighbors: bool = True,
         min_distance: float | None = 0.1,
         check_units: bool = True,
@@ -403,7 +404,7 @@ class AtomsDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
+            "pin_memory": is_on_gpu(self.trainer) if self.pin_memory is None else self.pin_memory,
             "persistent_workers": self.num_workers > 0,  # they hold the samples that they have made
             "collate_fn": partial(collate, dtype=self.dtype, fields=self.batch_fields),
         }

@@ -30,7 +30,7 @@ from harness.data.references import outside_text, undetermined_text
 from harness.data.samplers import TrainingBatchSampler
 from harness.models import reference_energies
 from harness.models.heads import heads_of
-from harness.strategies import data_parallel_ranks, launched_data_parallel_ranks
+from harness.strategies import data_parallel_ranks, is_on_gpu, launched_data_parallel_ranks
 from harness.support.checks import is_number, whole_number
 
 __all__ = ["MixtureDataModule"]
@@ -72,7 +72,8 @@ class MixtureDataModule(LightningDataModule):
         type_names: chemical symbols in the order of the type indices; None for those of all sets by atomic number.
         dtype: of all floating-point fields but ``total_energy``.
         num_workers: processes of each data loader.
-        pin_memory: whether batches are made in page-locked memory.
+        pin_memory: whether batches are made in page-locked memory, from which a GPU copies them without the host
+            waiting; None for those of a trainer on a GPU.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made; if None, those
             of files, and not those of stores.
         options: any argument of a set, for the sets that do not have it themselves.
@@ -102,7 +103,7 @@ class MixtureDataModule(LightningDataModule):
         type_names: Sequence[str] | None = None,
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
         cache_neighbors: bool | None = None,
         **options: Any,
     ) -> None:
@@ -291,7 +292,7 @@ class MixtureDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
+            "pin_memory": is_on_gpu(self.trainer) if self.pin_memory is None else self.pin_memory,
             "persistent_workers": self.num_workers > 0,
             "collate_fn": partial(_collate, dtype=self.dtype, further=self._further),
         }
