@@ -189,7 +189,7 @@ MISTAKES = [
     (["+schedule.intervall=step"], ["Constant takes no argument 'intervall'. It takes coeffs."]),
     (["schedule=linear", "~schedule.end"], ["Linear is not given end. It takes start, end, start_epoch"]),
     (["schedule=linear", "schedule.intervall=step"], ["Did you mean schedule.interval?"]),
-    (["schedule=linear", "schedule.interval=batch"], ["`interval` is epoch or step, found 'batch'"]),
+    (["schedule=linear", "schedule.interval=batch"], ["schedule.interval is epoch or step, found 'batch'"]),
     (
         ["schedule=nested", "+schedule.schedules.0.by.interval=step"],
         ["Linear has no `interval`", "`interval: step` in the outermost schedule of a config"],
@@ -250,7 +250,7 @@ MISTAKES = [
     (["--every", "0"], ["--every", "at least 1"]),
     (["--evry", "3"], ["unrecognized arguments: --evry"]),
     (["--output", "somewhere.doc"], ["doc", "png"]),
-    (["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"], ["lr_scheduler.scheduler.T_max is a whole number", "'x'"]),
+    (["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"], ["lr_scheduler.scheduler.T_max is a number, at least 1", "'x'"]),
 ]
 
 

@@ -123,7 +123,7 @@ def test_wide_tables_are_cut_and_many_groups_left_out() -> None:
     assert found.tables("title", 80, max_groups=0) == []
 
 
-def test_a_group_of_weight_zero_has_frames_and_no_errors() -> None:
+def test_a_group_of_weight_zero_shows_the_errors_of_its_frames() -> None:
     entry = {"name": "mae", "field": "forces", "metric": harness.MeanAbsoluteError()}
     manager = harness.MetricsManager([entry], group_names=["hot", "vacancy", "absent"])
     manager.keep_by_group()
@@ -133,13 +133,14 @@ def test_a_group_of_weight_zero_has_frames_and_no_errors() -> None:
         "group_index": torch.tensor([0, 0, 1]),
         "weight": torch.tensor([3.0, 3.0, 0.0], dtype=torch.float64),
     }
-    manager({"forces": torch.ones(4, 3)}, target)
+    forces = torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2)
+    manager({"forces": forces}, target)
     found = _Groups.of(manager, harness.compute_together([manager])[0].to_report())
     assert found.columns == ["group", "frames", "mae"]
-    assert str(found.rows) == str([["hot", 2, 1.0], ["vacancy", 1, float("nan")]])
+    assert str(found.rows) == str([["hot", 2, 1.0], ["vacancy", 1, 2.0]])
     rows = [re.findall(r"[\w-]+", line) for line in lines_of(found.tables("title", 80, max_groups=6)).splitlines()]
     assert ["frames", "2", "1"] in rows
-    assert ["mae", "1", "-", "eV"] in [row[:4] for row in rows]
+    assert ["mae", "1", "2", "eV"] in [row[:4] for row in rows]
 
 
 def test_values_of_sets_are_below_those_of_their_component() -> None:
