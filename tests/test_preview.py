@@ -250,7 +250,10 @@ MISTAKES = [
     (["--every", "0"], ["--every", "at least 1"]),
     (["--evry", "3"], ["unrecognized arguments: --evry"]),
     (["--output", "somewhere.doc"], ["doc", "png"]),
-    (["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"], ["lr_scheduler.scheduler.T_max is a number, at least 1", "'x'"]),
+    (
+        ["lr_scheduler.scheduler.T_max=x", "schedule=deepmd"],
+        ["lr_scheduler.scheduler.T_max is a number, at least 1", "'x'"],
+    ),
 ]
 
 
