@@ -26,7 +26,7 @@ from harness.metrics.manager import MetricsManager, compute_together, merge_accu
 from harness.metrics.measure import BatchReader, Reading, modifier_key
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
 from harness.metrics.structures import EnergyForcesWithinThreshold, MeanOverStructures
-from harness.metrics.values import Evaluated, Report, Values
+from harness.metrics.values import Evaluated, NamedValues, Report, Values
 from harness.metrics.vectors import FractionWithin, MeanCosineSimilarity, MeanVectorError
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "MergedAdapter",
     "MetricEntry",
     "MetricsManager",
+    "NamedValues",
     "Normalisation",
     "Reading",
     "RelativeMeanAbsoluteError",

@@ -26,7 +26,7 @@ from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
 from harness.metrics.row import Row, merge_rows_over_ranks
 from harness.metrics.splits import DataNames
-from harness.metrics.values import Values
+from harness.metrics.values import NamedValues, Values
 from harness.schedules import Interval, Schedule, check_interval
 
 __all__ = ["MetricsManager", "compute_together", "merge_accumulated", "step_together"]
@@ -170,7 +170,7 @@ class MetricsManager(WeightedComponents):
 
     # --- a step ---
 
-    def forward(self, preds: Batch, target: Batch, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
+    def forward(self, preds: Batch, target: Batch, prefix: str = "", suffix: str = "") -> NamedValues:
         """Compute and accumulate a batch.
 
         Values are those of all ranks where gradients flow, or if ``sync_on_step``; otherwise those of this rank's
@@ -185,14 +185,14 @@ class MetricsManager(WeightedComponents):
 
         Returns:
             Every component, every per-type value as ``{name}_{type}``, and ``weighted_sum`` if any component has a
-            coefficient: float64 scalars.
+            coefficient: float64 scalars by name, a dictionary that makes them when they are asked for.
 
         Raises:
             KeyError: a field is missing.
             ValueError: prediction and target differ in shape, or an atom type is out of range.
         """
         (values,) = step_together(self, preds=preds, target=target)
-        return values.as_dict(prefix, suffix)
+        return values.by_name(prefix, suffix)
 
     def measure(self, preds: Batch, target: Batch) -> Row:
         """Local row of a batch; differentiable, nothing is kept or sent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.metrics.components import WEIGHTED_SUM
 
-__all__ = ["Evaluated", "Report", "Values"]
+__all__ = ["Evaluated", "NamedValues", "Report", "Values"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Values:
             values[f"{prefix}{WEIGHTED_SUM}{suffix}"] = self.weighted_sum
         return values
 
+    def by_name(self, prefix: str = "", suffix: str = "") -> NamedValues:
+        """The dictionary of :meth:`as_dict`, whose entries are made when they are asked for."""
+        return NamedValues(self, prefix, suffix)
+
     def to_host(self, prefix: str = "", suffix: str = "") -> dict[str, float]:
         """Values by name as Python numbers: one copy, which the host waits for."""
         return {f"{prefix}{name}{suffix}": value for name, value in self.to_report().values.items()}
@@ -103,6 +107,49 @@ class Values:
             {name: [reported[position] for position in cells] for name, cells in self.by_group.items()},
             [int(number) for number in frames],
         )
+
+
+class NamedValues(MutableMapping[str, Tensor]):
+    """Dictionary of the values of a step, as scalar tensors on the device, which are made when they are asked for.
+
+    A training needs ``weighted_sum`` alone, of what may be hundreds of values; any other key makes all of them.
+
+    Args:
+        values: of the step.
+        prefix: put before every name.
+        suffix: put behind every name.
+    """
+
+    def __init__(self, values: Values, prefix: str = "", suffix: str = "") -> None:
+        self._values, self._prefix, self._suffix = values, prefix, suffix
+        self._weighted_sum = f"{prefix}{WEIGHTED_SUM}{suffix}"
+        self._made: dict[str, Tensor] | None = None
+
+    @property
+    def _entries(self) -> dict[str, Tensor]:
+        if self._made is None:
+            self._made = self._values.as_dict(self._prefix, self._suffix)
+        return self._made
+
+    def __getitem__(self, key: str) -> Tensor:
+        if self._made is None and key == self._weighted_sum and self._values.weighted_sum is not None:
+            return self._values.weighted_sum
+        return self._entries[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return repr(self._entries)
 
 
 def _contribution(coeff: float, value: float) -> float:

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from support import oracle
 from support.oracle import Component
+from support.step_cost import Operators
 
 import harness
 
@@ -524,3 +525,28 @@ def test_repr_lists_components_and_coefficients():
     text = repr(oracle.manager(PARTS, TYPES))
     assert "coeff=0.25" in text
     assert "forces_rmse_by_type" in text
+
+
+def test_the_dictionary_of_a_step_makes_its_entries_when_they_are_asked_for():
+    """A training asks for the weighted sum alone; NequIP's module adds to the dictionary, and logs it whole."""
+    manager = oracle.manager(PARTS, TYPES)
+    features, target = oracle.draw(0, [2, 3])
+    preds = oracle.predict(features, oracle.parameters())
+    (values,) = harness.step_together(manager, preds=preds, target=target)
+    with Operators() as operators:
+        named = manager(preds, target, prefix="a/", suffix="_b")
+        before = operators.names.total()
+        named["a/weighted_sum_b"].detach()
+    assert operators.names.total() == before + 1
+    expected = values.as_dict("a/", "_b")
+    assert list(named) == list(expected)
+    assert len(named) == len(expected)
+    assert {name: value.item() for name, value in named.items()} == {k: v.item() for k, v in expected.items()}
+    assert "weighted_sum" not in named
+    assert "a/stress_mae_b" in named
+    with pytest.raises(KeyError, match="stress_mae"):
+        named["stress_mae"]
+    assert repr(named) == repr(dict(named))
+    named.update({"more": values.weighted_sum})
+    del named["a/weighted_sum_b"]
+    assert list(named) == [*list(expected)[:-1], "more"]
