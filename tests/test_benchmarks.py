@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "step.py": (["--types", "1", "2", "--rounds", "2", "--atoms", "8"], "minimum             1           0"),
+    "lateness.py": (["--late", "0.02", "--steps", "4"], "merged "),
     "balance.py": (["--ranks", "2", "--drawn", "100"], "heavy tail            2  edges  budget"),
     "logging.py": (["--types", "2", "--steps", "60", "--atoms", "8"], "| 2 | with everything |"),
     "continuation.py": (["--output", "rates"], "| extended to 8 |  |  |  |  | 0.0025 |"),

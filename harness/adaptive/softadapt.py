@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from harness.adaptive.set_point import SetPoint
-from harness.metrics import MetricsManager
+from harness.metrics import MetricsManager, RunningStep
 from harness.module import ForceFieldModule, Step
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.support.checks import is_number, is_whole_number
@@ -86,6 +86,7 @@ class SoftAdapt(Callback):
         self._names: tuple[str, ...] = ()  # of the numbers in them
         self._num_epochs = 0  # whose values have been seen
         self._step_before = 0
+        self._shown: RunningStep | None = None  # of the step in progress
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a loss whose coefficients have another controller."""
@@ -105,21 +106,28 @@ class SoftAdapt(Callback):
     # --- values ---
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
-        """Keep the values of a step, without waiting for them."""
+        """Take note of a step, whose values are kept behind its backward pass."""
         if self.interval == "batch" and step.is_whole:
-            self._names = step.values.names
-            values, weighted_sum = step.values.reported.detach(), cast(Tensor, step.values.weighted_sum)
-            # a loss that is not finite is not trained on: the components that are tell nothing either
-            self._on_device.append(torch.where(weighted_sum.isfinite(), values, torch.nan))
+            self._shown = step.running
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the values of a step of a module that does not show its steps."""
+        """Keep the values of a step, without waiting for them; of a module that does not show its steps, wait."""
         loss = loss_of(pl_module)
         shown = isinstance(pl_module, ForceFieldModule)
+        self._keep_shown()
         if self.interval == "batch" and not shown and trainer.global_step != self._step_before:
             self._keep(trainer, loss, loss.metrics_values_step)
+
+    def _keep_shown(self) -> None:
+        if self._shown is None:
+            return
+        values, self._shown = self._shown.value().detach(), None
+        self._names = values.names
+        # a loss that is not finite is not trained on: the components that are tell nothing either
+        is_finite = cast(Tensor, values.weighted_sum).isfinite()
+        self._on_device.append(torch.where(is_finite, values.reported, torch.nan))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the values of an epoch; they take effect in the next one, since this one is still to be reported."""
@@ -140,6 +148,7 @@ class SoftAdapt(Callback):
 
     def _read(self) -> None:
         """Copy values to the host, which waits for them."""
+        self._keep_shown()
         if self._on_device:
             for row in torch.stack(self._on_device).tolist():
                 values = dict(zip(self._names, row, strict=True))
@@ -192,7 +201,7 @@ class SoftAdapt(Callback):
         self._set_point.restore(state_dict["set_point"])
         self._before = dict(state_dict["before"])
         self._new = [dict(values) for values in state_dict["new"]]
-        self._on_device = []
+        self._on_device, self._shown = [], None
         self._num_epochs = state_dict["num_epochs"]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.metrics import MetricsManager, Values
+from harness.metrics import MetricsManager, RunningStep
 from harness.module import ForceFieldModule, LogKeys, Step, is_nth_step_done, log_to_all, logged_step
 from harness.module.coefficient_control import loss_of, refuse_other_controllers
 from harness.schedules import PiecewiseConstant
@@ -201,11 +201,11 @@ class LossCoefficientMonitor(Callback):
         self.interval = interval
         self.frequency = frequency
         self._step = 0
-        self._used: Values | None = None
+        self._used: RunningStep | None = None
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
         """Keep the coefficients of the step; learnt ones change with the optimizer's step."""
-        self._used = step.values.detach()
+        self._used = step.running
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -227,7 +227,7 @@ class LossCoefficientMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         loss = loss_of(pl_module)
         if isinstance(loss, MetricsManager):
-            own = loss.effective_coeffs() if self._used is None else self._used.to_report().coeffs
+            own = loss.effective_coeffs() if self._used is None else self._used.value().to_report().coeffs
             coeffs: dict[str, float] = own | loss.type_weights
         else:
             coeffs = {name: entry.coeff for name, entry in loss.entries.items() if entry.coeff is not None}

@@ -30,7 +30,7 @@ from harness.callbacks.nonfinite_diagnosis import (
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.loggers import wandb_loggers
-from harness.metrics import Values
+from harness.metrics import RunningStep, Values
 from harness.module import ForceFieldModule, Step, define_axes, log_to_all, logged_step
 from harness.strategies import splits_parameters
 from harness.support.checks import whole_number
@@ -51,20 +51,26 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class _Seen:
-    """Batches and predictions of a step's micro-batches, and its values."""
+    """Batches and predictions of a step's micro-batches, and the last of these once it has come."""
 
     epoch: int
     step: int
     batch_idx: int
     batches: list[tuple[Batch, dict[str, Tensor]]] = field(default_factory=list)
-    values: Values | None = None
+    running: RunningStep | None = None
+
+    @property
+    def values(self) -> Values:
+        """Values of the step, over all ranks and micro-batches; waits for them."""
+        return cast(RunningStep, self.running).value().detach()
 
 
 class NonFiniteGuard(Callback):
     """Checks in every step that loss and gradient are finite; otherwise explains why, and stops or skips the step.
 
     The loss that is looked at is merged over the ranks, and the gradient averaged, the same bits on all of them, so
-    that all decide alike without a collective. On a CPU they are known before the optimizer steps. On a GPU they are
+    that all decide alike without a collective. It is looked at behind the backward pass, which waits for nothing. On a
+    CPU both are known before the optimizer steps. On a GPU they are
     read one step later, for which the host need not wait: the optimizer has stepped with them by then, but no
     checkpoint has been made of that. Only once something is wrong do ranks talk to each other.
 
@@ -179,21 +185,22 @@ class NonFiniteGuard(Callback):
     # --- in a step ---
 
     def on_train_values(self, trainer: Trainer, pl_module: LightningModule, step: Step) -> None:
-        """Keep batch, predictions and values of the step, and start to copy its loss to the host."""
+        """Keep batch and predictions of the step, and its values, which nobody waits for here."""
         if step.window.num_done == 1 or not self._seen:
             kept = self._seen[-1:] if self.loss.is_delayed or step.window.num_micro_batches > 1 else []
             self._seen = [*kept, _Seen(trainer.current_epoch, logged_step(trainer), step.batch_idx)]
         seen = self._seen[-1]
         seen.batches.append((step.batch, {name: value.detach() for name, value in step.predictions.items()}))
         if step.is_whole:  # then it is the loss of all micro-batches
-            seen.values = step.values.detach()
-            self.loss.send(cast(Tensor, seen.values.weighted_sum).reshape(1))
+            seen.running = step.running
             if not self.loss.is_delayed:
                 self._seen = [seen]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Stop or skip if the loss or its gradient is not finite."""
+        """Stop or skip if the loss, which all ranks have by now, or its gradient is not finite."""
         module = cast(ForceFieldModule, pl_module)
+        if self._seen[-1].running is not None:
+            self.loss.send(cast(Tensor, self._seen[-1].values.weighted_sum).reshape(1))
         number = finite_probe([each.grad for each in self._trained if each.grad is not None])
         if number is not None:
             self.gradient.send(number)
@@ -242,7 +249,7 @@ class NonFiniteGuard(Callback):
     @property
     def _last_whole(self) -> _Seen | None:
         """Last step with all its micro-batches; a validation can come between those of the next one."""
-        return next((seen for seen in reversed(self._seen) if seen.values is not None), None)
+        return next((seen for seen in reversed(self._seen) if seen.running is not None), None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the batches of the last steps."""
@@ -294,7 +301,7 @@ class NonFiniteGuard(Callback):
 
     def _explain(self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, trained: bool) -> str:
         """Explanation of the cause, the same text on all ranks; ranks with the cause write their batches."""
-        values = cast(Values, seen.values)
+        values = seen.values
         components = nonfinite_components(module.loss, values)
         findings = gather_objects(self._gather(trainer, module, seen, list(components), trained))
         at_fault = [rank for rank, each in enumerate(findings) if each.fields] or list(range(len(findings)))
@@ -320,7 +327,7 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, module: ForceFieldModule, seen: _Seen, components: list[str], trained: bool
     ) -> RankFindings:
         """Findings of this rank in its part of the step."""
-        loss = float(cast(Tensor, cast(Values, seen.values).weighted_sum))
+        loss = float(cast(Tensor, seen.values.weighted_sum))
         of_gradient = math.isfinite(loss) and not trained
         frames = getattr(getattr(getattr(trainer, "datamodule", None), "train_set", None), "frames", [])
 

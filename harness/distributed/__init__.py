@@ -8,6 +8,7 @@ from harness.support.lazy import names_of
 
 if TYPE_CHECKING:
     from harness.distributed.collectives import (
+        Merging,
         ProcessGroup,
         broadcast_from_first,
         data_parallel_size,
@@ -38,6 +39,7 @@ __all__ = [
     "START_LIMIT",
     "Board",
     "LaunchError",
+    "Merging",
     "ProcessGroup",
     "RankAbsentError",
     "agree",
@@ -72,6 +74,7 @@ __getattr__, __dir__ = names_of(
     __name__,
     {
         "harness.distributed.collectives": (
+            "Merging",
             "ProcessGroup",
             "broadcast_from_first",
             "data_parallel_size",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 __all__ = [
+    "Merging",
     "ProcessGroup",
     "broadcast_from_first",
     "data_parallel_size",
@@ -115,6 +116,50 @@ def merge_over_ranks(additive: Tensor, maxima: Tensor, group: ProcessGroup | Non
         # adds exactly zero (where() keeps an infinite maximum from becoming NaN) and carries the gradient
         largest = largest + share * (maxima - local).where(local.isfinite(), torch.zeros_like(local))
     return merged.to(origin), largest.to(origin)
+
+
+class Merging:
+    """A merge over the ranks that is under way while the host goes on: :func:`merge_over_ranks`, without a gradient.
+
+    The same collectives, begun at once: one SUM all-reduce, and one MAX all-reduce if there are maxima. All ranks begin
+    it at the same place; each of them waits when it likes, or not at all. With NCCL it is the device that waits, and
+    only for what is launched after :meth:`wait`.
+
+    Args:
+        additive: float64 ``[num_additive]``, on every rank of the same length.
+        maxima: float64 ``[num_maxima]``; ``-inf`` is neutral. May be empty.
+        group: the data-parallel group; the whole world if None.
+    """
+
+    def __init__(self, additive: Tensor, maxima: Tensor, group: ProcessGroup | None = None) -> None:
+        additive, maxima = additive.detach(), maxima.detach()
+        self._origin, self._num_additive = additive.device, additive.numel()
+        self._works: list[Any] = []
+        self._is_alone = data_parallel_size(group) == 1
+        if not self._is_alone:
+            device = _collective_device(self._origin, group)
+            additive, maxima = additive.to(device, copy=True), maxima.to(device)
+            if maxima.numel():
+                # a NaN survives a sum, but not every backend's maximum: the number of ranks that have one is summed
+                is_nan = maxima.isnan()
+                maxima = maxima.masked_fill(is_nan, -torch.inf)
+                additive = torch.cat((additive, is_nan.to(additive.dtype)))
+                self._works.append(dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group, async_op=True))
+            self._works.append(dist.all_reduce(additive, op=dist.ReduceOp.SUM, group=group, async_op=True))
+        self._additive, self._maxima = additive, maxima
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Merged ``additive`` and ``maxima``, the same bits on every rank."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+        if self._is_alone:
+            return self._additive, self._maxima
+        additive, with_nan = self._additive[: self._num_additive], self._additive[self._num_additive :]
+        maxima = self._maxima
+        if maxima.numel():
+            maxima = maxima.masked_fill(with_nan > 0, torch.nan)
+        return additive.to(self._origin), maxima.to(self._origin)
 
 
 def sum_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -22,9 +22,10 @@ from harness.metrics.errors import (
     total,
 )
 from harness.metrics.layout import Layout
-from harness.metrics.manager import MetricsManager, compute_together, merge_accumulated, step_together
+from harness.metrics.manager import MetricsManager, begin_step, compute_together, merge_accumulated, step_together
 from harness.metrics.measure import BatchReader, Reading, modifier_key
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
+from harness.metrics.running import RunningStep
 from harness.metrics.structures import EnergyForcesWithinThreshold, MeanOverStructures
 from harness.metrics.values import Evaluated, NamedValues, Report, Values
 from harness.metrics.vectors import FractionWithin, MeanCosineSimilarity, MeanVectorError
@@ -59,6 +60,7 @@ __all__ = [
     "Report",
     "RootMeanSquaredError",
     "Row",
+    "RunningStep",
     "StratifiedHuberForceLoss",
     "Value",
     "Values",
@@ -66,6 +68,7 @@ __all__ = [
     "WeightedEntry",
     "Weighting",
     "Window",
+    "begin_step",
     "check_same_shape",
     "compute_together",
     "is_linear",

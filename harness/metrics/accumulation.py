@@ -11,25 +11,29 @@ so that the gradients of the parts :math:`L_m`, simply added, are the gradient o
 micro-batches are. The counts :math:`n_j` depend on targets alone: they are known before the first backward pass. A
 mean of the micro-batches' means is another number.
 
-An accumulation window (:class:`Window`) is the micro-batches of one step of the optimizer. An ordinary step is a window
-of one, whose counts are those of its own row.
+An accumulation window (:class:`Window`) is the micro-batches of one step of the optimizer, and an ordinary step is a
+window of one. The sum over ranks is split as that over micro-batches is: with the counts of all ranks, the part of each
+rank's own row is all that its backward pass needs. So the counts are sent when the window is made, and travel while the
+model makes its predictions; nobody waits for the sums. A loss that is not linear, or a batch whose counts nobody has
+announced, is evaluated from the row of all ranks, which is waited for.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from harness.distributed import ProcessGroup
 from harness.metrics.coefficients import Coefficients
 from harness.metrics.components import MetricEntry
 from harness.metrics.errors import ErrorMetric, is_linear
 from harness.metrics.layout import Layout
-from harness.metrics.row import Row
+from harness.metrics.row import MergingRows, Row
 
 __all__ = ["Window", "check_linear"]
 
@@ -43,25 +47,42 @@ class Window:
     Args:
         layout: of the loss.
         coefficients: of the loss, which must not change before the window is complete.
-        num_micro_batches: number of micro-batches.
-        counts: elements of this rank in each slot of sums, known from the targets of all micro-batches: float64
-            ``[num_slots]``, 0 for components outside of the weighted sum. None for a window of one, whose counts are
-            those of its own row.
+        counts: elements of this rank in each slot of sums, known from the targets of each micro-batch: float64
+            ``[num_slots]``, 0 for components outside of the weighted sum. Their sum over micro-batches and ranks is
+            under way from now on. None for one batch whose counts are those of its own row.
+        group: the data-parallel ranks; None for all.
     """
 
     def __init__(
-        self, layout: Layout, coefficients: Coefficients, num_micro_batches: int = 1, counts: Tensor | None = None
+        self,
+        layout: Layout,
+        coefficients: Coefficients,
+        counts: Sequence[Tensor] = (),
+        group: ProcessGroup | None = None,
     ) -> None:
         self._layout = layout
         self._coefficients = coefficients
-        self.counts = counts
-        """Announced elements of this rank, those of all ranks from the first micro-batch on; None if not announced."""
-        self.num_micro_batches = num_micro_batches
+        self.num_micro_batches = max(len(counts), 1)
         self.num_done = 0
         """Micro-batches that came so far."""
-        self.is_merged = False
-        """True once ``counts`` are those of all ranks."""
+        self._announced: MergingRows | None = None
+        self._counts: Tensor | None = None
         self._so_far: dict[int, Row] = {}
+        if counts:
+            own = functools.reduce(torch.add, counts)
+            self._announced = MergingRows([Row.of([own], [], own.device)], group)
+
+    @property
+    def is_announced(self) -> bool:
+        """True if the counts have been announced from targets, and gradients are those of this rank's part."""
+        return self._announced is not None
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Announced elements of all ranks, which are waited for; None if they have not been announced."""
+        if self._counts is None and self._announced is not None:
+            self._counts = self._announced.wait()[0].additive
+        return self._counts
 
     @property
     def is_complete(self) -> bool:
@@ -90,21 +111,12 @@ class Window:
             )
         self.num_done += 1
 
-    def announcement(self) -> list[Row]:
-        """Rows to be merged over the ranks beside the first micro-batch's: the counts, if any are announced."""
-        return [] if self.counts is None or self.is_merged else [Row.of([self.counts], [], self.counts.device)]
-
-    def take_merged(self, announcement: Iterable[Row]) -> None:
-        """Take over the counts of all ranks from the merged :meth:`announcement`."""
-        for row in announcement:
-            self.counts, self.is_merged = row.additive.detach(), True
-
     def add(self, index: int, row: Row) -> Row:
         """Row of the micro-batches so far of the manager number ``index``, this one's included.
 
-        It has no graph, but in a window of one without announced counts, whose values are differentiable.
+        It has no graph, but in a window without announced counts, whose values are differentiable.
         """
-        if self.counts is None:
+        if not self.is_announced:
             return row
         so_far = self._so_far.get(index)
         self._so_far[index] = row.detach() if so_far is None else so_far.merge(row.detach())
@@ -116,9 +128,10 @@ class Window:
         Raises:
             ValueError: a component of the weighted sum had another number of them.
         """
-        if self.counts is None:
+        counts = self.counts
+        if counts is None:
             return
-        announced, found = torch.stack((self.counts, self._layout.counts(self._so_far[0]))).tolist()
+        announced, found = torch.stack((counts, self._layout.counts(self._so_far[0]))).tolist()
         surprising, start = [], 0
         # sums of weights are added up in another order
         same = functools.partial(math.isclose, rel_tol=1e-9)
@@ -131,8 +144,8 @@ class Window:
         if surprising:
             raise ValueError(
                 f"The micro-batches of a step had other elements than their targets had announced: "
-                f"{'; '.join(surprising)}. Does a hook change labels after the data loader has handed them over, or "
-                f"were these the targets of other micro-batches?"
+                f"{'; '.join(surprising)}. Does a hook, or the model, change labels after the data loader has handed "
+                f"them over, or were these the targets of other micro-batches?"
             )
 
 

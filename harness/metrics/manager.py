@@ -2,11 +2,13 @@ r"""Many components in one row: :class:`MetricsManager`, the loss and the metric
 
 A step reads each distinct field once, measures one local row, merges it over the ranks, evaluates every component,
 per-type value and the weighted sum from the merged row, and keeps the row for the epoch. The end of an epoch is the
-same evaluation of the accumulated row.
+same evaluation of the accumulated row. Behind a :meth:`MetricsManager.window` the gradient needs no merged row, which
+is then not waited for, see :mod:`harness.metrics.running`.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -15,21 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, rank_in_group
+from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, max_over_ranks, rank_in_group
 from harness.fields import Batch
 from harness.metrics.accumulation import Window, check_linear
 from harness.metrics.adapters import GatheredAdapter, Part, detached
-from harness.metrics.coefficients import Normalisation, WeightedComponents
+from harness.metrics.coefficients import Coefficients, Normalisation, WeightedComponents
 from harness.metrics.components import WEIGHTED_SUM, parse_entries
 from harness.metrics.errors import ErrorMetric
 from harness.metrics.layout import GatheredValues, Layout
 from harness.metrics.measure import BatchReader
-from harness.metrics.row import Row, merge_rows_over_ranks
+from harness.metrics.row import MergingRows, Row, merge_rows_over_ranks
+from harness.metrics.running import EpochRow, RunningStep, Share
 from harness.metrics.splits import DataNames
 from harness.metrics.values import NamedValues, Values
 from harness.schedules import Interval, Schedule, check_interval
 
-__all__ = ["MetricsManager", "compute_together", "merge_accumulated", "step_together"]
+__all__ = ["MetricsManager", "begin_step", "compute_together", "merge_accumulated", "step_together"]
 
 
 class MetricsManager(WeightedComponents):
@@ -117,12 +120,11 @@ class MetricsManager(WeightedComponents):
         check_interval(schedule_interval, "`schedule_interval`")
         if schedule is not None:
             self.follow(schedule, schedule_interval)
-        self._local: Row | None = None
-        self._merged: Row | None = None
-        self._before_step: tuple[Row | None, Row | None] = (None, None)
-        self._last_step: Values | None = None
+        self._epoch = EpochRow()
+        self._running: tuple[RunningStep, int] | None = None  # the last step, and the position in it
         self._last_epoch: Values | None = None
         self._checked_accumulation: set[str] | None = None  # components that gradients may be accumulated of
+        self._announces: tuple[set[str], bool] = (set(), False)  # weighted components, and if they can be counted
         self._checked_window = False
         self._warned_types = False
 
@@ -130,6 +132,13 @@ class MetricsManager(WeightedComponents):
     def metrics_values_step(self) -> dict[str, float | None]:
         """Every component of the last step; read on access, since it makes the host wait for the device."""
         return _by_component(self._last_step, self.keys())
+
+    @property
+    def _last_step(self) -> Values | None:
+        if self._running is None:
+            return None
+        step, position = self._running
+        return step.value(position).detach()
 
     @property
     def metrics_values_epoch(self) -> dict[str, float | None]:
@@ -157,7 +166,7 @@ class MetricsManager(WeightedComponents):
         is_split = bool(own) or any(split.by == "group" for each in self._components.values() for split in each.splits)
         if not self.names.groups or not is_split or self._layout.num_counted_groups:
             return
-        if self._local is not None or self._merged is not None:
+        if not self._epoch.is_empty:
             raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
         for name, entry in own.items():
             others = [split for split in entry.splits if split.by != "group"]
@@ -231,11 +240,32 @@ class MetricsManager(WeightedComponents):
         check_linear(self._components.values(), self.ever_weighted, self.given_coeffs)
         self._checked_accumulation = self.ever_weighted
 
+    def announces(self, target: Batch) -> bool:
+        """Answer if a step of one batch can be a :meth:`window` of its targets; all ranks must call it.
+
+        True on several ranks, for a loss whose gradients in micro-batches add up, see :meth:`check_accumulation`, and
+        targets with all that its elements are counted by, on every rank. The ranks are asked once: what a schedule
+        moves changes nothing.
+        """
+        if self._announces[0] != self.ever_weighted:
+            counts = data_parallel_size(self.process_group) > 1
+            if counts:
+                try:
+                    self.check_accumulation()
+                    self.count(target)
+                except (KeyError, TypeError, ValueError):  # with a better message where the batch is measured
+                    counts = False
+                unable = torch.tensor([float(not counts)], dtype=torch.float64)
+                counts = not bool(max_over_ranks(unable, self.process_group))
+            self._announces = self.ever_weighted, counts
+        return self._announces[1]
+
     def window(self, targets: Sequence[Batch] | None = None) -> Window:
-        """Accumulation window of a step, from the targets of all its micro-batches, before the first backward pass.
+        """Accumulation window of a step, from the targets of all its micro-batches, before the first forward pass.
 
         Hand it to :func:`step_together` with each micro-batch. All ranks make one at the same time, of as many
-        micro-batches; these may be empty on some ranks.
+        micro-batches; these may be empty on some ranks. The number of elements of all ranks is on its way from then on,
+        in an all-reduce that is not waited for before the first micro-batch is measured.
 
         Args:
             targets: labels of each micro-batch of this rank by field name, with ``atom_types`` and ``num_atoms`` where
@@ -245,16 +275,14 @@ class MetricsManager(WeightedComponents):
             ValueError: see :meth:`check_accumulation`; or there are no targets.
             KeyError: a field is missing.
         """
+        self._epoch.settle()
         if targets is None:
             return Window(self._layout, self.coefficients)
         if self._checked_accumulation != self.ever_weighted:  # a schedule moves within what has been checked
             self.check_accumulation()
         if not targets:
             raise ValueError("A window needs the targets of at least one micro-batch, found none.")
-        counts = self.count(targets[0])
-        for target in targets[1:]:
-            counts = counts + self.count(target)
-        return Window(self._layout, self.coefficients, len(targets), counts)
+        return Window(self._layout, self.coefficients, list(map(self.count, targets)), self.process_group)
 
     def undo_step(self) -> None:
         """Take the last step out of what has been accumulated, such as one that was not trained on.
@@ -262,16 +290,7 @@ class MetricsManager(WeightedComponents):
         That is the last batch, or all micro-batches of the last :meth:`window`. Metrics that are gathered at the end of
         an epoch keep it.
         """
-        self._local, self._merged = self._before_step
-
-    def _accumulate(self, row: Row, merged: bool, begins: bool) -> None:
-        row = row.detach()
-        if begins:
-            self._before_step = self._local, self._merged
-        if merged:
-            self._merged = row if self._merged is None else row.merge(self._merged)
-        else:
-            self._local = row if self._local is None else row.merge(self._local)
+        self._epoch.undo_step()
 
     @property
     def _wants_sync(self) -> bool:
@@ -288,16 +307,27 @@ class MetricsManager(WeightedComponents):
             gathered: values of the components that are not in the row, by position, one for each group; None where
                 unknown.
         """
-        layout, evaluated = self._layout, self._layout.evaluate(row, self.coefficients, gathered)
-        coeffs = self.coeffs_on(evaluated.components.device) if self.do_weighted_sum else None
+        coeffs = self.coeffs_on(row.additive.device) if self.do_weighted_sum else None
+        return self._evaluate(self.coefficients, coeffs, gathered or {}, row)
+
+    def _evaluate(
+        self,
+        coefficients: Coefficients,
+        coeffs: Tensor | None,
+        gathered: GatheredValues,
+        row: Row,
+        counts: Tensor | None = None,
+    ) -> Values:
+        """Values of a row with the coefficients of some moment, and with other counts than its own if given."""
+        layout, evaluated = self._layout, self._layout.evaluate(row, coefficients, gathered, counts)
         return Values(
             layout.names,
             layout.order,
             evaluated.reported,
-            None if coeffs is None else self.coefficients.weighted_sum(evaluated.components, coeffs),
+            None if coeffs is None else coefficients.weighted_sum(evaluated.components, coeffs),
             evaluated.has_data,
             coeffs,
-            self.coefficients.weighted,
+            coefficients.weighted,
             evaluated.counts,
             layout.counted,
             layout.by_group,
@@ -318,12 +348,11 @@ class MetricsManager(WeightedComponents):
         Nothing is sent, so that one rank may call it alone. Metrics that are gathered at the end of an epoch are NaN.
         """
         with torch.no_grad():
-            return self.evaluate(self._merged or self._layout.neutral())
+            return self.evaluate(self._epoch.merged or self._layout.neutral())
 
     def reset(self) -> None:
         """Drop everything accumulated."""
-        self._local = self._merged = None
-        self._before_step = (None, None)
+        self._epoch.replace()
         for adapter in self._gathered_adapters:
             adapter.reset()
 
@@ -340,7 +369,7 @@ class MetricsManager(WeightedComponents):
         which any number of ranks may load.
         """
         row = self._layout.neutral()
-        for part in (self._merged, self._local):
+        for part in (self._epoch.merged, self._epoch.local):
             row = row if part is None else row.merge(part)
         return {
             "layout": list(self._layout.description),
@@ -374,7 +403,7 @@ class MetricsManager(WeightedComponents):
                     stacklevel=2,
                 )
             return
-        self._merged = accumulated
+        self._epoch.replace(accumulated)
         for adapter, parts in zip(self._gathered_adapters, state["deferred"], strict=True):
             adapter.past = list(parts)
 
@@ -397,22 +426,18 @@ class MetricsManager(WeightedComponents):
         return "\n".join(f"{entry.describe()}, coeff={entry.coeff}" for entry in self.entries.values())
 
 
-def step_together(
+def begin_step(
     loss: MetricsManager,
     *monitors: MetricsManager,
     preds: Batch,
     target: Batch,
     window: Window | None = None,
     signals: Tensor | None = None,
-) -> tuple[Values, ...]:
-    """Compute and accumulate a batch in several managers over one merge: the loss, and metrics that only watch.
+) -> RunningStep:
+    """Begin a step of several managers over one merge, as :func:`step_together` makes one.
 
-    Gradients flow through the first manager only. The others see detached predictions.
-
-    In an accumulation ``window`` of several micro-batches, the batch is one of them. Values are then those of its
-    micro-batches so far, in the end those of the whole; the gradients of ``weighted_sum`` and of each component are
-    this micro-batch's parts of those of the whole, and the parts are to be added, not averaged. The window's counts
-    are merged over the ranks with the first micro-batch, in the same all-reduce.
+    In a window with announced counts, backward of :attr:`RunningStep.own` needs no other rank's row: the rows are sent,
+    and whoever reads the values of all ranks waits for them. Otherwise they are merged at once.
 
     Args:
         loss: the manager that gradients flow through, if they do.
@@ -420,11 +445,8 @@ def step_together(
         preds: predictions by field name.
         target: labels by field name.
         window: accumulation window, made by :meth:`MetricsManager.window` of the loss; None for a step of one batch.
-        signals: numbers of this rank, ``[num_signals]`` float64, summed over the ranks in the same all-reduce and
-            replaced by their sums where the rows are merged.
-
-    Returns:
-        Values of each manager.
+        signals: numbers of this rank, float64 ``[num_signals]``, summed over the ranks where the rows are merged, in
+            the same all-reduce: :meth:`RunningStep.signals`.
 
     Raises:
         ValueError: the window is not one of this loss, is complete already, or was made of other targets.
@@ -437,55 +459,80 @@ def step_together(
         watched = detached(preds)
         with torch.no_grad():
             measured += [manager._reader.measure(watched, target, manager.coefficients) for manager in monitors]
-    rows = [row for row, _ in measured]
-    merged = rows[0].requires_grad or window.counts is not None or any(manager._wants_sync for manager in managers)
+    own = [row for row, _ in measured]
+    merged = own[0].requires_grad or window.is_announced or any(manager._wants_sync for manager in managers)
     num_ranks = data_parallel_size(loss.process_group)
-    if merged:
-        if num_ranks > 1:
-            _refuse_gathered_loss(loss, rows[0])
-        announced = window.announcement()
-        summed = [] if signals is None else [Row.of([signals], [], signals.device)]
-        rows = merge_rows_over_ranks([*rows, *announced, *summed], loss.process_group)
-        if signals is not None:
-            signals.copy_(rows.pop().additive.detach())
-        window.take_merged(rows[len(managers) :])
+    if merged and num_ranks > 1:
+        _refuse_gathered_loss(loss, own[0])
+    sent = own if signals is None else [*own, Row.of([signals], [], signals.device)]
+    rows: MergingRows | list[Row] = sent
+    if window.is_announced:
+        rows = MergingRows(sent, loss.process_group)
+    elif merged:
+        rows = merge_rows_over_ranks(sent, loss.process_group)
     # the value of a gathered metric is known for one batch on one rank only
     alone = (not merged or num_ranks == 1) and window.num_micro_batches == 1
-    values = []
-    for position, (manager, (_, inputs)) in enumerate(zip(managers, measured, strict=True)):
-        row = rows[position]
+    shares = []
+    for manager, (row, inputs) in zip(managers, measured, strict=True):
+        device = row.additive.device
         with torch.set_grad_enabled(torch.is_grad_enabled() and manager is loss):
             gathered = {
                 index: [
-                    adapter.update(group_inputs, local_value=alone, device=row.additive.device)
+                    adapter.update(group_inputs, local_value=alone, device=device)
                     for adapter, group_inputs in zip(manager._layout.gathered[index], groups, strict=True)
                 ]
                 for index, groups in inputs.items()
             }
-            current = manager.evaluate(window.add(position, row), gathered)
-            if manager is loss:
-                current = _with_gradient_of_part(current, loss, window, row)
-        manager._last_step = current.detach()
-        manager._accumulate(row, merged, begins=window.num_done == 1)
-        values.append(current)
-    if window.counts is not None and window.is_complete and not (loss._checked_window or torch.compiler.is_compiling()):
-        window.check()  # of the first window only: it makes the host wait
-        loss._checked_window = True
-    return tuple(values)
+        coeffs = manager.coeffs_on(device) if manager.do_weighted_sum else None
+        shares.append(
+            Share(manager._epoch, functools.partial(manager._evaluate, manager.coefficients, coeffs, gathered))
+        )
+    step = RunningStep(window, shares, rows, merged, signals is not None)
+    for position, manager in enumerate(managers):
+        manager._running = step, position
+    if not window.is_announced:
+        step.value()  # with its graph, and with what torchmetrics keep of this batch
+    else:
+        step.part_is(shares[0].evaluate(own[0], window.counts))
+        if window.is_complete and not (loss._checked_window or torch.compiler.is_compiling()):
+            step.settle()
+            window.check()  # of the first window only: it makes the host wait
+            loss._checked_window = True
+    return step
 
 
-def _with_gradient_of_part(current: Values, loss: MetricsManager, window: Window, row: Row) -> Values:
-    """Values of the micro-batches so far, with the gradient of this one's part of the whole."""
-    if window.counts is None or current.weighted_sum is None:
-        return current
-    evaluated = loss._layout.evaluate(row, loss.coefficients, counts=window.counts)
-    components, device = evaluated.reported, evaluated.components.device
-    part = loss.coefficients.weighted_sum(evaluated.components, loss.coeffs_on(device))
-    # each difference is exactly zero, and has the gradient
-    zeros = torch.where(components.isfinite(), components - components.detach(), 0.0)
-    return replace(
-        current, reported=current.reported + zeros, weighted_sum=current.weighted_sum + (part - part.detach())
-    )
+def step_together(
+    loss: MetricsManager,
+    *monitors: MetricsManager,
+    preds: Batch,
+    target: Batch,
+    window: Window | None = None,
+) -> tuple[Values, ...]:
+    """Compute and accumulate a batch in several managers over one merge: the loss, and metrics that only watch.
+
+    Gradients flow through the first manager only. The others see detached predictions.
+
+    In an accumulation ``window`` of several micro-batches, the batch is one of them. Values are then those of its
+    micro-batches so far, in the end those of the whole; the gradients of ``weighted_sum`` and of each component are
+    this micro-batch's parts of those of the whole, and the parts are to be added, not averaged.
+
+    Args:
+        loss: the manager that gradients flow through, if they do.
+        monitors: managers without gradients.
+        preds: predictions by field name.
+        target: labels by field name.
+        window: accumulation window, made by :meth:`MetricsManager.window` of the loss; None for a step of one batch.
+
+    Returns:
+        Values of each manager.
+
+    Raises:
+        ValueError: the window is not one of this loss, is complete already, or was made of other targets.
+    """
+    step = begin_step(loss, *monitors, preds=preds, target=target, window=window)
+    values = step.values()
+    step.release()
+    return values
 
 
 def compute_together(managers: Sequence[MetricsManager]) -> list[Values]:
@@ -493,11 +540,12 @@ def compute_together(managers: Sequence[MetricsManager]) -> list[Values]:
     if not managers:
         return []
     group = managers[0].process_group
-    locals_ = merge_rows_over_ranks([manager._local or manager._layout.neutral() for manager in managers], group)
+    locals_ = merge_rows_over_ranks([manager._epoch.local or manager._layout.neutral() for manager in managers], group)
     parts = _gather_parts(managers, group)
     results = []
     for manager, row in zip(managers, locals_, strict=True):
-        total = row if manager._merged is None else row.merge(manager._merged)
+        merged = manager._epoch.merged
+        total = row if merged is None else row.merge(merged)
         gathered = {
             index: [adapter.value(parts.pop(0), total.additive.device) for adapter in adapters]
             for index, adapters in manager._layout.gathered.items()
@@ -518,11 +566,10 @@ def merge_accumulated(managers: Sequence[MetricsManager]) -> None:
     if not managers:
         return
     group = managers[0].process_group
-    rows = merge_rows_over_ranks([manager._local or manager._layout.neutral() for manager in managers], group)
+    rows = merge_rows_over_ranks([manager._epoch.local or manager._layout.neutral() for manager in managers], group)
     parts = _gather_parts(managers, group)
     for manager, row in zip(managers, rows, strict=True):
-        manager._merged = row if manager._merged is None else row.merge(manager._merged)
-        manager._local = None
+        manager._epoch.merge_local(row)
         for adapter in manager._gathered_adapters:
             adapter.past += parts.pop(0)
             adapter.metric.reset()

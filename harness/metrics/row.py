@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.distributed import ProcessGroup, merge_over_ranks
+from harness.distributed import Merging, ProcessGroup, merge_over_ranks
 
-__all__ = ["Elements", "Row", "merge_rows_over_ranks"]
+__all__ = ["Elements", "MergingRows", "Row", "merge_rows_over_ranks"]
 
 _NO_MAXIMUM = -float("inf")
 
@@ -67,22 +67,43 @@ class Row:
 
 def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None) -> list[Row]:
     """Rows merged over the group, all in one SUM all-reduce, and one MAX all-reduce if there are maxima."""
+    packed = _pack(rows)
+    return _unpack(Row(*merge_over_ranks(packed.additive, packed.maxima, group)), rows)
+
+
+class MergingRows:
+    """Rows whose merge over the ranks is under way, see :class:`harness.distributed.Merging`.
+
+    Args:
+        rows: of this rank; without their graph.
+        group: the data-parallel group; the whole world if None.
+    """
+
+    def __init__(self, rows: Sequence[Row], group: ProcessGroup | None = None) -> None:
+        packed = _pack(rows)
+        self._rows = [row.detach() for row in rows]
+        self._merging = Merging(packed.additive, packed.maxima, group)
+
+    def wait(self) -> list[Row]:
+        """Rows of all ranks."""
+        return _unpack(Row(*self._merging.wait()), self._rows)
+
+
+def _pack(rows: Sequence[Row]) -> Row:
+    """Rows behind one another, on the device of the first."""
     if len(rows) == 1:
-        return [Row(*merge_over_ranks(rows[0].additive, rows[0].maxima, group))]
+        return rows[0]
     device = rows[0].additive.device
-    additive, maxima = merge_over_ranks(
-        torch.cat([row.additive.to(device) for row in rows]),
-        torch.cat([row.maxima.to(device) for row in rows]),
-        group,
-    )
-    return [
-        Row(*pair)
-        for pair in zip(
-            torch.split(additive, [row.additive.numel() for row in rows]),
-            torch.split(maxima, [row.maxima.numel() for row in rows]),
-            strict=True,
-        )
-    ]
+    return Row(torch.cat([row.additive.to(device) for row in rows]), torch.cat([row.maxima.to(device) for row in rows]))
+
+
+def _unpack(packed: Row, like: Sequence[Row]) -> list[Row]:
+    """Rows of the lengths of others, which were packed."""
+    if len(like) == 1:
+        return [packed]
+    additive = torch.split(packed.additive, [row.additive.numel() for row in like])
+    maxima = torch.split(packed.maxima, [row.maxima.numel() for row in like])
+    return [Row(*pair) for pair in zip(additive, maxima, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Accumulation:
         k = trainer.accumulate_grad_batches
         if k == 1:
             self._window = None
-            return batch, loss.window()
+            return batch, loss.window([batch] if loss.announces(batch) else None)
         # The trainer's steps end at multiples of k and with the epoch, wherever this training began.
         num_left = int(min(k - batch_idx % k, trainer.num_training_batches - batch_idx))
         in_progress = self._window is not None and batch_idx % k != 0

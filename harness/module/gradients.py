@@ -6,9 +6,9 @@ For a component with the value :math:`v_k`, the coefficient :math:`c_k` and the 
     \text{share}_k = \frac{c_k \lVert g_k \rVert}{\sum_j c_j \lVert g_j \rVert}, \qquad
     \cos_{kl} = \frac{g_k \cdot g_l}{\lVert g_k \rVert\, \lVert g_l \rVert}
 
-of the merged values, so that the numbers are those of one process on the data of all ranks: backward of a merged value
-ends at each rank's own row, and the sum of these parts over the ranks (one all-reduce) is the gradient. The parts of
-the micro-batches of a step add up in the same way.
+of the values of all ranks, so that the numbers are those of one process on their data: backward ends at each rank's own
+row, and the sum of these parts over the ranks (one all-reduce) is the gradient. The parts of the micro-batches of a
+step add up in the same way.
 
 They come from ``torch.autograd.grad``, so ``.grad`` of the parameters is untouched, and the training with it.
 """
@@ -148,7 +148,7 @@ class GradientMeter:
             self._parts = None
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)  # of float16, whose gradients would vanish
         parts = local_gradients(
-            step.values,
+            step.own,
             list(chosen_parameters(pl_module.model, self.prefixes).values()),
             1.0 if scaler is None else scaler.get_scale(),
         )
@@ -156,7 +156,7 @@ class GradientMeter:
         if not step.is_whole:
             return None
         total, self._parts = sum_over_ranks(self._parts, pl_module.process_group), None
-        return compare(step.values, total)
+        return compare(step.own, total)
 
 
 def chosen_parameters(model: nn.Module, prefixes: Sequence[str] | None = None) -> dict[str, nn.Parameter]:

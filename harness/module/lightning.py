@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from harness.distributed import ProcessGroup, gradient_scale
 from harness.fields import Batch
-from harness.metrics import MetricsManager, Report, Values, compute_together, merge_accumulated, step_together
+from harness.metrics import (
+    MetricsManager,
+    Report,
+    RunningStep,
+    Values,
+    begin_step,
+    compute_together,
+    merge_accumulated,
+)
 from harness.module.accumulation import Accumulation
 from harness.module.build import (
     ManagerSource,
@@ -78,9 +86,10 @@ class ForceFieldModule(LightningModule):
     The model maps a batch, a dictionary of tensors, to a dictionary of predictions; the batch is also the target. It is
     not called for a batch without graphs, unless it says by ``takes_empty_batches = True`` that it can be.
 
-    Loss and train metrics share one all-reduce a step. Values of a step go straight to the loggers, on the steps that
-    the trainer logs (``log_every_n_steps``), and cost nothing on others; those of an epoch go through Lightning, for
-    ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` to monitor.
+    Loss and train metrics share one all-reduce a step, which the backward pass does not wait for if the loss is linear
+    in its sums (:meth:`harness.metrics.MetricsManager.announces`). Values of a step go straight to the loggers, on the
+    steps that the trainer logs (``log_every_n_steps``), and cost nothing on others; those of an epoch go through
+    Lightning, for ``ModelCheckpoint``, ``EarlyStopping`` and ``ReduceLROnPlateau`` to monitor.
 
     Args:
         model: any ``nn.Module`` from a batch dictionary to a dictionary of predictions.
@@ -167,6 +176,7 @@ class ForceFieldModule(LightningModule):
         self._accumulation = Accumulation()
         self._step_sums = StepSumsOfAll()
         self._observers: list[StepObserver] = []
+        self._running: list[RunningStep] = []  # of the step in progress, one for each micro-batch
 
     @property
     def managers(self) -> dict[str, MetricsManager]:
@@ -265,6 +275,9 @@ class ForceFieldModule(LightningModule):
         Under ``Trainer(accumulate_grad_batches=k)`` the batch is one of k micro-batches, whose gradients add up to that
         of the one batch that they make up; see :mod:`harness.metrics.accumulation`. Logged values are of that batch,
         too.
+
+        On several ranks, a loss that is linear in its sums is returned without a wait for the other ranks: its value is
+        then the part of this rank's batch.
         """
         self._batches_done = batch_idx + 1
         if batch_idx == 0:
@@ -277,22 +290,34 @@ class ForceFieldModule(LightningModule):
         batch, window = self._accumulation.place(self.trainer, self.loss, batch, batch_idx)
         predictions = self(batch)
         signals = self._step_sums.collect(batch, self.device)
-        values = step_together(*self._train_managers, preds=predictions, target=batch, window=window, signals=signals)
-        self._step_sums.deliver(signals)
-        if values[0].weighted_sum is None:
+        running = begin_step(*self._train_managers, preds=predictions, target=batch, window=window, signals=signals)
+        if running.own.weighted_sum is None:
             raise ValueError("The loss has no coefficients any more: `set_coeffs` took every component out of the sum.")
         is_whole = window.is_complete
+        self._running = [*(self._running if window.num_done > 1 else []), running]
         for observer in self._observers:
-            observer.on_train_values(
-                self.trainer, self, Step(batch, predictions, values[0], batch_idx, is_whole, window)
-            )
+            observer.on_train_values(self.trainer, self, Step(batch, predictions, running, batch_idx, is_whole, window))
+        learns = isinstance(self.loss.weighting, LearntWeighting) and is_whole
+        return self.objective(running.value() if learns else running.own, is_whole)
+
+    def on_after_backward(self) -> None:
+        """Take up the sums of all ranks behind the last backward pass of a step, and log it."""
+        if not self._running:  # of a training step that is not this one
+            return
+        *_, last = self._running
+        last.release()
+        if not last.is_whole:
+            return
+        for running in self._running:
+            self._step_sums.deliver(running.signals())
+        self._running = []
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if is_whole and is_nth_step(self.trainer, every) and self.trainer.is_global_zero:
+        if is_nth_step(self.trainer, every) and self.trainer.is_global_zero:
+            values = last.values()
             report = values[0].to_report()
             self.latest = report.values
             leave_out(self.trainer, LogKeys(TRAIN_LOSS, "step"), report, self.loss)
             log_to_all(self.trainer, step_row(report, self.loss, *values[1:]))
-        return self.objective(values[0], is_whole)
 
     def objective(self, values: Values, is_whole: bool = True) -> Tensor:
         """Scalar for ``backward``: the scaled weighted sum, and the objective of learnt coefficients.
@@ -314,7 +339,7 @@ class ForceFieldModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's loss, coefficients, contributions and train metrics."""
         self._follower.mark(self.trainer, self._train_managers)
-        self._finish_epoch(dict(zip(TRAINING_STAGES, self._train_managers, strict=False)))
+        _finish_epoch(self, dict(zip(TRAINING_STAGES, self._train_managers, strict=False)))
 
     def training_so_far(self) -> dict[str, Report]:
         """Reports of ``train_loss`` and ``train_metric`` over the steps of the epoch so far; makes the host wait.
@@ -323,16 +348,6 @@ class ForceFieldModule(LightningModule):
         """
         managers = zip(TRAINING_STAGES, self._train_managers, strict=False)
         return {stage: manager.so_far().to_report() for stage, manager in managers}
-
-    def _finish_epoch(self, managers: dict[str, Any]) -> None:
-        """Report and log the values of the stages, merged over the ranks together, and start their sums anew."""
-        for stage, values in zip(managers, compute_together(list(managers.values())), strict=True):
-            report = self.reports[stage] = values.to_report()
-            row = epoch_row(stage, report, managers[stage])
-            leave_out(self.trainer, LogKeys(stage), report, managers[stage])
-            # as float64 tensors: Lightning would round Python numbers to float32
-            self.log_dict({key: torch.tensor(value, dtype=torch.float64) for key, value in row.items()})
-            managers[stage].reset()
 
     def on_fit_start(self) -> None:
         """Define the axes of all values, before the loggers get any."""
@@ -360,11 +375,11 @@ class ForceFieldModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of every validation set."""
-        self._finish_epoch({stage_of_set("val", index): manager for index, manager in enumerate(self.val_metrics)})
+        _finish_epoch(self, {stage_of_set("val", index): manager for index, manager in enumerate(self.val_metrics)})
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every test set."""
-        self._finish_epoch({stage_of_set("test", index): manager for index, manager in enumerate(self.test_metrics)})
+        _finish_epoch(self, {stage_of_set("test", index): manager for index, manager in enumerate(self.test_metrics)})
 
     # --- checkpoints and optimizers ---
 
@@ -474,6 +489,17 @@ def _check_strategy(module: ForceFieldModule) -> None:
     trainer: Any = module.trainer
     check_strategy(trainer.strategy, trainer.strategy.root_device.type, trainer.precision, list(trainer.callbacks))
     module.check_weighting(trainer.strategy)
+
+
+def _finish_epoch(module: ForceFieldModule, managers: Mapping[str, MetricsManager]) -> None:
+    """Report and log the values of the stages, merged over the ranks together, and start their sums anew."""
+    for stage, values in zip(managers, compute_together(list(managers.values())), strict=True):
+        report = module.reports[stage] = values.to_report()
+        row = epoch_row(stage, report, managers[stage])
+        leave_out(module.trainer, LogKeys(stage), report, managers[stage])
+        # as float64 tensors: Lightning would round Python numbers to float32
+        module.log_dict({key: torch.tensor(value, dtype=torch.float64) for key, value in row.items()})
+        managers[stage].reset()
 
 
 def _evaluate(

@@ -11,11 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from harness.fields import Batch
-from harness.metrics import (
-    Values,
-    Weighting,
-    Window,
-)
+from harness.metrics import RunningStep, Values, Weighting, Window
 from harness.support.device import to_device
 
 __all__ = [
@@ -37,7 +33,7 @@ class Step:
     Attributes:
         batch: input of the model, and labels.
         predictions: output of the model, with their graph.
-        values: of the loss, with their graph, merged over the ranks.
+        running: values of the loss, whose sums may still be on their way to all ranks.
         batch_idx: number of the batch in its epoch.
         is_whole: True if the batch is all of an optimizer step, or the last of its micro-batches.
         window: accumulation window of the step; of one micro-batch if the batch is all of it.
@@ -45,10 +41,28 @@ class Step:
 
     batch: Batch
     predictions: Mapping[str, Tensor]
-    values: Values
+    running: RunningStep
     batch_idx: int
     is_whole: bool
     window: Window
+
+    @property
+    def own(self) -> Values:
+        """Values of the loss that this rank's backward pass starts from, with their graph; nothing is waited for.
+
+        Their gradients are this rank's parts of those of the whole. Their numbers are the part of this rank's rows too,
+        but where the loss is not linear in its sums (:meth:`harness.metrics.MetricsManager.announces`).
+        """
+        return self.running.own
+
+    @property
+    def values(self) -> Values:
+        """Values of the loss, merged over the ranks, with their graph.
+
+        The backward pass waits for all ranks' forward pass then. ``running.value()`` gives them later without a wait,
+        such as in ``on_train_batch_end``.
+        """
+        return self.running.value()
 
 
 @runtime_checkable
@@ -63,8 +77,9 @@ class StepObserver(Protocol):
 class StepSums(Protocol):
     """A callback with numbers of every training batch that are summed over the ranks.
 
-    The sum is part of the loss's all-reduce, so it costs no collective of its own, and the host does not wait. Every
-    rank has the same callbacks, and they have the same ``num_step_sums`` on every rank, whatever the data.
+    The sum is part of the loss's all-reduce, so it costs no collective of its own, and the host does not wait. It is
+    handed over after the backward pass of the step, a sum for each of its micro-batches. Every rank has the same
+    callbacks, and they have the same ``num_step_sums`` on every rank, whatever the data.
     """
 
     num_step_sums: int

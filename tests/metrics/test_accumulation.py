@@ -173,8 +173,9 @@ def collectives_of_a_window(rank, world_size, monitors):
 
 @pytest.mark.parametrize(("monitors", "expected"), [(LOSS, {"SUM": 1}), (WATCHED, {"SUM": 1, "MAX": 1})])
 def test_a_micro_batch_takes_the_collectives_of_a_step(monitors, expected):
+    """And the window one, for the counts, which nobody waits for before the first micro-batch has been measured."""
     for counts in spawn(2, collectives_of_a_window, monitors):
-        assert counts == [{}, expected, expected, expected]
+        assert counts == [{"SUM": 1}, expected, expected, expected]
 
 
 def test_micro_batches_do_not_wait_for_the_device():
@@ -392,7 +393,8 @@ def test_a_window_of_one_announces_nothing():
     preds = oracle.predict(features, oracle.parameters())
     window = loss.window()
     assert (window.num_micro_batches, window.num_done, window.is_complete) == (1, 0, False)
-    assert window.announcement() == []
+    assert not window.is_announced
+    assert window.counts is None
     row = loss.measure(preds, target)
     assert window.add(0, row) is row  # its own counts, and its graph
     harness.step_together(loss, preds=preds, target=target, window=window)
@@ -404,7 +406,8 @@ def test_a_window_of_one_announces_nothing():
     with pytest.raises(ValueError, match=r"in the middle of a step, after 0 of its 1 micro-batches, from \(.*\) to \("):
         harness.step_together(loss, preds=preds, target=target, window=window)
     window = loss.window([target, target])
-    assert len(window.announcement()) == 1
+    assert window.is_announced
+    assert window.counts.tolist() == (2 * loss.count(target)).tolist()
 
 
 def test_the_same_coefficients_set_anew_do_not_disturb_a_window():
