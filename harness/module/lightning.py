@@ -491,7 +491,7 @@ def _check_strategy(module: ForceFieldModule) -> None:
     module.check_weighting(trainer.strategy)
 
 
-def _finish_epoch(module: ForceFieldModule, managers: Mapping[str, MetricsManager]) -> None:
+def _finish_epoch(module: ForceFieldModule, managers: Mapping[str, Any]) -> None:
     """Report and log the values of the stages, merged over the ranks together, and start their sums anew."""
     for stage, values in zip(managers, compute_together(list(managers.values())), strict=True):
         report = module.reports[stage] = values.to_report()
