@@ -6,7 +6,8 @@
 One training as `harness-train` makes it, with W&B (offline), CSV and all callbacks, has them in every second step only,
 by chance; in the others nothing is called, logged or observed, as with ``logger=none callbacks=none``. So both kinds of
 steps share model, data, memory and machine: two trainings side by side differ by more than what is measured. Times are
-from the start of a step to the start of the next. Logged steps, all of them with everything, are reported apart.
+from the start of a step to the start of the next. Logged steps, all of them with everything, are reported apart, and so
+are those of them that measure gradient shares.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 
 WARM_UP = 30
 LOG_EVERY = 10
+MEASURED = "logged, with gradient shares"
 
 
 def write_frames(path: Path, num_types: int, num_frames: int, num_atoms: int) -> None:
@@ -71,7 +73,6 @@ def overrides(file: Path, folder: Path, arguments: argparse.Namespace) -> list[s
         "dry_step=false",
         "test=false",
         "callbacks=[default,gradient_share]",
-        f"callbacks.gradient_share.every_n_steps={LOG_EVERY}",
         "callbacks.best=null",  # there is no validation
         "callbacks.best_epoch=null",
         "callbacks.last=null",  # a checkpoint is none of what is measured
@@ -85,13 +86,14 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
     from lightning.pytorch import Callback, Trainer
 
     from harness import job
+    from harness.callbacks.gradient_share import EVERY_NTH_LOGGED_STEP
     from harness.config.resolvers import config_folder
     from harness.module import ForceFieldModule
     from harness.module.step import StepSumsOfAll
 
     file = folder / f"{num_types}.xyz"
     write_frames(file, num_types, 132, arguments.atoms)
-    seconds: dict[str, list[float]] = {"without": [], "with everything": [], "logged": []}
+    seconds: dict[str, list[float]] = {"without": [], "with everything": [], "logged": [], MEASURED: []}
     random = np.random.default_rng(0)
 
     class Switch(Callback):
@@ -122,6 +124,8 @@ def measure(num_types: int, arguments: argparse.Namespace, folder: Path) -> dict
             pl_module._step_sums = self.sums if monitored else StepSumsOfAll()
 
         def draw(self, trainer: Trainer) -> str:
+            if (trainer.global_step + 1) % (LOG_EVERY * EVERY_NTH_LOGGED_STEP) == 0:
+                return MEASURED
             if (trainer.global_step + 1) % LOG_EVERY == 0:
                 return "logged"
             return "without" if random.random() < 0.5 else "with everything"
@@ -145,6 +149,8 @@ def report(num_types: int, seconds: dict[str, list[float]]) -> None:
     ]
     low, high = np.percentile(drawn, [2.5, 97.5])
     for kind, times in seconds.items():
+        if not times:  # of a short run
+            continue
         cost = np.median(times) / np.median(without) - 1
         cell = f"{100 * cost:+.1f} %"
         if kind == "with everything":

@@ -1,4 +1,4 @@
-"""Checkpoint files that a kill, a full disk or a flipped bit cannot turn into a lost training."""
+"""Checkpoint files that a kill, a full disk or a flipped bit cannot turn into a lost training, and do not stop it."""
 
 from __future__ import annotations
 
@@ -6,35 +6,47 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from harness.models.conversion import KINDS, kind_of
+from harness.support.background import BackgroundCalls
+from harness.support.host_copy import HostCopy
 from harness.support.text import some
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "COMPLETE",
     "OF_A_TRAINING",
     "AtomicCheckpointIO",
     "CheckpointError",
+    "after_writing",
     "best_in",
     "newest_valid",
     "read",
     "step_of",
+    "wait_for_checkpoints",
     "why_invalid",
+    "writing_at_once",
 ]
 
 COMPLETE = "complete"
 """Key in the checkpoint of a complete training, with its last values by log key."""
 OF_A_TRAINING = ("state_dict", "loops", "epoch", "global_step")
 """Keys of a checkpoint that a training goes on from."""
+_MOST_COPIES = 2  # of a state in memory: the best checkpoint and the newest are often saved one after the other
 
 
 class CheckpointError(ValueError):
@@ -56,11 +68,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     written (full disk, read-only file system, quota) is warned about once and training goes on with the old one in
     place. The first checkpoint of a process is read back with ``weights_only=True`` before it replaces anything, so
     that one which could not be loaded is noticed when it is written.
+
+    In the background, a thread writes from a copy of the state in the host's memory, which is all that the training
+    waits for. The first checkpoint, and those within :func:`writing_at_once`, are written before it goes on. At most
+    two copies are waiting; a third waits until the first is written. Files are written, renamed and removed in the
+    order in which that was asked for. An error other than that of a disk is raised by the next save, or at the end.
+    Until a checkpoint is written, its target holds the one before.
+
+    Args:
+        background: write in a thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, background: bool = False) -> None:
+        self.background = background
         self._proven = False
         self._warned = False
+        self._calls = BackgroundCalls("checkpoints")
+        self._copies: deque[Future[None]] = deque()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``.
@@ -71,7 +95,52 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"AtomicCheckpointIO takes no storage_options, found {storage_options!r}.")
-        target = Path(path)
+        if not self.background or not self._proven:
+            self.wait()
+            self._write(checkpoint, Path(path))
+            return
+        while len(self._copies) >= _MOST_COPIES:
+            self._calls.wait(self._copies.popleft())
+        copied = HostCopy(checkpoint)
+        self._copies.append(self._calls.submit(lambda: self._write(copied.arrived(), Path(path))))
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Content of a checkpoint, by Lightning's own reading, once all have been written."""
+        self.wait()
+        return super().load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file, once those that were saved before have been written."""
+        self.after(lambda: super(AtomicCheckpointIO, self).remove_checkpoint(path))
+
+    def after(self, call: Callable[[], None]) -> None:
+        """Call a function once the checkpoints that have been saved so far are written."""
+        if self._calls.is_idle:
+            self._calls.wait()  # raises what has failed
+            call()
+        else:
+            self._calls.submit(call)
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            Exception: what has kept a checkpoint from being written, other than the disk.
+        """
+        self._copies.clear()
+        self._calls.wait()
+
+    def teardown(self) -> None:
+        """Wait until everything is written, and end the thread; an error that has ended the training comes first."""
+        before = sys.exc_info()[1]
+        try:
+            self._calls.end()
+        except Exception as error:
+            if before is None:
+                raise
+            warnings.warn(f"A checkpoint could not be written: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +166,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 warnings.warn(
                     f"The checkpoint {target} cannot be written ({cause}; {free / 2**20:.0f} MiB are free). Training "
                     f"goes on without it; the one before is kept. This is said once.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         except BaseException:
             part.unlink(missing_ok=True)
@@ -113,6 +182,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"tensors, numbers, strings, lists and dictionaries."
             ) from error
         self._proven = True
+
+
+@contextmanager
+def writing_at_once(trainer: Trainer) -> Iterator[None]:
+    """Context in which a trainer's checkpoints are written before the training goes on, and so are those before."""
+    writer = trainer.strategy.checkpoint_io
+    if not isinstance(writer, AtomicCheckpointIO):
+        yield
+        return
+    before, writer.background = writer.background, False
+    try:
+        yield
+    finally:
+        writer.background = before
+
+
+def after_writing(trainer: Trainer, call: Callable[[], None]) -> None:
+    """Call a function on this rank once the checkpoints that it has saved so far are written."""
+    writer = trainer.strategy.checkpoint_io
+    if isinstance(writer, AtomicCheckpointIO):
+        writer.after(call)
+    else:
+        call()
+
+
+def wait_for_checkpoints(trainer: Trainer) -> None:
+    """Wait on all ranks until the checkpoints that a trainer has saved are written; all ranks must call it."""
+    writer = trainer.strategy.checkpoint_io
+    if isinstance(writer, AtomicCheckpointIO) and writer.background:
+        writer.wait()
+        trainer.strategy.barrier("wait_for_checkpoints")
 
 
 def _cause(error: BaseException | None) -> BaseException | None:

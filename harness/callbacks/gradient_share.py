@@ -9,7 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from harness.module import ForceFieldModule, Step, log_to_all
 from harness.module.gradients import GradientMeter
 
-__all__ = ["GradientShare"]
+__all__ = ["EVERY_NTH_LOGGED_STEP", "GradientShare"]
+
+EVERY_NTH_LOGGED_STEP = 20
+"""Logged steps from one measurement to the next, where no interval is given."""
 
 
 class GradientShare(Callback):
@@ -28,11 +31,13 @@ class GradientShare(Callback):
 
     Measuring does not change the training, not by a bit. It costs, on every n-th step, one further backward pass for
     each component, memory for as many gradients, and one all-reduce of number of components × number of parameters
-    numbers; the host waits for the result. Gradients with respect to a few parameters, such as those of the last
-    layers, are cheaper.
+    numbers; the host waits for the result. The forward pass is that of the training. Gradients with respect to a few
+    parameters, such as those of the last layers, are cheaper. Steps in between cost nothing, and their rows have none
+    of the numbers.
 
     Args:
-        every_n_steps: optimizer steps from one measurement to the next.
+        every_n_steps: optimizer steps from one measurement to the next; None for every 20th step that the trainer logs
+            (:data:`EVERY_NTH_LOGGED_STEP`), and so in rows that have the other values too.
         parameters: prefixes of names of the model's parameters that gradients are taken of; None for all.
 
     Raises:
@@ -42,8 +47,9 @@ class GradientShare(Callback):
     logs_gradients = True
     """Measurements are logged here; another callback with the same meter need not log them."""
 
-    def __init__(self, every_n_steps: int = 100, parameters: Sequence[str] | None = None) -> None:
-        self._meter = GradientMeter(every_n_steps, parameters)
+    def __init__(self, every_n_steps: int | None = None, parameters: Sequence[str] | None = None) -> None:
+        self._follows_log = every_n_steps is None
+        self._meter = GradientMeter(EVERY_NTH_LOGGED_STEP if every_n_steps is None else every_n_steps, parameters)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a training whose gradients cannot be measured."""
@@ -59,7 +65,9 @@ class GradientShare(Callback):
             self._meter.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of a training that ends before the first measurement."""
+        """Settle the interval, and warn of a training that ends before the first measurement."""
+        if self._follows_log:
+            self._meter.every_n_steps = EVERY_NTH_LOGGED_STEP * trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._meter.begin(trainer)
 
     def on_train_values(self, trainer: Trainer, pl_module: ForceFieldModule, step: Step) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 
-from harness.module import ForceFieldModule
+from harness.module import ForceFieldModule, logged_step
 from harness.module.schedule_following import epoch_of
 
 __all__ = ["UsedLearningRates"]
@@ -22,7 +22,10 @@ class UsedLearningRates(LearningRateMonitor):
     """
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Log on the steps that are logged."""
+        """Log on the steps that are logged; on others there is nothing to do."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not (every and ((logged_step(trainer) + 1) % every == 0 or trainer.should_stop)):
+            return
         with _in_effect(trainer, args[0], args[2] if len(args) > 2 else kwargs["batch_idx"]):
             super().on_train_batch_start(trainer, *args, **kwargs)
 

@@ -27,6 +27,7 @@ from harness.callbacks.nonfinite_diagnosis import (
     nonfinite_components,
     weights_of,
 )
+from harness.checkpoints import writing_at_once
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.loggers import wandb_loggers
@@ -201,7 +202,7 @@ class NonFiniteGuard(Callback):
         module = cast(ForceFieldModule, pl_module)
         if self._seen[-1].running is not None:
             self.loss.send(cast(Tensor, self._seen[-1].values.weighted_sum).reshape(1))
-        number = finite_probe([each.grad for each in self._trained if each.grad is not None])
+        number = finite_probe([grad for each in self._trained if (grad := each.grad) is not None])
         if number is not None:
             self.gradient.send(number)
         if self.action == "skip":
@@ -286,7 +287,8 @@ class NonFiniteGuard(Callback):
                 manager.undo_step()
         message = self._explain(trainer, module, seen, trained)
         checkpoint = self._file(seen, ".ckpt")
-        trainer.save_checkpoint(checkpoint, weights_only=False)
+        with writing_at_once(trainer):
+            trainer.save_checkpoint(checkpoint, weights_only=False)
         rate = trainer.optimizers[0].param_groups[0].get("initial_lr")
         lower = "" if rate is None else f" optimizer.lr={float(rate) / 10:g}"
         message += f"\nThe state of the training is in {checkpoint}"

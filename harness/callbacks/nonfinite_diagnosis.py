@@ -331,6 +331,8 @@ def _kind(numbers: Tensor) -> str:
 
 def _local(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter: of FSDP2's, of ZeRO's, or all of it."""
+    if type(parameter) is Tensor:  # a gradient; to ask a tensor for what it does not have takes longer than its sum
+        return parameter
     own: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
     return own
 

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
-from harness.checkpoints import COMPLETE, newest_valid
+from harness.checkpoints import COMPLETE, after_writing, newest_valid, writing_at_once
 from harness.distributed import gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.module import ForceFieldModule, is_nth_step_done
@@ -40,7 +40,9 @@ class ResumeCheckpoint(Checkpoint):
     and ``previous.ckpt`` is the one before. A signal sets a flag, nothing more. The flags of all ranks are summed
     within the all-reduce of the loss (:class:`~harness.module.StepSums`), so that all ranks stop after the same step:
     they save, and :class:`Preempted` is raised on each of them. During validation the flag waits for its end; a test is
-    finished. What is resumed is bitwise what would have been trained, on the same number of ranks: batches, accumulated
+    finished. Where checkpoints are written in the background (:class:`~harness.checkpoints.AtomicCheckpointIO`), the
+    files change places once one is written; that of a stop, and of the end, is written before anything goes on. What is
+    resumed is bitwise what would have been trained, on the same number of ranks: batches, accumulated
     metrics, random states, and schedulers included.
 
     Args:
@@ -108,6 +110,8 @@ class ResumeCheckpoint(Checkpoint):
         return chosen
 
     def _rotate(self) -> None:
+        if not self.following.exists():  # the disk is full, and nothing changes
+            return
         if self.last.exists():
             os.replace(self.last, self.previous)
         os.replace(self.following, self.last)
@@ -152,10 +156,10 @@ class ResumeCheckpoint(Checkpoint):
             self._restore_random_state()
             return
         leave = self._any_request(trainer)
-        if leave or epoch % self.every_n_epochs == 0:
-            self._save(trainer)
         if leave:
-            raise Preempted(self._message(trainer))
+            self._leave(trainer)
+        if epoch % self.every_n_epochs == 0:
+            self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the step, and end Lightning's state of restarting."""
@@ -173,14 +177,14 @@ class ResumeCheckpoint(Checkpoint):
         """Save every n steps, and when any rank is requested to stop."""
         if trainer.global_step == self._step_before or trainer.is_last_batch:
             return  # in the middle of an accumulated step; or the end of the epoch, which is saved when it is complete
-        if is_validated_next(trainer):
-            return  # Lightning would leave the validation out; a signal is still there after the next step
         # in someone else's module it takes a collective of its own
         leave = self._requests.read() > 0 if isinstance(pl_module, ForceFieldModule) else self._any_request(trainer)
-        if leave or is_nth_step_done(trainer, self.every_n_steps):
-            self._save(trainer)
+        saves = is_nth_step_done(trainer, self.every_n_steps)
+        if not (leave or saves) or is_validated_next(trainer):
+            return  # Lightning would leave the validation out; a signal is still there after the next step
         if leave:
-            raise Preempted(self._message(trainer))
+            self._leave(trainer)
+        self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the weights that were trained, if they are averaged: at the end, the average takes their place."""
@@ -191,7 +195,8 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end and mark it as complete, so that early stopping is not decided again."""
         self._complete = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._save(trainer)
+        with writing_at_once(trainer):
+            self._save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the handlers of the signals."""
@@ -224,14 +229,19 @@ class ResumeCheckpoint(Checkpoint):
 
     # --- what ---
 
+    def _leave(self, trainer: Trainer) -> None:
+        with writing_at_once(trainer):
+            self._save(trainer)
+        raise Preempted(self._message(trainer))
+
     def _save(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            self.following.unlink(missing_ok=True)
+            after_writing(trainer, lambda: self.following.unlink(missing_ok=True))
             for logger in trainer.loggers:
                 logger.save()  # what is logged up to here will not be logged again
         trainer.save_checkpoint(self.following, weights_only=False)
-        if trainer.is_global_zero and self.following.exists():  # on a full disk it does not, and nothing changes
-            self._rotate()
+        if trainer.is_global_zero:
+            after_writing(trainer, self._rotate)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all ranks, and count a complete epoch as complete."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.callbacks.resume import COMPLETE
 from harness.callbacks.tables import values_table
-from harness.checkpoints import read, step_of
+from harness.checkpoints import read, step_of, wait_for_checkpoints
 from harness.job.best import best_before, best_checkpoint, load_checkpoint, why_scores_differ
 from harness.job.build import Job, build, time_limit
 from harness.job.first_errors import settle_references
@@ -135,6 +135,7 @@ def _fit(job: Job) -> tuple[dict[str, float], str | None]:
         if limit not in (None, -1) and done >= limit:  # type: ignore[operator]
             job.console.print(f"nothing is left to train: {done} epochs are done, and max_epochs={limit}")
     trainer.fit(job.module, datamodule=job.datamodule, ckpt_path=start, weights_only=True)
+    wait_for_checkpoints(trainer)
     return _floats(trainer.callback_metrics), best_checkpoint(trainer, before)
 
 

@@ -51,6 +51,7 @@ _OF_A_RUN = (
     "resume",
     "train",
     "test",
+    "background_checkpoints",
     "dry_step",
     "name",
     "objectives",

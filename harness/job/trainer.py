@@ -13,9 +13,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.checkpoints import AtomicCheckpointIO
 from harness.distributed import known_backends
 from harness.strategies import FlatStrategy, check_strategy, cluster_plugins, compiled_parts
-from harness.support.lightning_private import ddp_options
+from harness.support.lightning_private import counts_versions, ddp_options
 
 __all__ = ["make_strategy", "make_trainer", "withheld"]
 
@@ -69,7 +69,8 @@ def make_trainer(
     used = [callback for callback in callbacks if not isinstance(callback, tuple(useless))]
     plugins = [instantiate(plugin) for plugin in config.trainer.get("plugins") or []]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-        plugins.append(AtomicCheckpointIO())
+        in_background = config.get("background_checkpoints", True)
+        plugins.append(AtomicCheckpointIO(in_background and _may_wait(strategy, used, loggers)))
     if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
         plugins += cluster_plugins()
     try:
@@ -89,6 +90,21 @@ def make_trainer(
     _check_backend(config, trainer)
     _check_ddp_options(trainer.strategy)
     return trainer
+
+
+def _may_wait(strategy: Strategy | str, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> bool:
+    """True if nothing looks at a checkpoint once it has been saved, and its state is not gathered for the file."""
+    if isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
+        return False
+    looked_at = (getattr(each, "reads_checkpoints", type(each).after_save_checkpoint) for each in loggers)
+    if any(each not in (False, Logger.after_save_checkpoint) for each in looked_at):
+        return False
+    saving = (each for each in callbacks if isinstance(each, ModelCheckpoint))
+    # a link to a file; a name that is given if no file has it
+    return not any(
+        each.save_last == "link" or (counts_versions(each) and "{step" not in (each.filename or "{step}"))
+        for each in saving
+    )
 
 
 def _hint(cause: str, settings: dict[Any, Any]) -> str:

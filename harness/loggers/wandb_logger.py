@@ -283,6 +283,11 @@ class WandbLogger(lightning_loggers.WandbLogger):
             self._last_step = int(step)
         return self._last_step
 
+    @property
+    def reads_checkpoints(self) -> bool:
+        """True if it takes checkpoint files as soon as they have been saved: they are not written in the background."""
+        return bool(self._log_model)
+
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Log checkpoints as artifacts, if ``log_model`` asks for it."""

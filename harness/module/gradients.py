@@ -91,6 +91,9 @@ class GradientMeter:
         parameters: prefixes of names of the model's parameters, such as ``[layers.3, readout]``; None for all that are
             trained.
 
+    Attributes:
+        every_n_steps: as given; may be changed before :meth:`begin`, also to 0 for no measurement.
+
     Raises:
         ValueError, TypeError: no whole number above 0, or no list of names.
     """

@@ -71,7 +71,7 @@ from harness.strategies import (
     shard_root,
     splits_parameters,
 )
-from harness.support.lightning_private import trainer_of
+from harness.support.lightning_private import leave_out_empty_hooks, trainer_of
 from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys, stage_of_set
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
@@ -266,6 +266,7 @@ class ForceFieldModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Take up a schedule of ``accumulate_grad_batches``, and refuse a schedule by step without a length."""
+        leave_out_empty_hooks(self.trainer)
         self._accumulation.apply_schedule(self.trainer)
         check_length(self.trainer, self._train_managers)
 

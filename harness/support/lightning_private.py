@@ -22,11 +22,13 @@ __all__ = [
     "NAMES",
     "OVERRIDDEN",
     "average_model",
+    "counts_versions",
     "ddp_options",
     "ignore_sigterm_broadcast",
     "is_mid_accumulation",
     "is_validated_next",
     "last_step_of_epoch",
+    "leave_out_empty_hooks",
     "logged_step",
     "parallel_sizes",
     "process_group_settings",
@@ -49,6 +51,7 @@ NAMES = (
     "_data_parallel_size",
     "_data_source",
     "_ddp_kwargs",
+    "_enable_version_counter",
     "_every_n_train_steps",
     "_get_process_group_backend",
     "_on_after_fetch",
@@ -135,6 +138,33 @@ def ignore_sigterm_broadcast(trainer: Trainer) -> None:
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+HOOKS_OF_A_STEP = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+"""Hooks of callbacks and modules that Lightning calls in every step."""
+
+
+def leave_out_empty_hooks(trainer: Trainer) -> None:
+    """Keep Lightning from calling those hooks of a step of which a callback or the module has none of its own.
+
+    It calls what is callable, and most of a dozen callbacks have one or two of six: the others become None on the
+    object. A release that calls them all the same would raise in the first step.
+    """
+    from lightning.pytorch import Callback, LightningModule
+
+    parts: list[Any] = [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
+    for part in parts:
+        base = LightningModule if isinstance(part, LightningModule) else Callback
+        for name in HOOKS_OF_A_STEP:
+            if getattr(type(part), name) is getattr(base, name):
+                vars(part).setdefault(name, None)
+
+
 def watch_fetches(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> None:
     """Call functions before and after each fetch of a training batch, at the place of Lightning's profilers."""
     loop: Any = trainer.fit_loop.epoch_loop
@@ -190,6 +220,11 @@ def saves_at_end_of_epoch(callback: ModelCheckpoint) -> bool | None:
     by_step = bool(_private(callback, "_every_n_train_steps"))
     at_end: bool | None = _private(callback, "_save_on_train_epoch_end")
     return by_step or at_end
+
+
+def counts_versions(callback: ModelCheckpoint) -> bool:
+    """True if a checkpoint whose file is there gets a name with ``-v1``, ``-v2`` and so on."""
+    return bool(_private(callback, "_enable_version_counter"))
 
 
 # --- strategies ---

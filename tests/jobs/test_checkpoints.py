@@ -118,14 +118,20 @@ def whole(data: EmbeddedAlloyDataModule, tmp_path_factory: pytest.TempPathFactor
     return weights, (folder / "csv" / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("num_saves", range(1, NUM_SAVES + 1))
+@pytest.mark.parametrize(
+    ("num_saves", "in_background"),
+    [*((number, False) for number in range(1, NUM_SAVES + 1)), *((number, True) for number in (2, 4, 7, 12))],
+)
 def test_a_training_may_be_cut_after_every_step(
-    num_saves: int, data: EmbeddedAlloyDataModule, whole: tuple[Any, str], tmp_path: Path
+    num_saves: int, in_background: bool, data: EmbeddedAlloyDataModule, whole: tuple[Any, str], tmp_path: Path
 ) -> None:
     """Within an epoch, between two, and at the end: the weights and the log are those of one piece, to the last bit."""
-    first = StopAfter(tmp_path / "checkpoints", num_saves)
-    fit(tmp_path, data, first)
-    weights = fit(tmp_path, data, StopAfter(tmp_path / "checkpoints"), resumed=first.last)
+    first, options = StopAfter(tmp_path / "checkpoints", num_saves), {"plugins": [AtomicCheckpointIO(in_background)]}
+    fit(tmp_path, data, first, **options)
+    assert [step_of(path) for path in (first.last, first.previous) if path.exists()] == [num_saves, num_saves - 1][
+        :num_saves
+    ]
+    weights = fit(tmp_path, data, StopAfter(tmp_path / "checkpoints"), resumed=first.last, **options)
     assert weights.keys() == whole[0].keys()
     for name, value in weights.items():
         assert torch.equal(value, whole[0][name]), name

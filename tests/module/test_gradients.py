@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 
 import harness
 from harness import strategies
-from harness.callbacks import GradientShare
+from harness.callbacks import GradientShare, gradient_share
 from harness.data import EmbeddedAlloyDataModule
 from harness.distributed import sum_over_ranks
 from harness.metrics import Window
@@ -314,6 +315,22 @@ def test_a_few_parameters(alloy: EmbeddedAlloyDataModule, tmp_path: Path) -> Non
     assert {f"gradient_share/{name}" for name in WEIGHTED} <= set(header)
 
 
+def test_by_default_a_few_logged_steps_are_measured(
+    alloy: EmbeddedAlloyDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third and sixth of those that are logged, here: rows of the others have empty cells, and all other values."""
+    monkeypatch.setattr(gradient_share, "EVERY_NTH_LOGGED_STEP", 3)
+    logger = CSVLogger(tmp_path, name="", version="csv")
+    callbacks = [GradientShare()]
+    running = trainer(tmp_path, callbacks=callbacks, logger=logger, max_epochs=4, log_every_n_steps=2)
+    running.fit(build(alloy), datamodule=alloy)
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss_step/weighted_sum"]]
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7, 9, 11, 13, 15]
+    measured = [{name for name, cell in row.items() if name.startswith("gradient_") and cell} for row in rows]
+    assert [len(names) for names in measured] == [0, 0, 9, 0, 0, 9, 0, 0]  # 3 shares, norms and cosines
+
+
 # --- what is refused ---
 
 
@@ -342,7 +359,7 @@ def test_what_cannot_be_measured_is_refused(alloy: EmbeddedAlloyDataModule, tmp_
         GradientShare().setup(running, Other(), "fit")
 
 
-@pytest.mark.parametrize("number", [0, -1, 1.5, True, None])
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
 def test_numbers_of_steps_are_whole(number: Any) -> None:
     with pytest.raises(ValueError, match="every_n_steps is a whole number"):
         GradientShare(number)

@@ -90,6 +90,7 @@ READS: dict[str, Callable[[str], Any]] = {
     "_on_after_fetch": lambda name: private.watch_fetches(Nested(trainer(), name), int, int),  # type: ignore[arg-type]
     "_check_on_train_epoch_end": lambda name: private.stops_at_end_of_epoch(Without(EarlyStopping("a"), name)),  # type: ignore[arg-type]
     "_every_n_train_steps": lambda name: private.saves_at_end_of_epoch(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
+    "_enable_version_counter": lambda name: private.counts_versions(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
     "_save_on_train_epoch_end": lambda name: private.saves_at_end_of_epoch(Without(ModelCheckpoint(), name)),  # type: ignore[arg-type]
     "_data_source": lambda name: private.training_loader(Nested(trainer(), name)),  # type: ignore[arg-type]
     "_trainer": lambda name: private.trainer_of(Without(Small(), name)),  # type: ignore[arg-type]

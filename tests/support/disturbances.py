@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from harness.checkpoints import wait_for_checkpoints
 from harness.loggers import WandbLogger
 
 
@@ -92,6 +93,7 @@ class Interrupt(Callback):
     ) -> None:
         if trainer.global_step == self.step:
             _wait_until_written(trainer)
+            wait_for_checkpoints(trainer)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

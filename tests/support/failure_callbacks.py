@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from harness.checkpoints import wait_for_checkpoints
+
 
 class SignalAt(Callback):
-    """Sends this process a signal at the end of a step, once in the life of ``marker``."""
+    """Sends this process a signal within a step, while no checkpoint is written, once in the life of ``marker``."""
 
     def __init__(self, step: int, name: str, marker: str, ranks: list[int] | None = None) -> None:
         self.step = step
@@ -22,7 +24,10 @@ class SignalAt(Callback):
         self.marker = Path(marker)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != self.step or (self.ranks is not None and trainer.global_rank not in self.ranks):
+        if trainer.global_step != self.step:
+            return
+        wait_for_checkpoints(trainer)
+        if self.ranks is not None and trainer.global_rank not in self.ranks:
             return
         mine = self.marker.with_name(f"{self.marker.name}.{trainer.global_rank}")
         if not mine.exists():
