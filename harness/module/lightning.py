@@ -330,7 +330,8 @@ class ForceFieldModule(LightningModule):
         if values.weighted_sum is None:
             raise ValueError("No component of the loss has a coefficient: there is nothing to minimise.")
         num_micro_batches = self.trainer.accumulate_grad_batches if trainer_of(self) is not None else 1
-        objective = values.weighted_sum * gradient_scale(self.process_group, num_micro_batches)
+        scale = gradient_scale(self.process_group, num_micro_batches)
+        objective = values.weighted_sum if scale == 1 else values.weighted_sum * scale
         weighting = self.loss.weighting
         if isinstance(weighting, LearntWeighting) and is_whole:
             # From merged values, every rank has the whole gradient already: their average needs no factor.
