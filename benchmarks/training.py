@@ -49,6 +49,7 @@ WARM_UP = 3
 WARM_STEPS = 20
 CONTESTANTS = ("loop", "managers", "lightning", "module", "everything")
 LR = 1e-4
+CLOCKS = (time.perf_counter, time.process_time, time.thread_time)
 LOG_EVERY = 10
 PERIOD = 20
 """Steps from one checkpoint to the next."""
@@ -106,12 +107,12 @@ class Turns:
     """Loader of a contestant, which takes the time of each of its steps.
 
     Attributes:
-        steps: ``[round][step]`` of wall seconds and seconds of this process's processor.
+        steps: ``[round][step]`` of wall seconds, and seconds of the processor: of this process, and of this thread.
     """
 
     def __init__(self, contest: Contest, name: str, batches: Sequence[Batch], rounds: int) -> None:
         self.contest, self.name, self.batches, self.rounds = contest, name, batches, rounds
-        self.steps: list[list[tuple[float, float]]] = []
+        self.steps: list[list[tuple[float, ...]]] = []
 
     def __len__(self) -> int:
         return self.rounds * len(self.batches)
@@ -123,9 +124,9 @@ class Turns:
                 self.contest.begin(self.name)
             self.steps.append([])
             for batch in self.batches:
-                wall, used = time.perf_counter(), time.process_time()
+                start = [clock() for clock in CLOCKS]
                 yield batch
-                self.steps[-1].append((time.perf_counter() - wall, time.process_time() - used))
+                self.steps[-1].append(tuple(clock() - at for clock, at in zip(CLOCKS, start, strict=True)))
 
 
 # --- the contestants ---
@@ -391,8 +392,8 @@ class Ballast(Callback):
         checkpoint["ballast"] = self.tensor
 
 
-def time_checkpoints(name: str, arguments: argparse.Namespace, folder: Path) -> list[float]:
-    """Seconds of steps, of which every 20th saves a checkpoint in the foreground or background, or none does."""
+def time_checkpoints(name: str, arguments: argparse.Namespace, folder: Path) -> list[tuple[float, ...]]:
+    """Times of steps, of which every 20th saves a checkpoint in the foreground or background, or none does."""
     from harness import job
     from harness.distributed import launched_ranks
 
@@ -402,19 +403,24 @@ def time_checkpoints(name: str, arguments: argparse.Namespace, folder: Path) -> 
     prepared.trainer.callbacks.insert(0, Ballast(arguments.checkpoints))  # type: ignore[attr-defined]
     timed = Turns(Contest(), name, batches_of(prepared, 4), 6 * PERIOD // 4)
     give(prepared, timed)
-    timed.contest.run({name: lambda: job.execute(prepared)})
-    return [wall for turn in timed.steps for wall, _ in turn]
+    timed.contest.run({name: lambda: job.execute(prepared) and None})
+    return [step for turn in timed.steps for step in turn]
 
 
-def report_checkpoints(megabytes: int, seconds: dict[str, list[float]]) -> None:
+def report_checkpoints(megabytes: int, times: dict[str, list[tuple[float, ...]]]) -> None:
     """Print what a checkpoint adds to the step that saves it, and to all steps until the next one."""
-    step = statistics.median(seconds["none"])
-    print(f"\ncheckpoints of {megabytes} MB, every {PERIOD} steps of {1e3 * step:.1f} ms: ms more\n")
-    print(f"| written in the | step that saves | it and the {PERIOD - 1} after it |\n| --- | --- | --- |")
+    clocks = {"by the clock": 0, "of the training's thread": 2, "of all threads": 1}
+    step = {column: statistics.median(each[column] for each in times["none"]) for column in clocks.values()}
+    print(f"\nms that a checkpoint of {megabytes} MB adds to steps of {1e3 * step[2]:.1f} ms of the processor\n")
+    print(f"| written in the | ms | step that saves | it and the {PERIOD - 1} after it |\n| --- | --- | --- | --- |")
     for name in ("foreground", "background"):
-        periods = [seconds[name][start : start + PERIOD] for start in range(2 * PERIOD - 1, 5 * PERIOD - 1, PERIOD)]
-        more = [statistics.median(1e3 * (sum(part[:n]) - n * step) for part in periods) for n in (1, PERIOD)]
-        print(f"| {name} | {more[0]:.1f} | {more[1]:.1f} |")
+        periods = [times[name][start : start + PERIOD] for start in range(2 * PERIOD - 1, 5 * PERIOD - 1, PERIOD)]
+        for clock, column in clocks.items():
+            more = [
+                statistics.median(1e3 * (sum(each[column] for each in part[:n]) - n * step[column]) for part in periods)
+                for n in (1, PERIOD)
+            ]
+            print(f"| {name} | {clock} | {more[0]:.0f} | {more[1]:.0f} |")
     sys.stdout.flush()
 
 
@@ -450,9 +456,9 @@ def work(arguments: argparse.Namespace) -> None:
     log = folder / f"log.{launched_rank()}"
     if arguments.checkpoints is not None:
         with quiet(log):
-            seconds = {name: time_checkpoints(name, arguments, folder) for name in ("none", "foreground", "background")}
+            times = {name: time_checkpoints(name, arguments, folder) for name in ("none", "foreground", "background")}
         if launched_rank() == 0:
-            report_checkpoints(arguments.checkpoints, seconds)
+            report_checkpoints(arguments.checkpoints, times)
         return
     for frames in arguments.frames:
         with quiet(log):
@@ -469,7 +475,7 @@ def work(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line and start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, nargs="+", default=[4, 48], help="frames of a step on each rank")
+    parser.add_argument("--frames", type=int, nargs="+", default=[4, 90], help="frames of a step on each rank")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=40, help="turns of each contestant, of 4 steps")
     parser.add_argument("--where", action="store_true", help="print the actions of the first step by their time")

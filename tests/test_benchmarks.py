@@ -17,6 +17,10 @@ SMALL = {
     "lateness.py": (["--late", "0.02", "--steps", "4"], "merged "),
     "balance.py": (["--ranks", "2", "--drawn", "100"], "heavy tail            2  edges  budget"),
     "logging.py": (["--types", "2", "--steps", "60", "--atoms", "8"], "| 2 | with everything |"),
+    "training.py": (
+        ["--frames", "1", "--ranks", "1", "--rounds", "2", "--where"],
+        "| [Callback]NonFiniteGuard.on_before_optimizer_step |",
+    ),
     "continuation.py": (["--output", "rates"], "| extended to 8 |  |  |  |  | 0.0025 |"),
     "store.py": (["formats", "--frames", "200", "--only", "records", "columns"], "told (ValueError)"),
     "data.py": (

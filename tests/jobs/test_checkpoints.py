@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from support.commands import ROOT, TINY, train
-from support.failure_callbacks import Noise
+from support.failure_callbacks import Ballast, Noise, SignalAt
 from support.spawning import spawn
 
 import harness
@@ -136,6 +136,27 @@ def test_a_training_may_be_cut_after_every_step(
     for name, value in weights.items():
         assert torch.equal(value, whole[0][name]), name
     assert (tmp_path / "csv" / "metrics.csv").read_text() == whole[1]
+
+
+class NewestAtEnd(Callback):
+    """Step of the newest checkpoint when an exception ends the training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.step = path, 0
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.step = step_of(self.path)
+
+
+def test_a_stop_does_not_leave_its_checkpoint_to_the_background(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:
+    """Other ranks, and a launcher, go by the end of the processes: the file is there before."""
+    saving, told = ResumeCheckpoint(tmp_path / "run"), SignalAt(5, "SIGTERM", str(tmp_path / "done"))
+    newest, writer = NewestAtEnd(saving.last), AtomicCheckpointIO(background=True)
+    trainer = make_trainer(tmp_path, saving, told, Ballast(megabytes=40), newest, plugins=[writer])
+    with pytest.raises(Preempted, match="saved step 6 of epoch 1"):
+        trainer.fit(build(data), datamodule=data)
+    assert newest.step == 6
+    assert step_of(saving.previous) == 4
 
 
 def test_the_two_newest_are_kept(data: EmbeddedAlloyDataModule, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from support.commands import ROOT
@@ -169,6 +169,29 @@ def test_fetches_are_watched_and_left_alone_again() -> None:
     assert calls[:6] == ["before", "after"] * 3
     private.unwatch_fetches(running)
     assert not {"_on_before_fetch", "_on_after_fetch"} & vars(running.fit_loop.epoch_loop).keys()
+
+
+def test_hooks_that_do_nothing_are_not_called() -> None:
+    """In a training with them as None; those that are somebody's own are called as before."""
+    calls: list[str] = []
+
+    class Own(Callback):
+        def on_after_backward(self, *_: Any) -> None:
+            calls.append("callback")
+
+    class Lean(Small):
+        def on_train_start(self) -> None:
+            private.leave_out_empty_hooks(self.trainer)
+
+        def on_before_zero_grad(self, *_: Any) -> None:
+            calls.append("module")
+
+    module, own = Lean(), Own()
+    running = trainer(max_epochs=1, callbacks=[own])
+    running.fit(module, torch.utils.data.DataLoader(torch.ones(2, 1)))  # type: ignore[arg-type]
+    assert calls == ["module", "callback"] * 2
+    left = [[name for name in private.HOOKS_OF_A_STEP if getattr(part, name) is not None] for part in (own, module)]
+    assert left == [["on_after_backward"], ["on_before_zero_grad", "on_train_batch_end"]]
 
 
 def test_lightning_broadcasts_a_flag_of_sigterm_in_every_step_and_can_be_kept_from_it(
