@@ -32,12 +32,12 @@ class GradientShare(Callback):
     Measuring does not change the training, not by a bit. It costs, on every n-th step, one further backward pass for
     each component, memory for as many gradients, and one all-reduce of number of components × number of parameters
     numbers; the host waits for the result. The forward pass is that of the training. Gradients with respect to a few
-    parameters, such as those of the last layers, are cheaper. Steps in between cost nothing, and their rows have none
-    of the numbers.
+    parameters, such as those of the last layers, are cheaper. Steps in between cost nothing, and have none of the
+    numbers.
 
     Args:
         every_n_steps: optimizer steps from one measurement to the next; None for every 20th step that the trainer logs
-            (:data:`EVERY_NTH_LOGGED_STEP`), and so in rows that have the other values too.
+            (:data:`EVERY_NTH_LOGGED_STEP`), so at steps that have the other values too.
         parameters: prefixes of names of the model's parameters that gradients are taken of; None for all.
 
     Raises:
