@@ -83,6 +83,8 @@ class WandbLogger(lightning_loggers.WandbLogger):
         self._resumed_step: int | None = None
         self._last_step: int | None = None
         self._left_out: set[str] = set()
+        self.reads_checkpoints = bool(self._log_model)
+        """True if it takes checkpoint files as soon as they have been saved: they are not written in the background."""
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, which has a run of its own."""
@@ -282,11 +284,6 @@ class WandbLogger(lightning_loggers.WandbLogger):
         if step is not None:
             self._last_step = int(step)
         return self._last_step
-
-    @property
-    def reads_checkpoints(self) -> bool:
-        """True if it takes checkpoint files as soon as they have been saved: they are not written in the background."""
-        return bool(self._log_model)
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:

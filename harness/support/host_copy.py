@@ -24,7 +24,7 @@ class HostCopy:
 
     def __init__(self, state: Any) -> None:
         self._copied: dict[int, tuple[Any, Any]] = {}  # original, which keeps its id its own, and copy
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}  # by device, address and size
         self._devices: set[torch.device] = set()
         with torch.inference_mode(False), torch.no_grad():  # a validation may be going on
             self._state = self._copy(state)
@@ -62,12 +62,15 @@ class HostCopy:
             copied = value.detach().cpu()
             return copied.clone() if value.device.type == "cpu" else copied
         whole = value.untyped_storage()
-        if whole._cdata not in self._storages:
+        if not whole.nbytes():
+            return value.detach().to("cpu", copy=True)
+        place = value.device, whole.data_ptr(), whole.nbytes()
+        if place not in self._storages:
             on_gpu = value.is_cuda
             bytes_there = torch.empty(whole.nbytes(), dtype=torch.uint8, pin_memory=on_gpu).untyped_storage()
             bytes_there.copy_(whole, non_blocking=on_gpu)
-            self._storages[whole._cdata] = bytes_there
+            self._storages[place] = bytes_there
             if on_gpu:
                 self._devices.add(value.device)
-        there = self._storages[whole._cdata]
+        there = self._storages[place]
         return torch.empty(0, dtype=value.dtype).set_(there, value.storage_offset(), value.size(), value.stride())
