@@ -272,6 +272,11 @@ def test_files_that_are_looked_at_once_saved_are_waited_for(
     assert writer.background is expected
 
 
+def test_the_setting_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="background_checkpoints is true or false, found 'often'"):
+        make_trainer(composed("trainer.accelerator=cpu", "background_checkpoints=often"), "auto")
+
+
 def test_a_state_that_is_gathered_is_waited_for() -> None:
     writer = make_trainer(composed("trainer.accelerator=cpu"), strategies.fully_sharded()).strategy.checkpoint_io
     assert isinstance(writer, AtomicCheckpointIO)

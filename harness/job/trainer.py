@@ -59,7 +59,8 @@ def make_trainer(
         loggers: of the training.
 
     Raises:
-        ValueError: the strategy and the precision cannot train forces, or the trainer cannot be made of its settings.
+        ValueError: the strategy and the precision cannot train forces, or the trainer cannot be made of its settings;
+            ``background_checkpoints`` is neither true nor false.
     """
     settings = {key: value for key, value in config.trainer.items() if key not in ("timeout", "plugins")}
     # of the settings, since a trainer takes another precision where a device lacks the one that was asked for
@@ -70,6 +71,8 @@ def make_trainer(
     plugins = [instantiate(plugin) for plugin in config.trainer.get("plugins") or []]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         in_background = config.get("background_checkpoints", True)
+        if not isinstance(in_background, bool):
+            raise ValueError(f"background_checkpoints is true or false, found {in_background!r}.")
         plugins.append(AtomicCheckpointIO(in_background and _may_wait(strategy, used, loggers)))
     if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
         plugins += cluster_plugins()
