@@ -28,7 +28,7 @@ from harness.callbacks.nonfinite_diagnosis import (
     weights_of,
 )
 from harness.checkpoints import writing_at_once
-from harness.distributed import gather_objects, rank_in_group
+from harness.distributed import any_over_ranks, gather_objects, rank_in_group
 from harness.fields import Batch
 from harness.loggers import wandb_loggers
 from harness.metrics import RunningStep, Values
@@ -42,6 +42,7 @@ __all__ = ["NonFiniteError", "NonFiniteGuard"]
 
 SKIPPED = "nonfinite/skipped"
 """Log key of the number of skipped steps."""
+_MOST_FILES = 8  # ranks that write their batch, where all have the cause, or none is found
 
 
 class NonFiniteError(ValueError):
@@ -238,7 +239,7 @@ class NonFiniteGuard(Callback):
         if self._ending or whole is None:
             return
         number = finite_probe(pl_module.parameters())
-        if any(gather_objects(number is not None and not math.isfinite(float(number)))):
+        if any_over_ranks(number is not None and not math.isfinite(float(number))):
             self._stop(trainer, cast(ForceFieldModule, pl_module), whole, trained=True)
 
     def _look_at_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,7 +262,7 @@ class NonFiniteGuard(Callback):
 
     def _skip(self, trainer: Trainer, module: ForceFieldModule) -> None:
         seen = self._seen[-1]
-        spoilt = any(gather_objects(bool(weights_of(module))))
+        spoilt = any_over_ranks(bool(weights_of(module)))
         if spoilt or self._in_a_row == self.max_skipped:
             self._stop(trainer, module, seen, trained=False)
         for parameter in module.parameters():
@@ -307,6 +308,7 @@ class NonFiniteGuard(Callback):
         components = nonfinite_components(module.loss, values)
         findings = gather_objects(self._gather(trainer, module, seen, list(components), trained))
         at_fault = [rank for rank, each in enumerate(findings) if each.fields] or list(range(len(findings)))
+        at_fault = at_fault[:_MOST_FILES]
         if rank_in_group() in at_fault:
             self._write_batch(seen, findings[rank_in_group()])
         several = f", in {len(seen.batches)} micro-batches" if len(seen.batches) > 1 else ""

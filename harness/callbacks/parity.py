@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from harness.distributed import ProcessGroup, gather_objects, rank_in_group
+from harness.distributed import ProcessGroup, broadcast_object, gather_to_first, rank_in_group
 from harness.fields import field_spec, registered_fields
 from harness.loggers import log_image
 from harness.support.checks import whole_number
@@ -213,12 +213,22 @@ def _smallest_keys(table: Points, number: int) -> Points:
 def _joined(
     sets: Mapping[int, Mapping[str, _Quantity]], max_points: int, group: ProcessGroup | None
 ) -> dict[int, list[_Panel]]:
-    """Panels of each data set, over all ranks; all must call it.
+    """Panels of each data set, over all ranks; all must call it, and the first of them has the points.
 
     The sums go first: they say how small a random key is when the number of points with smaller ones is about
     ``max_points``, so that ranks need not send the others.
     """
-    everyone = gather_objects({i: {name: each.sums for name, each in own.items()} for i, own in sets.items()}, group)
+    own = {index: {name: each.sums for name, each in quantities.items()} for index, quantities in sets.items()}
+    panels = broadcast_object(_panels(gather_to_first(own, group)), group)
+    every_panel = [(index, panel) for index, own in panels.items() for panel in own]
+    parts = gather_to_first([_part(sets, index, panel, max_points) for index, panel in every_panel], group)
+    for position, (_, panel) in enumerate(every_panel if parts else []):
+        panel.points = _smallest_keys(np.concatenate([part[position] for part in parts]), max_points)
+    return panels
+
+
+def _panels(everyone: Sequence[Mapping[int, Mapping[str, Mapping[int, np.ndarray]]]]) -> dict[int, list[_Panel]]:
+    """Panels of each data set without points, from the sums of all ranks by set, name and atom type."""
     panels: dict[int, list[_Panel]] = {}
     for index in sorted({index for each in everyone for index in each}):
         names = dict.fromkeys(name for each in everyone for name in each.get(index, {}))
@@ -231,10 +241,6 @@ def _joined(
             if len(by_kind) > MOST_TYPES:
                 by_kind = {_ALL: np.sum(list(by_kind.values()), axis=0)}
             panels[index] += [_Panel(name, kind, sums, np.empty((0, 4))) for kind, sums in sorted(by_kind.items())]
-    every_panel = [(index, panel) for index, own in panels.items() for panel in own]
-    parts = gather_objects([_part(sets, index, panel, max_points) for index, panel in every_panel], group)
-    for position, (_, panel) in enumerate(every_panel):
-        panel.points = _smallest_keys(np.concatenate([part[position] for part in parts]), max_points)
     return panels
 
 

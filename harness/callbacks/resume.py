@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from harness.checkpoints import COMPLETE, after_writing, newest_valid, writing_at_once
-from harness.distributed import gather_objects, rank_in_group
+from harness.distributed import gather_to_first, rank_in_group
 from harness.fields import Batch
 from harness.module import ForceFieldModule, is_nth_step_done
 from harness.runs.exits import Preempted
@@ -244,8 +244,8 @@ class ResumeCheckpoint(Checkpoint):
             after_writing(trainer, self._rotate)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random states of all ranks, and count a complete epoch as complete."""
-        checkpoint[_RANDOM_STATES] = gather_objects(_random_state())
+        """Add the random states of all ranks, on rank 0, which writes; and count a complete epoch as complete."""
+        checkpoint[_RANDOM_STATES] = gather_to_first(_random_state())
         if self._complete is not None:
             checkpoint[COMPLETE] = self._complete
             if _TRAINED in checkpoint and self._trained is not None:

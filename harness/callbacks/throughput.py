@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from harness.distributed import gather_objects, max_over_ranks, rank_in_group
+from harness.distributed import any_over_ranks, max_over_ranks, rank_in_group
 from harness.fields import NUM_ATOMS, Batch
 from harness.module import ForceFieldModule, is_nth_step_done, log_to_all
 from harness.support.checks import whole_number
@@ -74,7 +74,7 @@ class ThroughputMonitor(Callback):
         """Reset the counters, and start to measure the data loader."""
         self._before, self._step, self._work = None, trainer.global_step, None
         self._waiting, self._validating = _Stopwatch(), _Stopwatch()
-        self._logs = any(gather_objects(trainer.is_global_zero and bool(trainer.loggers)))
+        self._logs = any_over_ranks(trainer.is_global_zero and bool(trainer.loggers))
         if not self._logs:
             return
         if not isinstance(pl_module, ForceFieldModule | CountsWork):

@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from harness.distributed.collectives import (
         Merging,
         ProcessGroup,
+        any_over_ranks,
         broadcast_from_first,
+        broadcast_object,
         data_parallel_size,
         gather_objects,
+        gather_to_first,
         gradient_scale,
         is_distributed,
         known_backends,
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
         named,
     )
     from harness.distributed.launchers import LaunchError, take_ranks
-    from harness.distributed.rendezvous import agree, decide, join, share
+    from harness.distributed.rendezvous import agree, decide, join, other_than_first, share
     from harness.distributed.sharding import join_shards, shard_parameters, sharded_parts, split_like
 
 __all__ = [
@@ -43,10 +46,13 @@ __all__ = [
     "ProcessGroup",
     "RankAbsentError",
     "agree",
+    "any_over_ranks",
     "broadcast_from_first",
+    "broadcast_object",
     "data_parallel_size",
     "decide",
     "gather_objects",
+    "gather_to_first",
     "gradient_scale",
     "is_distributed",
     "is_launched_by_torchrun",
@@ -61,6 +67,7 @@ __all__ = [
     "max_over_ranks",
     "merge_over_ranks",
     "named",
+    "other_than_first",
     "rank_in_group",
     "shard_parameters",
     "sharded_parts",
@@ -76,9 +83,12 @@ __getattr__, __dir__ = names_of(
         "harness.distributed.collectives": (
             "Merging",
             "ProcessGroup",
+            "any_over_ranks",
             "broadcast_from_first",
+            "broadcast_object",
             "data_parallel_size",
             "gather_objects",
+            "gather_to_first",
             "gradient_scale",
             "is_distributed",
             "known_backends",
@@ -98,7 +108,7 @@ __getattr__, __dir__ = names_of(
             "launched_ranks",
             "named",
         ),
-        "harness.distributed.rendezvous": ("agree", "decide", "join", "share"),
+        "harness.distributed.rendezvous": ("agree", "decide", "join", "other_than_first", "share"),
         "harness.distributed.sharding": ("join_shards", "shard_parameters", "sharded_parts", "split_like"),
     },
 )

@@ -16,9 +16,12 @@ from torch.autograd.function import FunctionCtx
 __all__ = [
     "Merging",
     "ProcessGroup",
+    "any_over_ranks",
     "broadcast_from_first",
+    "broadcast_object",
     "data_parallel_size",
     "gather_objects",
+    "gather_to_first",
     "gradient_scale",
     "is_distributed",
     "known_backends",
@@ -211,8 +214,44 @@ def _collective_device(device: torch.device, group: ProcessGroup | None) -> torc
     return device
 
 
+def any_over_ranks(flag: bool, group: ProcessGroup | None = None) -> bool:
+    """True on all ranks if ``flag`` is on any; one all-reduce, and the host waits for it."""
+    return bool(max_over_ranks(torch.tensor(float(flag)), group).item())
+
+
+def gather_to_first(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every rank, in rank order, on the first rank of the group; an empty list on the others.
+
+    For what one rank writes or draws. A rank sends its own, and gets nothing: :func:`gather_objects` would give each
+    rank those of all others.
+    """
+    if data_parallel_size(group) == 1:
+        return [value]
+    gathered = [None] * data_parallel_size(group) if rank_in_group(group) == 0 else None
+    dist.gather_object(value, gathered, dst=_first_of(group), group=group)
+    return gathered or []
+
+
+def broadcast_object(value: Any, group: ProcessGroup | None = None) -> Any:
+    """The first rank's ``value``, on every rank of the group. For small objects, outside of steps."""
+    if data_parallel_size(group) == 1:
+        return value
+    sent = [value]
+    dist.broadcast_object_list(sent, src=_first_of(group), group=group)
+    return sent[0]
+
+
+def _first_of(group: ProcessGroup | None) -> int:
+    """Number in the world of the first rank of a group."""
+    return 0 if group is None else dist.get_global_rank(group, 0)
+
+
 def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
-    """``value`` of every rank, in rank order, on every rank. For small objects, outside of steps."""
+    """``value`` of every rank, in rank order, on every rank. For a few numbers of a rank, outside of steps.
+
+    Every rank gets and unpacks the objects of all, each as long as the longest: where one rank is enough, take
+    :func:`gather_to_first`.
+    """
     if data_parallel_size(group) == 1:
         return [value]
     gathered: list[Any] = [None] * data_parallel_size(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import time
 import uuid
@@ -23,9 +24,9 @@ from harness.distributed.launched import (
     launched_ranks,
     named,
 )
-from harness.distributed.torch_private import launcher_store, set_default_timeout
+from harness.distributed.torch_private import connect_in_few_requests, launcher_store, set_default_timeout
 
-__all__ = ["agree", "decide", "job_store", "join", "share", "start_prefix"]
+__all__ = ["agree", "decide", "job_store", "join", "other_than_first", "share", "start_prefix"]
 
 _MARGIN = timedelta(seconds=10)
 _ABSENT = "absent: "
@@ -57,6 +58,7 @@ def join(backend: str, timeout: timedelta, device: torch.device | None = None) -
     if launched_ranks() == 1 or is_distributed():
         return
     set_default_timeout(timeout)
+    connect_in_few_requests()
     store = dist.PrefixStore(f"{start_prefix()}/group", job_store())  # type: ignore[attr-defined]
     to_device: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_id": device}
     dist.init_process_group(
@@ -79,6 +81,28 @@ def share(key: str, value: str, timeout: timedelta = START_LIMIT) -> str:
         job_store().set(shared, value)
         return value
     return _answer(shared, f"rank 0 to arrive at {key!r}", timeout)
+
+
+def other_than_first(key: str, value: str, timeout: timedelta = START_LIMIT) -> str | None:
+    """Rank 0's ``value`` where that of this rank is another one; None on rank 0, and where they are the same.
+
+    A rank reads a digest of rank 0's, and the whole only if it has another: values may be long. The n-th calls with a
+    key belong together.
+
+    Raises:
+        RankAbsentError: rank 0 did not come.
+    """
+    if launched_ranks() == 1:
+        return None
+    shared, digest = _moment(key), hashlib.sha256(value.encode()).hexdigest()
+    if launched_rank() == 0:
+        job_store().set(shared, value)
+        job_store().set(f"{shared}/digest", digest)
+        return None
+    awaited = f"rank 0 to arrive at {key!r}"
+    if _answer(f"{shared}/digest", awaited, timeout) == digest:
+        return None
+    return _answer(shared, awaited, timeout)
 
 
 def decide(key: str, value: str, decision: Callable[[list[str]], str], timeout: timedelta = START_LIMIT) -> str:
@@ -156,11 +180,15 @@ def start_prefix() -> str:
     replied: set[str] = set()
     deadline = time.monotonic() + START_LIMIT.total_seconds()
     while True:
-        for number in set(_listed(store, arrivals)) - replied:
-            store.set(f"harness/reply/{number}", prefix)
-            replied.add(number)
-        joined = {int(number) for number in _listed(store, f"{prefix}/joined")}
+        arrived = cast(bytes, store.get(arrivals)).decode()
+        new = sorted(set(_entries(arrived)) - replied)
+        if new:
+            store.multi_set([f"harness/reply/{number}" for number in new], [prefix] * len(new))
+            replied.update(new)
+        joined = {int(number) for number in _entries(cast(bytes, store.get(f"{prefix}/joined")).decode())}
         if len(joined) == launched_ranks():
+            # all of them have their answer: the list would grow with each restart. Numbers that came since stay
+            store.compare_set(arrivals, arrived, ",")
             return prefix
         if time.monotonic() > deadline:
             absent = sorted(set(range(launched_ranks())) - joined)
@@ -177,8 +205,8 @@ def _moment(key: str) -> str:
 _CALLS: dict[str, int] = {}
 
 
-def _listed(store: Any, key: str) -> list[str]:
-    return [entry for entry in cast(bytes, store.get(key)).decode().split(",") if entry]
+def _entries(text: str) -> list[str]:
+    return [entry for entry in text.split(",") if entry]
 
 
 def _answer(key: str, awaited: str, timeout: timedelta) -> str:

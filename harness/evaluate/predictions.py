@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.data.frames import FrameSet, as_frame_set
 from harness.data.reading import Frame, has_key
-from harness.distributed import gather_objects
+from harness.distributed import broadcast_object, gather_to_first
 from harness.fields import field_spec
 from harness.support.files import replacing
 
@@ -118,13 +118,13 @@ class PredictionFile(Callback):
                     error = failure
             for start, stop in _parts(self._frames.num_atoms().tolist()):
                 own = {number: self._own.pop(number) for number in range(start, stop) if number in self._own}
-                gathered = gather_objects(own, group)  # by all, whatever has happened to the file
+                gathered = gather_to_first(own, group)  # by all, whatever has happened to the file
                 if file is not None and error is None:
                     try:
                         self._write(file, gathered, start, stop)
                     except Exception as failure:
                         error = failure
-            text = gather_objects(None if error is None else f"{self.path} cannot be written: {error}", group)[0]
+            text = broadcast_object(None if error is None else f"{self.path} cannot be written: {error}", group)
             if text is not None:
                 raise WritingFailedError(text) from error
 

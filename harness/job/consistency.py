@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import harness
 from harness.data.reading import file_fingerprint
-from harness.distributed import START_LIMIT, decide, launched_rank, share
+from harness.distributed import START_LIMIT, decide, other_than_first
 
 __all__ = ["MAY_DIFFER", "Facts", "data_facts", "difference", "facts", "refusal", "settings_of", "versions"]
 
@@ -41,29 +41,26 @@ def refusal(
     Raises:
         RankAbsentError: some ranks did not answer in time; they are named.
     """
-    host = socket.gethostname()
-    first_host, first_facts = json.loads(share(f"{stage}/facts", json.dumps([host, facts or {}]), timeout))
-    differs = difference(first_facts, facts or {})
-    disagreement = None
-    if differs:
-        section, name, first, own = differs
-        disagreement = (
-            f"the ranks disagree on the {section} {name}:\n  {first} on rank 0 (host {first_host})\n"
-            f"  {own} on rank {launched_rank()} (host {host})\n{_FIXES[section]}"
-        )
-    return decide(stage, json.dumps([host, disagreement, error]), _reason, timeout) or None
+    first = other_than_first(f"{stage}/facts", json.dumps(facts or {}), timeout)
+    differs = None if first is None else difference(json.loads(first), facts or {})
+    return decide(stage, json.dumps([socket.gethostname(), differs, error]), _reason, timeout) or None
 
 
 def _reason(answers: list[str]) -> str:
-    """Text for all ranks from ``[host, disagreement, error]`` of each, on rank 0; empty if the job can start.
+    """Text for all ranks from ``[host, difference, error]`` of each, on rank 0; empty if the job can start.
 
     A disagreement comes first, since it may be the cause of an error.
     """
     found = [json.loads(answer) for answer in answers]
-    disagreements = [disagreement for _, disagreement, _ in found if disagreement]
-    if disagreements:
-        count = len(disagreements)
-        return disagreements[0] + (f"\n{count} of {len(found)} ranks disagree with rank 0." if count > 1 else "")
+    disagreeing = [rank for rank, (_, differs, _) in enumerate(found) if differs]
+    if disagreeing:
+        rank, count = disagreeing[0], len(disagreeing)
+        host, (section, name, first, own), _ = found[rank]
+        text = (
+            f"the ranks disagree on the {section} {name}:\n  {first} on rank 0 (host {found[0][0]})\n"
+            f"  {own} on rank {rank} (host {host})\n{_FIXES[section]}"
+        )
+        return text + (f"\n{count} of {len(found)} ranks disagree with rank 0." if count > 1 else "")
     errors = [(rank, host, error) for rank, (host, _, error) in enumerate(found) if error]
     if not errors:
         return ""

@@ -29,6 +29,8 @@ from harness.runs import JobFailed
 __all__ = ["FailureReporter", "TrainingPosition", "reported"]
 
 _POLL = 0.5  # seconds between readings of the board
+_AWAIT = 0.1  # of a note that is expected
+_READINGS = 2000.0  # a second, of all ranks together: one process answers them
 _COLLECT = 3.0  # for the notes of all ranks to come in
 _PRINT = 3.0  # for another rank to print its report
 _EXIT = 5.0  # for a rank to end by itself
@@ -134,6 +136,7 @@ class FailureReporter:
         self._position, self._timeout = position, timeout.total_seconds()
         self._rank, self._ranks, self._host = launched_rank(), launched_ranks(), socket.gethostname()
         self._board = Board()
+        self._between = self._ranks / _READINGS  # seconds between readings, at least
         self._board.put(f"host/{self._rank}", self._host)
         self._posted: Exception | None = None
         self._first: dict[str, Any] | None = None  # failure of the job
@@ -189,7 +192,7 @@ class FailureReporter:
     def _watch(self) -> None:
         """Read the board; end this process if another rank has failed and this one does not notice by itself."""
         polls = 0
-        while not self._stopped.wait(_POLL):
+        while not self._stopped.wait(max(_POLL, self._between)):
             if polls % 4 == 0:
                 keep_alive(self._timeout + _STOPPED)
             polls += 1
@@ -236,7 +239,7 @@ class FailureReporter:
         while self._board.read(key) is None:
             if self._board.is_lost or time.monotonic() > deadline:
                 return False
-            time.sleep(0.1)
+            time.sleep(max(_AWAIT, self._between))
         return True
 
     def _absent_ranks(self) -> list[int] | None:
@@ -249,7 +252,7 @@ class FailureReporter:
                 absent = sorted(set(range(self._ranks)) - {int(rank) for rank in posted.split(",") if rank})
             if absent == [] or time.monotonic() > deadline:
                 break
-            time.sleep(0.1)
+            time.sleep(max(_AWAIT, self._between))
         return None if self._board.is_lost else absent
 
     def report_absent(self, error: Exception, absent: list[int] | None) -> str:

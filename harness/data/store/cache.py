@@ -23,11 +23,14 @@ from harness.data.store.building import BuildSettings, build_store
 from harness.data.store.format import VERSION
 from harness.data.store.sources import Source
 from harness.data.store.stored import StoredFrames, is_store
+from harness.distributed import launched_ranks
 
 __all__ = ["cached_store", "is_large", "num_bytes", "remove_unused", "tell_of_rank"]
 
 _LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # where rank_zero_info tells, on rank 0 alone
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_LOOKS = 20.0  # a second, of all ranks together that wait for a store: they may share a file system
+_LONGEST_WAIT = 5.0  # seconds between two looks of a rank
 _UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
 
@@ -95,7 +98,23 @@ def cached_store(
     file = path.expanduser()
     folder = (default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()) / "stores"
     target = folder / f"{file.name}-{_key(file, settings)}.store"
+<<<<<<< HEAD
     with ExitStack() as undone:
+=======
+    if is_store(target):
+        return StoredFrames(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank > 0:
+            time.sleep(1)  # the first rank of the node builds if it can
+        lock = FileLock(f"{target}.lock")
+        if not _has_lock(lock) and local_rank < 2:
+            tell(f"waiting for another process that builds the store of {path} in {target}")
+        between = min(_LONGEST_WAIT, launched_ranks() / _LOOKS)
+        while not (is_store(target) or _has_lock(lock)):  # that process may end before it is done
+            time.sleep(between)
+>>>>>>> a45eaa3 (Counts of a job's traffic as its ranks grow, and the store asked less often as they do)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             in_use = _mark_as_used(target)  # before it is looked for: from now on it is not removed
@@ -212,6 +231,16 @@ def _remove(store: Path) -> bool:
         return False
     finally:
         os.close(in_use)
+    return True
+
+
+def _has_lock(lock: FileLock) -> bool:
+    """True if this process has a lock, or could take it at once."""
+    try:
+        if not lock.is_locked:
+            lock.acquire(timeout=0)
+    except Timeout:
+        return False
     return True
 
 
