@@ -17,8 +17,8 @@ torch and gloo send by themselves, too:
 * ``KiB of rank 0`` and ``KiB of another``: to and from other ranks, of rank 0 and of the other rank with most.
 
 Laws of growth are fitted by least squares of relative deviations, the simplest of those within a tenth: a constant,
-log N, N, N log N, N², N³, each with a constant beside it. Collectives of gloo are those of a ring; with NCCL a rank sends
-as many bytes, and waits for log N messages where its trees are used. The last table is work without messages: what every
+log N, N, N log N, N², N³, each with a constant beside it. Collectives of gloo are those of a ring; with NCCL a rank
+sends as many bytes, and waits for log N messages where trees are used. The last table is work without messages: what every
 rank does for all ranks when it divides a global batch, 8 frames for each.
 """
 
@@ -157,9 +157,7 @@ def phases_again(rank: int, num_ranks: int, in_common: Facts, folder: Path) -> I
 Phases = Callable[[int, int, Facts, Path], Iterator[str]]
 
 
-def run_rank(
-    rank: int, num_ranks: int, port: int, attempt: int, barriers: Any, in_common: Facts, folder: Path
-) -> None:
+def run_rank(rank: int, num_ranks: int, port: int, attempt: int, barriers: Any, in_common: Facts, folder: Path) -> None:
     """One rank, from its fork to its end; what it has counted is in a file, by phase."""
     signal.alarm(int(3 * LIMIT.total_seconds()))
     sys.stderr.flush()

@@ -7,6 +7,19 @@
 ``conf/eval.yaml`` has the settings.
 """
 
-from harness.evaluate.command import main
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.support.start import run_command
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of ``harness-eval``, see :func:`harness.evaluate.command.main`.
+
+    Args:
+        arguments: of the command line; those of the process if not given.
+    """
+    run_command("harness.evaluate.command", arguments)

@@ -1,5 +1,5 @@
 """``python -m harness.evaluate``."""
 
-from harness.evaluate.command import main
+from harness.evaluate import main
 
 main()

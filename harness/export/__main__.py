@@ -1,5 +1,5 @@
 """Run as ``python -m harness.export``."""
 
-from harness.export.command import main
+from harness.export import main
 
 main()

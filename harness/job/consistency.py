@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@cache
 def _sources() -> str:
     """Digest of the source files: checkouts of one version may have different code."""
     folder, digest = Path(harness.__file__).parent, hashlib.sha256()

@@ -1,8 +1,11 @@
 """One message for the user when a rank fails in the middle of a training.
 
 A rank with an error of its own posts it on a board that all ranks can read, before it ends. Ranks that lose a
-connection read the board before they print, so that the user sees the cause and not its consequences. Ranks that wait
-in vain print what they wait for, and which ranks did not answer.
+connection read the board before they print, so that the user sees the cause and not its consequences. The first that
+waits in vain prints what it waits for, and which ranks did not answer.
+
+In a ring only the neighbours of a rank that has gone notice it, and their neighbours once these have left: one after
+the other, with hundreds of ranks. So a thread in each rank looks at the board, signs there, and ends the rank.
 """
 
 from __future__ import annotations
@@ -22,7 +25,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness.distributed import Board, is_lost_connection, keep_alive, launched_rank, launched_ranks, named
+from harness.distributed import (
+    Board,
+    is_launched_by_torchrun,
+    is_lost_connection,
+    keep_alive,
+    launched_rank,
+    launched_ranks,
+    named,
+)
 from harness.module import current_step
 from harness.runs import JobFailed
 
@@ -31,9 +42,11 @@ __all__ = ["FailureReporter", "TrainingPosition", "reported"]
 _POLL = 0.5  # seconds between readings of the board
 _AWAIT = 0.1  # of a note that is expected
 _READINGS = 2000.0  # a second, of all ranks together: one process answers them
-_COLLECT = 3.0  # for the notes of all ranks to come in
+_COLLECT = 3.0  # for the notes of all ranks to come in, whose time limits end by themselves
+_SIGN = 0.5  # for the notes of all ranks, once they have looked at the board
 _PRINT = 3.0  # for another rank to print its report
 _EXIT = 5.0  # for a rank to end by itself
+_LEAVE = 2.0  # likewise, where a connection was lost and that is reported
 _STOPPED = 15.0  # beyond the time limit of collectives, until a launcher kills a rank that is stopped
 _LONGEST = 4000  # characters of an error
 
@@ -91,7 +104,7 @@ def reported(position: TrainingPosition, timeout: timedelta) -> Iterator[None]:
     """Print one report of why a job of several ranks fails, then end every rank with exit code 1.
 
     Rank 0 prints the error of another rank, with its number and host; only the rank that failed prints a traceback. If
-    ranks wait in vain, the lowest of those that still run prints what they wait for and which ranks did not answer.
+    ranks wait in vain, the first of them prints what it waits for and which ranks did not answer.
 
     The exception itself goes on with ``HYDRA_FULL_ERROR=1``, on a single rank, and if it has an attribute
     ``on_all_ranks`` that is true: all ranks raise the same.
@@ -123,9 +136,10 @@ def reported(position: TrainingPosition, timeout: timedelta) -> Iterator[None]:
 class FailureReporter:
     """Posts this rank's failure on the board of the job, and reads there, on a thread, of those of other ranks.
 
-    Keys of the board: ``host/{rank}``, the host of a rank; ``failure``, rank, host and text of the first error that is
-    not a lost connection; ``ended``, the ranks that fail, each with a comma; ``reported``, once rank 0 has printed the
-    failure; ``done``, once the rank that failed, or reports absent ranks, has printed all.
+    Keys of the board: ``trouble``, once there is any of the others; ``host/{rank}``, the host of a rank; ``failure``,
+    rank, host and text of the first error that is not a lost connection; ``lost``, the first rank that has lost a
+    connection, and whether it was closed; ``ended``, the ranks that fail or are there, each with a comma; ``reported``,
+    once rank 0 has printed the failure; ``done``, once the rank that failed, or reports absent ranks, has printed all.
 
     Args:
         position: of this rank's training.
@@ -140,6 +154,8 @@ class FailureReporter:
         self._board.put(f"host/{self._rank}", self._host)
         self._posted: Exception | None = None
         self._first: dict[str, Any] | None = None  # failure of the job
+        self._reporting: int | None = None  # rank that reports a lost connection
+        self._is_told = False  # that another rank reports one
         self._printing, self._has_reported = Lock(), False
         self._ending, self._stopped = Event(), Event()
         keep_alive(self._timeout + _STOPPED)  # here, so that the launcher knows it before the first step
@@ -156,7 +172,11 @@ class FailureReporter:
             failure = {"rank": self._rank, "host": self._host, "text": text + _advice(error)}
             first = self._board.put_first("failure", json.dumps(failure))
             self._first = json.loads(first) if first else failure
+        else:
+            first = self._board.put_first("lost", json.dumps([self._rank, not _is_timeout(error)]))
+            self._reporting = json.loads(first)[0] if first else self._rank
         self._board.append("ended", f"{self._rank},")
+        self._board.put("trouble", "")
 
     def end_with(self, error: Exception) -> str:
         """Print the report if it is this rank's to print, and make sure that the process ends.
@@ -167,10 +187,17 @@ class FailureReporter:
         self.post(error)
         self._ending.set()
         Thread(target=_end_process_after, args=(4 * _EXIT,), daemon=True).start()
+        if self._first is None and (self._is_told or self._reporting != self._rank):
+            has_failed = self._is_failure_after_report()
+            if not has_failed and (self._is_told or not self._board.is_lost):
+                self._leave_last()
+                return _first_line(error)
         if self._first is None:
-            absent = self._absent_ranks()
+            absent = self._absent_ranks(_is_timeout(error))
             if self._first is None:
-                return self.report_absent(error, absent)
+                report = self.report_absent(error, absent)
+                self._leave_last()
+                return report
         if self._first["rank"] != self._rank:
             self.wait_for_report()
             return self._cause()
@@ -179,9 +206,13 @@ class FailureReporter:
         traceback.print_exception(error)
         sys.stderr.flush()
         self._board.put("done", "")
-        if self._rank == 0:  # it may be the one that keeps the board
-            time.sleep(2 * _POLL)
+        self._leave_last()
         return self._cause()
+
+    def _leave_last(self) -> None:
+        """Let the others read the board, if this rank keeps it: under torchrun its agent does."""
+        if self._rank == 0 and not is_launched_by_torchrun():
+            time.sleep(2 * max(_POLL, self._between))
 
     def stop(self) -> None:
         """Stop the thread."""
@@ -196,13 +227,25 @@ class FailureReporter:
             if polls % 4 == 0:
                 keep_alive(self._timeout + _STOPPED)
             polls += 1
-            if self._first is None and self._read_failure() and self._failed_rank() != self._rank:
+            if self._board.read("trouble") is None:
+                continue
+            if self._read_failure():
+                if self._failed_rank() == self._rank:
+                    continue
                 self.wait_for_report()
-                # NCCL does not notice that another rank has gone
-                if not self._ending.wait(_EXIT) and not self._stopped.is_set():
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(1)
+                patience = _EXIT  # NCCL does not notice that another rank has gone
+            elif self._reporting != self._rank and self._is_closed():
+                self._is_told = True
+                self._board.append("ended", f"{self._rank},")
+                if self._is_failure_after_report():
+                    continue
+                patience = _LEAVE  # gloo notices it of neighbours
+            else:  # this rank's own time limit ends as that of the others
+                continue
+            if not self._ending.wait(patience) and not self._stopped.is_set():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
 
     def _read_failure(self) -> bool:
         """True if the board has one."""
@@ -213,6 +256,20 @@ class FailureReporter:
 
     def _failed_rank(self) -> int | None:
         return None if self._first is None else int(self._first["rank"])
+
+    def _is_failure_after_report(self) -> bool:
+        """Wait until another rank has reported a lost connection; True, and at once, if there is a failure instead."""
+        deadline = time.monotonic() + _COLLECT + _PRINT
+        while not self._read_failure():
+            if self._is_posted("done", 0) or self._board.is_lost or time.monotonic() > deadline:
+                return False
+            time.sleep(max(_AWAIT, self._between))
+        return True
+
+    def _is_closed(self) -> bool:
+        """True if a rank has lost a connection that was closed, and did not wait until its time limit."""
+        posted = self._board.read("lost")
+        return posted is not None and bool(json.loads(posted)[1])
 
     def wait_for_report(self) -> None:
         """Report the failure of another rank, if this is rank 0, and wait until that rank has printed all."""
@@ -242,9 +299,14 @@ class FailureReporter:
             time.sleep(max(_AWAIT, self._between))
         return True
 
-    def _absent_ranks(self) -> list[int] | None:
-        """Ranks that post nothing; None if the board cannot be reached. Returns early once a failure is posted."""
-        deadline = time.monotonic() + _COLLECT
+    def _absent_ranks(self, timed_out: bool) -> list[int] | None:
+        """Ranks that post nothing; None if the board cannot be reached. Returns early once a failure is posted.
+
+        Args:
+            timed_out: True where every rank has to come to its own time limit, and is not told by its thread.
+        """
+        looked = 2 * max(_POLL, self._between) + _SIGN
+        deadline = time.monotonic() + (max(_COLLECT, looked) if timed_out else looked)
         absent = None
         while not self._read_failure() and not self._board.is_lost:
             posted = self._board.read("ended")
@@ -256,20 +318,16 @@ class FailureReporter:
         return None if self._board.is_lost else absent
 
     def report_absent(self, error: Exception, absent: list[int] | None) -> str:
-        """Print what the ranks waited for, and which of them did not answer, if this is the lowest that still runs.
+        """Print what this rank waited for, and which ranks did not answer.
 
         Args:
             error: of this rank.
             absent: ranks that have posted nothing; None if that is not known.
 
         Returns:
-            The report, or the first line of this rank's error where another rank prints it.
+            The report.
         """
-        lowest = next((rank for rank in range(self._ranks) if rank not in (absent or [])), self._rank)
-        if absent is not None and self._rank != lowest:
-            self._is_posted("done", _PRINT)
-            return _first_line(error)
-        timed_out = "imed out" in str(error)
+        timed_out = _is_timeout(error)
         waited = f"waited {self._timeout:.0f} s" if timed_out else "lost a connection while it waited"
         text = f"rank {self._rank} (host {self._host}) {waited} for {self._position.waited_for(error)}. "
         if absent is None:
@@ -294,6 +352,11 @@ class FailureReporter:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_timeout(error: BaseException) -> bool:
+    """True if a collective came to its time limit, and False if its connection was closed."""
+    return "imed out" in str(error)
 
 
 def _is_on_all_ranks(error: Exception) -> bool:

@@ -26,6 +26,17 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   unset ranks_here threads
 fi
 
+# Files that a process may have open. The process that keeps the store has a connection to each rank, and a rank of gloo
+# to each other rank: with the usual 1024 a job of a thousand ranks cannot start.
+open_files=$(ulimit -H -n)
+if [[ "$open_files" == unlimited ]] || ((open_files > 65536)); then
+  open_files=65536
+fi
+if [[ "$(ulimit -S -n)" != unlimited ]] && (($(ulimit -S -n) < open_files)); then
+  ulimit -S -n "$open_files"
+fi
+unset open_files
+
 # The launcher kills a rank that is stopped (SIGSTOP, a hung driver) some 15 s after the ranks that wait for it have
 # given up: it cannot leave by itself, and would keep its node. See harness.distributed.failures.keep_alive.
 export TORCHELASTIC_ENABLE_FILE_TIMER=${TORCHELASTIC_ENABLE_FILE_TIMER:-1}

@@ -36,6 +36,13 @@ ARGUMENTS = (
 )
 
 
+def test_scripts_let_a_process_have_a_connection_to_each_rank() -> None:
+    program = f"set -eu; ulimit -S -n 256; source {LAUNCH / 'env/gloo.sh'}; ulimit -S -n; ulimit -H -n"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=20, check=True)
+    soft, hard = done.stdout.split()
+    assert int(soft) == min(65536, int(hard) if hard.isdigit() else 65536) > 256
+
+
 def said_by(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """What a script prints, with as little in its environment as there can be."""
     return subprocess.run(

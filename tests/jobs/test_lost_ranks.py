@@ -239,6 +239,18 @@ def test_a_rank_that_is_never_started(keeps_store: bool, tmp_path: Path) -> None
 # --- small parts ---
 
 
+def test_all_ranks_of_a_ring_leave_together_when_one_is_killed(tmp_path: Path) -> None:
+    """Its neighbours alone notice it by themselves, theirs once these have left, and so on."""
+    done = run([sys.executable, "-m", "support.ring", "6", str(tmp_path)], tmp_path)
+    assert done.code == 0, done.err[-3000:]
+    seconds, codes = done.out.split(maxsplit=1)
+    assert codes.strip() == "[1, 1, 1, -9, 1, 1]"
+    assert float(seconds) < 20  # and not until the time limit
+    said = "".join((tmp_path / f"stderr.{rank}").read_text() for rank in range(6))
+    assert len(re.findall(r"^error: ", said, flags=re.MULTILINE)) == 1, said
+    assert re.search(r"No answer came from rank 3 \(host \S+\): stopped", said), said
+
+
 def test_lost_connections_are_told_from_errors_of_a_rank() -> None:
     gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:1234"
     assert is_lost_connection(RuntimeError(gloo))

@@ -381,7 +381,3 @@ def _driving_callbacks(config: DictConfig) -> list[str]:
         for name, target in targets.items()
         if getattr(instantiate({"_target_": target, "_partial_": True}).func, "controls_coefficients", False)
     ]
-
-
-if __name__ == "__main__":
-    main()

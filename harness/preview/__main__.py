@@ -1,0 +1,5 @@
+"""Run as ``python -m harness.preview``."""
+
+from harness.preview import main
+
+main()
