@@ -18,8 +18,8 @@ torch and gloo send by themselves, too:
 
 Laws of growth are fitted by least squares of relative deviations, the simplest of those within a tenth: a constant,
 log N, N, N log N, N², N³, each with a constant beside it. Collectives of gloo are those of a ring; with NCCL a rank
-sends as many bytes, and waits for log N messages where trees are used. The last table is work without messages: what every
-rank does for all ranks when it divides a global batch, 8 frames for each.
+sends as many bytes, and waits for log N messages where trees are used. The last table is work without messages: what
+every rank does for all ranks when it divides a global batch, 8 frames for each.
 """
 
 from __future__ import annotations

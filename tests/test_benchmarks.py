@@ -27,6 +27,7 @@ SMALL = {
         ["--only", "hand-over", "lists", "plans", "--frames", "16", "--repeats", "1", "--frames-planned", "2000"],
         "      2000  evaluation by 1000 atoms",
     ),
+    "scaling.py": (["--ranks", "2", "3", "4", "--beyond", "8"], "| restart: ranks meet again | store requests |"),
     "schedules.py": (["--epochs", "1", "--seeds", "0", "--only", "constant", "deepmd"], "| deepmd |"),
 }
 
@@ -66,6 +67,23 @@ def test_loaders_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         benchmark.measure_loader("harness", tmp_path / "frames.xyz", 3.0, kept, 2, workers=0) for kept in (False, True)
     )
     assert kept > made > 10  # samples a second
+
+
+def test_ranks_send_no_more_than_they_must(tmp_path: Path) -> None:
+    """Counts on 2, 4 and 8 ranks, by phase and what is counted."""
+    printed = run("scaling.py", ["--ranks", "2", "4", "8"], tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "| " in line]
+    counted = {(row[0], row[1]): [float(cell.replace(",", "")) for cell in row[2:5]] for row in rows if len(row) == 7}
+    counted.pop(("phase", "counted"), None)
+    _, of_four, of_eight = counted["start: process group", "store requests"]
+    assert of_eight <= 8 * 8, "addresses are read one by one, for each pair of ranks"
+    assert of_four <= 8 * 4
+    settings = counted["start: agreement on settings and data", "store KiB"]
+    assert settings[2] - settings[1] < 4 * 4, "all ranks read the settings of rank 0"
+    assert counted["start: agreement on settings and data", "store requests"][2] < 8 * 20
+    writer, another = (counted["checkpoint: random states", f"KiB of {rank}"][2] for rank in ("rank 0", "another"))
+    assert another < writer / 3, "all ranks get the random states of all"
+    assert counted["faults: one look at the board", "store requests"] == [2, 4, 8]
 
 
 @pytest.mark.slow

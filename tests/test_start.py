@@ -94,6 +94,19 @@ def test_a_training_executes_none_of_what_is_put_off(tmp_path: Path) -> None:
     assert loaded == "[]"
 
 
+@pytest.mark.parametrize("command", ["evaluate", "export", "preview"])
+def test_other_commands_execute_none_of_what_is_put_off(command: str, tmp_path: Path) -> None:
+    program = (
+        f"import sys\nsys.argv = ['harness-{command}', '--help']\nfrom harness.{command} import main\n"
+        f"try:\n    main()\nexcept SystemExit as error:\n    assert not error.code, error.code\n"
+        f"import harness.{command}.command\n"
+        "from harness.support.deferred import DEFERRED, is_deferred\n"
+        "print([name for name in DEFERRED if name in sys.modules and not is_deferred(sys.modules[name])])\n"
+        "print('torch' in sys.modules)"
+    )
+    assert _prints(program, tmp_path)[-2:] == ["[]", "True"]
+
+
 USES = {
     "torch._dynamo": """
 from lightning.fabric import wrappers

@@ -311,3 +311,30 @@ def test_metrics_beside_the_loss_leave_it_unchanged(world_size):
         assert_close(results[0][position], oracle.values(components, preds, target, TYPES))
     expected = oracle.gradient(loss, features, target, TYPES)
     np.testing.assert_allclose(sum(result[-1] for result in results), expected, rtol=1e-12, atol=1e-12)
+
+
+# --- objects ---
+
+
+def exchanged(rank, world_size):
+    from harness.distributed import any_over_ranks, broadcast_object, gather_to_first
+
+    pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    own = {"rank": rank, "long": "x" * 100 * rank}
+    return {
+        "first": gather_to_first(own),
+        "first of pair": gather_to_first(rank, pairs[rank // 2]),
+        "sent": broadcast_object(own),
+        "sent in pair": broadcast_object(rank, pairs[rank // 2]),
+        "any": [any_over_ranks(rank == 3), any_over_ranks(False), any_over_ranks(rank == 3, pairs[rank // 2])],
+    }
+
+
+def test_objects_go_to_the_first_rank_or_come_from_it():
+    found = spawn(4, exchanged)
+    everyone = [{"rank": rank, "long": "x" * 100 * rank} for rank in range(4)]
+    assert [each["first"] for each in found] == [everyone, [], [], []]
+    assert [each["first of pair"] for each in found] == [[0, 1], [], [2, 3], []]
+    assert [each["sent"]["rank"] for each in found] == [0, 0, 0, 0]
+    assert [each["sent in pair"] for each in found] == [0, 0, 2, 2]
+    assert [each["any"] for each in found] == [[True, False, rank >= 2] for rank in range(4)]
