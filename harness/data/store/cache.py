@@ -98,23 +98,7 @@ def cached_store(
     file = path.expanduser()
     folder = (default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()) / "stores"
     target = folder / f"{file.name}-{_key(file, settings)}.store"
-<<<<<<< HEAD
     with ExitStack() as undone:
-=======
-    if is_store(target):
-        return StoredFrames(target)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank > 0:
-            time.sleep(1)  # the first rank of the node builds if it can
-        lock = FileLock(f"{target}.lock")
-        if not _has_lock(lock) and local_rank < 2:
-            tell(f"waiting for another process that builds the store of {path} in {target}")
-        between = min(_LONGEST_WAIT, launched_ranks() / _LOOKS)
-        while not (is_store(target) or _has_lock(lock)):  # that process may end before it is done
-            time.sleep(between)
->>>>>>> a45eaa3 (Counts of a job's traffic as its ranks grow, and the store asked less often as they do)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             in_use = _mark_as_used(target)  # before it is looked for: from now on it is not removed
@@ -144,12 +128,11 @@ def _build(path: Path, target: Path, settings: BuildSettings, tell: Callable[[st
     if local_rank > 0:
         time.sleep(1)  # the first rank of the node builds if it can
     lock = FileLock(f"{target}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if local_rank < 2:
-            tell(f"waiting for another process that builds the store of {path} in {target}")
-        lock.acquire()
+    if not _has_lock(lock) and local_rank < 2:
+        tell(f"waiting for another process that builds the store of {path} in {target}")
+    between = min(_LONGEST_WAIT, launched_ranks() / _LOOKS)
+    while not (is_store(target) or _has_lock(lock)):  # that process may end before it is done
+        time.sleep(between)
     try:
         if not is_store(target):
             size = file.stat().st_size / 2**20
