@@ -6,7 +6,9 @@ A metric whose states all reduce by sum, mean, max or min is a function of addit
 others (lists of samples, custom reductions) keep their own states on each rank; these are gathered at the end of an
 epoch and joined as torchmetrics does it (:class:`GatheredAdapter`).
 
-``update`` and ``compute`` of such metrics are their authors' code, and may synchronise host and device.
+``update`` and ``compute`` of such metrics are their authors' code, and may synchronise host and device; they get only
+the rows that count, and are called only where there are any, which makes the host wait as well. A metric that takes
+weights gets all rows, those that do not count with weight 0, and its value without data is replaced on the device.
 """
 
 from __future__ import annotations
@@ -124,6 +126,7 @@ class MergedAdapter:
             )
             for state, default in default_states(metric).items()
         ]
+        self._initial: dict[torch.device, dict[str, Tensor]] = {}
         self._additive = [state for state in self._states if state.reduction in ("sum", "mean")]
         self._extremal = [state for state in self._states if state.reduction in ("max", "min")]
         # the last additive number is the number of updates
@@ -141,11 +144,15 @@ class MergedAdapter:
         self._prepare(device)
         with _explained(self.name, self.metric, inputs):
             update_of_class(self.metric, *inputs)
-        additive = [self._contribution(state, device) for state in self._additive]
-        additive.append(torch.ones(1, dtype=torch.float64, device=device))
-        maxima = [self._contribution(state, device) for state in self._extremal]
+        pieces = [self._contribution(state, device) for state in self._additive]
+        additive = torch.cat([*pieces, torch.ones(1, dtype=torch.float64, device=device)])
+        extremes = [self._contribution(state, device) for state in self._extremal]
+        maxima = torch.cat(extremes) if extremes else torch.empty(0, dtype=torch.float64, device=device)
         self.metric.reset()
-        return torch.cat(additive), torch.cat(maxima) if maxima else torch.empty(0, dtype=torch.float64, device=device)
+        if len(inputs) < 3:
+            return additive, maxima
+        counts = (inputs[2] > 0).any()  # not even an update, where all weights are 0
+        return torch.where(counts, additive, 0.0), torch.where(counts, maxima, -math.inf)
 
     def _contribution(self, state: _State, device: torch.device) -> Tensor:
         value: Tensor = getattr(self.metric, state.name)
@@ -156,17 +163,26 @@ class MergedAdapter:
                 f"harness.register_field(..., shape=...), or an attribute `shape` of your modifier."
             )
         value = value.reshape(-1).to(torch.float64)
-        default = state.default.reshape(-1).to(device, torch.float64)
         match state.reduction:
             case "sum":
-                return value - default
+                return value - self._default(state, device).reshape(-1)
             case "mean" | "max":
                 return value
             case "min":
                 return -value
 
-    def value(self, additive: Tensor, maxima: Tensor, needed: bool = False) -> Tensor | None:
-        """Value from merged pieces of the row: a float64 scalar; None without data, or with too little for the metric.
+    def _default(self, state: _State, device: torch.device) -> Tensor:
+        """Initial value of a state in float64, copied to a device once."""
+        on_device = self._initial.setdefault(device, {})
+        if state.name not in on_device:
+            with torch.inference_mode(False):  # it outlives this step
+                on_device[state.name] = state.default.to(device, torch.float64)
+        return on_device[state.name]
+
+    def value(self, additive: Tensor, maxima: Tensor, needed: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Value from merged pieces of the row, and if there is data: a float64 scalar, 0 without, and a bool scalar.
+
+        None without data, or with too little for the metric, where the host has to know that.
 
         Args:
             additive: the metric's part of the row, ``[num_additive]``.
@@ -177,21 +193,16 @@ class MergedAdapter:
             ValueError: ``compute`` of the metric fails, and the value is needed.
         """
         updates = additive[-1]
-        if not bool(updates > 0):
+        has_data = updates > 0
+        if not takes_weights(self.metric) and not bool(has_data):
             return None
         self._prepare(additive.device)
-        set_num_updates(self.metric, int(updates))
+        set_num_updates(self.metric, 1 if takes_weights(self.metric) else int(updates))
         for states, pieces in ((self._additive, additive), (self._extremal, maxima)):
             start = 0
             for state in states:
                 stop = start + state.default.numel()
-                merged = pieces[start:stop].reshape(state.default.shape)
-                if state.reduction == "sum":
-                    merged = merged + state.default.to(merged.device, torch.float64)
-                elif state.reduction == "mean":
-                    merged = merged / updates
-                elif state.reduction == "min":
-                    merged = -merged
+                merged = self._state(state, pieces[start:stop].reshape(state.default.shape), updates)
                 setattr(self.metric, state.name, merged.to(state.default.dtype))
                 start = stop
         try:
@@ -205,7 +216,19 @@ class MergedAdapter:
             return None
         finally:
             self.metric.reset()
-        return value
+        return torch.where(has_data, value, 0.0), has_data
+
+    def _state(self, state: _State, merged: Tensor, updates: Tensor) -> Tensor:
+        """State of the metric from its merged numbers in a row."""
+        match state.reduction:
+            case "sum":
+                return merged + self._default(state, merged.device)
+            case "mean":
+                return merged / updates
+            case "max":
+                return merged
+            case "min":
+                return -merged
 
     def _prepare(self, device: torch.device) -> None:
         if self.metric.device != device:
@@ -300,26 +323,44 @@ def takes_weights(metric: Metric) -> bool:
     return bool(getattr(metric, "takes_weights", False))
 
 
-def labelled_rows(elements: Elements, group: int | None, with_weights: bool = False) -> tuple[Tensor, ...] | None:
+def labelled_rows(elements: Elements, group: int | None) -> tuple[Tensor, ...] | None:
     """Prediction and target of the rows without a missing element and of the given type; None if there are none.
-
-    With them, if they are asked for and there are any, the weights of the rows.
 
     torchmetrics has no masks, so rows are taken by boolean indexing, which synchronises host and device.
     """
     prediction, target = elements.prediction, elements.target
-    weights = elements.weights if with_weights else None
-    if elements.mask is not None or group is not None:
-        rows = torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
-        if elements.mask is not None:
-            rows &= elements.mask.flatten(1).all(1) if elements.mask.dim() > 1 else elements.mask
-        if group is not None and elements.types is not None:
-            rows &= elements.types == group
+    rows = _rows_that_count(elements, group)
+    if rows is not None:
         prediction, target = prediction[rows], target[rows]
-        weights = None if weights is None else weights[rows]
+    return (prediction, target) if target.numel() else None
+
+
+def weighted_rows(elements: Elements, group: int | None) -> tuple[Tensor, ...] | None:
+    """Prediction, target and float64 weights of all rows, for a metric that takes weights; None if there are no rows.
+
+    Rows that :func:`labelled_rows` leaves out are 0 and have weight 0. Without such rows, there are no weights.
+    """
+    prediction, target = elements.prediction, elements.target
     if not target.numel():
         return None
-    return (prediction, target) if weights is None else (prediction, target, weights)
+    rows = _rows_that_count(elements, group)
+    if rows is None:
+        return prediction, target
+    weights = rows.to(torch.float64) if elements.weights is None else torch.where(rows, elements.weights, 0.0)
+    rows = rows.reshape(-1, *[1] * (target.dim() - 1))
+    return torch.where(rows, prediction, 0), torch.where(rows, target, 0), weights
+
+
+def _rows_that_count(elements: Elements, group: int | None) -> Tensor | None:
+    """Mask of the rows without a missing element and of the given type, bool ``[rows]``; None if all are."""
+    if elements.mask is None and group is None:
+        return None
+    rows = torch.ones(elements.target.shape[0], dtype=torch.bool, device=elements.target.device)
+    if elements.mask is not None:
+        rows &= elements.mask.flatten(1).all(1) if elements.mask.dim() > 1 else elements.mask
+    if group is not None and elements.types is not None:
+        rows &= elements.types == group
+    return rows
 
 
 def whole_batches(preds: Batch, target: Batch) -> tuple[Batch, Batch] | None:

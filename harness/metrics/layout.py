@@ -52,6 +52,8 @@ class _Constants:
     one: Tensor
     zero: Tensor
     nan: Tensor
+    true: Tensor
+    false: Tensor
     instead: Tensor | None
 
 
@@ -233,14 +235,15 @@ class Layout:
             has_data.append(maxima != -math.inf)
             values.append(torch.where(has_data[-1], maxima, 0.0))
         if self.merged or self.gathered:
+            constants = self._constants_on(row.additive.device)
             scalars = (
                 self._evaluate_adapters(row, coefficients, gathered or {})
                 if counts is None
                 else [None] * self._num_adapter_slots
             )
-            zero = row.additive.new_zeros(())
-            values.append(torch.stack([zero if scalar is None else scalar.to(zero.device) for scalar in scalars]))
-            has_data.append(torch.tensor([scalar is not None for scalar in scalars], device=zero.device))
+            pairs = [(constants.zero, constants.false) if scalar is None else scalar for scalar in scalars]
+            values.append(torch.stack([value for value, _ in pairs]))
+            has_data.append(torch.stack([is_there for _, is_there in pairs]))
         return self._average(
             _join(values), _join(has_data), self.counts(row) if counts is None else counts, coefficients
         )
@@ -266,9 +269,11 @@ class Layout:
             has_data = has_data | has_data[constants.instead]
         return Evaluated(components, torch.where(has_data, reported, constants.nan), has_data, counts)
 
-    def _evaluate_adapters(self, row: Row, coefficients: Coefficients, gathered: GatheredValues) -> list[Tensor | None]:
-        """Value of each slot of the adapters; None without data."""
-        scalars: list[Tensor | None] = []
+    def _evaluate_adapters(
+        self, row: Row, coefficients: Coefficients, gathered: GatheredValues
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Value of each slot of the adapters, and if it has data; None without data, where the host knows that."""
+        scalars: list[tuple[Tensor, Tensor] | None] = []
         additive, maxima = 2 * self._num_sum_slots, self._num_maximum_slots
         for position, adapter in self.merged.items():
             for _ in range(self.num_slots(self.components[position])):
@@ -276,8 +281,10 @@ class Layout:
                 pieces = row.additive[additive:additive_end], row.maxima[maxima:maxima_end]
                 scalars.append(adapter.value(*pieces, needed=bool(coefficients.coeffs[position])))
                 additive, maxima = additive_end, maxima_end
+        device = row.additive.device
         for position, adapters in self.gathered.items():
-            scalars.extend(gathered.get(position, [None] * len(adapters)))
+            for value in gathered.get(position, [None] * len(adapters)):
+                scalars.append(None if value is None else (value.to(device), self._constants_on(device).true))
         return scalars
 
     def _constants_on(self, device: torch.device) -> _Constants:
@@ -294,6 +301,8 @@ class Layout:
                     torch.ones((), dtype=torch.float64, device=device),
                     torch.zeros((), dtype=torch.float64, device=device),
                     torch.full((), torch.nan, dtype=torch.float64, device=device),
+                    torch.ones((), dtype=torch.bool, device=device),
+                    torch.zeros((), dtype=torch.bool, device=device),
                     None if instead is None else torch.tensor(instead, dtype=torch.int64, device=device),
                 )
         return self._constants[device]

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from harness.fields import ATOM_TYPES, Batch, FieldModifier, Level, as_modifier, get_field, labels_of
-from harness.metrics.adapters import MergedAdapter, detached, labelled_rows, takes_weights, whole_batches
+from harness.metrics.adapters import (
+    MergedAdapter,
+    detached,
+    labelled_rows,
+    takes_weights,
+    weighted_rows,
+    whole_batches,
+)
 from harness.metrics.coefficients import Coefficients
 from harness.metrics.components import MetricEntry, Weights
 from harness.metrics.errors import ErrorMetric, check_same_shape
@@ -168,8 +175,9 @@ class BatchReader:
                         extremes = [seen.maxima(errors), *(part.maxima(of_all) for part in parts)]
                         maxima[position - self._num_sums] = extremes
                 else:
+                    rows_of = weighted_rows if takes_weights(self._components[position].metric) else labelled_rows
                     inputs[position] = [
-                        labelled_rows(each, group, takes_weights(self._components[position].metric))
+                        rows_of(each, group)
                         for each in (seen, *parts)
                         for group in (range(each.num_groups) if each.types is not None else (None,))
                     ]

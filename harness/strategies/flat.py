@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness.distributed import broadcast_from_first, data_parallel_size, sum_over_ranks
+from harness.support.device import to_device
 from harness.support.lightning_private import ddp_options
 from harness.support.torch_private import is_compiled
 
@@ -90,7 +91,7 @@ def average_gradients(module: nn.Module) -> None:
             for parameter in parameters
         ]
         # behind the gradients, the number of ranks that have one
-        has = torch.tensor([float(not lack) for lack in lacks], dtype=dtype).to(pieces[0].device)
+        has = to_device([float(not lack) for lack in lacks], pieces[0].device).to(dtype)
         total = sum_over_ranks(torch.cat([*pieces, has]))
         sizes = [parameter.numel() for parameter in parameters]
         *averages, holders = torch.split(total, [*sizes, len(parameters)])

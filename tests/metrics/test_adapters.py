@@ -10,6 +10,7 @@ import torch
 import torchmetrics
 from support import oracle
 from support.spawning import RankFailedError, spawn
+from support.step_cost import Operators
 from torch import Tensor
 from torchmetrics import CosineSimilarity, Metric, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 from torchmetrics.regression import MeanAbsolutePercentageError
@@ -421,3 +422,66 @@ def test_a_term_of_the_sum_that_cannot_be_computed_is_an_error():
     )
     with pytest.raises(ValueError, match="'r2' of the weighted sum"):
         needed(one, one)
+
+
+class Unguarded(Metric):
+    """Mean of the roots of the errors, whose slope is infinite at 0 and whose value is no number without data."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+    largest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("largest", torch.tensor(-math.inf), dist_reduce_fx="max")
+
+    def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
+        roots = (preds - target).abs().sqrt().flatten(1).sum(1)
+        self.total = self.total + (roots if weights is None else roots * weights).sum()
+        self.count = self.count + (len(roots) if weights is None else weights.sum())
+        self.largest = torch.maximum(self.largest, (roots if weights is None else roots * (weights > 0)).amax())
+
+    def compute(self) -> Tensor:
+        return self.total / self.count + self.largest.detach()
+
+
+class TakesWeights(Unguarded):
+    takes_weights = True
+
+
+@pytest.mark.parametrize("unlabelled", [0.0, 0.2, 1.0])
+def test_rows_of_weight_0_are_rows_that_are_left_out(unlabelled):
+    """Without a wait of the host; an absent type and a batch without labels are no data, and give no gradient."""
+    found = []
+    for metric in (Unguarded(), TakesWeights()):
+        entries = [
+            {"name": "roots", "field": "forces", "metric": metric, "coeff": 1, "per_type": True, "ignore_nan": True},
+            {"name": "mse", "field": "total_energy", "metric": harness.MeanSquaredError(), "coeff": 1},
+        ]
+        manager = harness.MetricsManager(entries, TYPES)
+        for seed, atoms in ((0, [2, 3]), (1, [1])):
+            preds, target = draw(seed, atoms, unlabelled=unlabelled, types=(0, 2))
+            target["total_energy"] = torch.zeros(len(atoms), 1, dtype=torch.float64)
+            target["forces"][:, 0] *= 1 if unlabelled < 1 else math.nan
+            preds = {
+                "forces": preds["forces"].detach().requires_grad_(),
+                "total_energy": torch.ones_like(target["total_energy"], requires_grad=True),
+            }
+            with Operators() as operators:
+                values = manager(preds, target)
+                values["weighted_sum"].backward()
+            assert seed == 0 or (operators.waits == []) == isinstance(metric, TakesWeights)
+            assert math.isnan(values["roots_C"])
+            gradient = preds["forces"].grad if preds["forces"].grad is not None else torch.zeros_like(preds["forces"])
+            assert gradient.isfinite().all()
+            found += [{name: value.item() for name, value in values.items()}, gradient]
+        found.append({name: value.item() for name, value in manager.compute().items()})
+    plain, weighted = found[: len(found) // 2], found[len(found) // 2 :]
+    for one, other in zip(plain, weighted, strict=True):
+        if isinstance(one, dict):
+            assert other == pytest.approx(one, rel=1e-12, nan_ok=True)
+        else:
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=0)
