@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from harness.metrics.components import WEIGHTED_SUM
+from harness.support.device import SentNumbers
 
 __all__ = ["Evaluated", "NamedValues", "Report", "Values"]
 
@@ -90,10 +91,21 @@ class Values:
 
     def to_report(self) -> Report:
         """Values, coefficients, contributions and counts as Python numbers: one copy, which the host waits for."""
+        return self.report_later()()
+
+    def report_later(self) -> Callable[[], Report]:
+        """Start the one copy to the host, and return the function that makes the report of it.
+
+        On a GPU the host waits in that function, until the device has come to the values; best is to call it once the
+        backward pass and the optimizer's step have been handed to the device.
+        """
         pieces = [self.reported, self.weighted_sum, self.coeffs, self.counts, self.frames_by_group]
         lengths = [0 if piece is None else piece.numel() for piece in pieces]
-        vector = torch.cat([piece.detach().reshape(-1) for piece in pieces if piece is not None])
-        numbers = iter(vector.tolist())
+        copy = SentNumbers(torch.cat([piece.detach().reshape(-1) for piece in pieces if piece is not None]))
+        return lambda: self._report(copy.read(), lengths)
+
+    def _report(self, vector: Iterable[float], lengths: Sequence[int]) -> Report:
+        numbers = iter(vector)
         reported, total, coeffs, counts, frames = ([next(numbers) for _ in range(length)] for length in lengths)
         values = {self.names[index]: reported[index] for index in self.order}
         if total:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 
-from harness.metrics import WEIGHTED_SUM, MetricsManager, Report, Values
+from harness.metrics import WEIGHTED_SUM, MetricsManager, Report
 from harness.support.lightning_private import logged_step
 from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys
 
@@ -99,19 +99,19 @@ def define_axes(
             logger.define_axes(epoch=list(epoch), step=list(step), minimised=list(minimised))
 
 
-def step_row(report: Report, loss: MetricsManager, train_metrics: Values | None = None) -> dict[str, float]:
+def step_row(report: Report, loss: MetricsManager, train_metrics: Report | None = None) -> dict[str, float]:
     """Errors, coefficients and contributions of the loss in a step, and errors of the train metrics.
 
     Args:
         report: of the loss.
         loss: its manager.
-        train_metrics: values of the same step.
+        train_metrics: report of these in the same step.
     """
     row = LogKeys(TRAIN_LOSS, "step").row(report.values)
     row |= LogKeys(TRAIN_LOSS, "step", "coefficient").row(report.coeffs | loss.type_weights)
     row |= LogKeys(TRAIN_LOSS, "step", "contribution").row(report.contributions)
     if train_metrics is not None:
-        row |= train_metrics.to_host(LogKeys(TRAIN_METRIC, "step").prefix)
+        row |= LogKeys(TRAIN_METRIC, "step").row(train_metrics.values)
     return row
 
 
