@@ -29,7 +29,7 @@ from harness.data.isolated import without_isolated_atoms
 from harness.data.reading import Frame, LabelKeys, available_keys, file_fingerprint, has_key, read_frames
 from harness.data.samplers import EvaluationBatchSampler
 from harness.data.store import StoredFrames, is_store
-from harness.strategies import data_parallel_ranks
+from harness.strategies import data_parallel_ranks, is_on_gpu
 from harness.support.checks import whole_number
 from harness.support.text import did_you_mean
 
@@ -200,7 +200,8 @@ class EvaluationDataModule(LightningDataModule):
         max_atoms: instead: atoms in it, at most.
         max_edges: instead: edges in it, at most; makes all neighbour lists beforehand.
         num_workers: processes of each loader.
-        pin_memory: whether batches are made in page-locked memory.
+        pin_memory: whether batches are made in page-locked memory, from which a GPU copies them without the host
+            waiting; None for those of a trainer on a GPU.
         head: position of the head that predicts all frames, in the field ``set_index``; None for a model without.
         extras: further labels, inputs and weights that the frames were read with.
 
@@ -219,7 +220,7 @@ class EvaluationDataModule(LightningDataModule):
         max_atoms: int | None = None,
         max_edges: int | None = None,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
         head: int | None = None,
         extras: Extras | None = None,
     ) -> None:
@@ -240,16 +241,19 @@ class EvaluationDataModule(LightningDataModule):
             AtomsDataset(frames, type_names, cutoff, dtype, cache_neighbors=False, fields=self.batch_fields)
             for frames in used
         ]
+        self.pin_memory = pin_memory
         self._options: dict[str, Any] = {
             "num_workers": num_workers,
-            "pin_memory": pin_memory,
             "collate_fn": partial(_collate, dtype=dtype, fields=self.batch_fields, head=head),
         }
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """This rank's part of each set."""
         ranks = data_parallel_ranks(self.trainer)
-        return [evaluation_loader(each, self._limited, self._limit, *ranks, **self._options) for each in self.test_sets]
+        options = self._options | {
+            "pin_memory": is_on_gpu(self.trainer) if self.pin_memory is None else self.pin_memory
+        }
+        return [evaluation_loader(each, self._limited, self._limit, *ranks, **options) for each in self.test_sets]
 
 
 def _collate(

@@ -72,7 +72,8 @@ class MixtureDataModule(SetLoaders, EdgesOnDevice):
         type_names: chemical symbols in the order of the type indices; None for those of all sets by atomic number.
         dtype: of all floating-point fields but ``total_energy``.
         num_workers: processes of each data loader.
-        pin_memory: whether batches are made in page-locked memory.
+        pin_memory: whether batches are made in page-locked memory, from which a GPU copies them without the host
+            waiting; None for those of a trainer on a GPU.
         neighbors: place where neighbour lists are made: ``workers`` as samples are drawn, ``device`` of whole batches
             that are on the device, see :mod:`harness.data.device_neighbors`.
         cache_neighbors: whether samples stay in memory with their neighbour lists once they are made; if None, those
@@ -104,7 +105,7 @@ class MixtureDataModule(SetLoaders, EdgesOnDevice):
         type_names: Sequence[str] | None = None,
         dtype: str | torch.dtype = "float32",
         num_workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
         neighbors: str = "workers",
         cache_neighbors: bool | None = None,
         **options: Any,

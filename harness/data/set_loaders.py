@@ -13,7 +13,7 @@ from harness.data.dataset import AtomsDataset
 from harness.data.evaluation import evaluation_loader
 from harness.data.loader import ResumableDataLoader
 from harness.data.samplers import GlobalBatchSampler
-from harness.strategies import data_parallel_ranks
+from harness.strategies import data_parallel_ranks, is_on_gpu
 
 __all__ = ["SetLoaders"]
 
@@ -27,7 +27,7 @@ class SetLoaders(LightningDataModule, ABC):
         test_sets: test sets.
         eval_batch_size: frames in an evaluation step, of all ranks together; None for the limit of training steps.
         num_workers: processes of each data loader.
-        pin_memory: whether batches are made in page-locked memory.
+        pin_memory: whether batches are made in page-locked memory; None for those of a trainer on a GPU.
     """
 
     train_set: AtomsDataset
@@ -35,7 +35,7 @@ class SetLoaders(LightningDataModule, ABC):
     test_sets: Sequence[AtomsDataset]
     eval_batch_size: int | None
     num_workers: int
-    pin_memory: bool
+    pin_memory: bool | None
     _limited: str
     _limit: int
 
@@ -82,7 +82,7 @@ class SetLoaders(LightningDataModule, ABC):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
+            "pin_memory": is_on_gpu(self.trainer) if self.pin_memory is None else self.pin_memory,
             "persistent_workers": self.num_workers > 0,  # they hold the samples that they have made
             "collate_fn": self._collate(),
         }

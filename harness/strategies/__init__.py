@@ -17,6 +17,7 @@ from harness.strategies.groups import (
     connect,
     data_parallel_group,
     data_parallel_ranks,
+    is_on_gpu,
     launched_data_parallel_ranks,
     splits_parameters,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "flat_data_parallel",
     "fully_sharded",
     "is_compiled_nequip",
+    "is_on_gpu",
     "keep_whole",
     "launched_data_parallel_ranks",
     "load_weights",

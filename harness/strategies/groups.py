@@ -16,7 +16,14 @@ from harness.distributed import (
 )
 from harness.support.lightning_private import parallel_sizes, process_group_settings
 
-__all__ = ["connect", "data_parallel_group", "data_parallel_ranks", "launched_data_parallel_ranks", "splits_parameters"]
+__all__ = [
+    "connect",
+    "data_parallel_group",
+    "data_parallel_ranks",
+    "is_on_gpu",
+    "launched_data_parallel_ranks",
+    "splits_parameters",
+]
 
 
 def connect(trainer: Trainer) -> None:
@@ -57,6 +64,11 @@ def data_parallel_ranks(trainer: Trainer | None) -> tuple[int, int]:
     """
     ranks = None if trainer is None else getattr(trainer.strategy, "distributed_sampler_kwargs", None)
     return (ranks["rank"], ranks["num_replicas"]) if ranks else (rank_in_group(), data_parallel_size())
+
+
+def is_on_gpu(trainer: Trainer | None) -> bool:
+    """True if the trainer's device is a GPU; False without a trainer."""
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"
 
 
 def launched_data_parallel_ranks(strategy: Strategy) -> tuple[int, int] | None:
