@@ -73,7 +73,7 @@ lint-format:
 	$(BIN)/ruff format --check .
 
 lint-shell:
-	PATH="$(CURDIR)/$(BIN):$$PATH" shellcheck -x launch/*.sh launch/*.sbatch launch/env/*.sh .ci/run
+	PATH="$(CURDIR)/$(BIN):$$PATH" shellcheck -x launch/*.sh launch/*.sbatch launch/env/*.sh benchmarks/*.sh .ci/run
 
 lint-docker:
 	$(BIN)/hadolint Dockerfile

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from harness import EnergyForceLoss
-from harness.distributed import gradient_scale
+from harness.distributed import data_parallel_size, gradient_scale
 
 HOST_SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 Batch = dict[str, Tensor]
@@ -80,7 +80,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: Tensor) -> Tensor:
         row = row.clone()
-        dist.all_reduce(row)
+        if data_parallel_size() > 1:
+            dist.all_reduce(row)
         return row
 
     @staticmethod

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -42,6 +43,46 @@ def run(script: str, arguments: list[str], folder: Path) -> str:
 
 
 ELSEWHERE = {"recipes.py"}  # tests/jobs/test_recipes.py
+
+
+GPU_SECTIONS = {
+    "machine": "| torch | ",
+    "loss": "| 89 | harness | ",
+    "training-schnet": "| module, default callbacks | ",
+    "precision-schnet": "| bf16-mixed | ",
+    "ranks": "| gloo | 2 | ",
+    "compiled": "| CUDA graph | GPUs only",
+    "tests": "Skipped: ",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+def test_the_gpu_report_is_written(tmp_path: Path) -> None:
+    """On the CPU with little to do; sections of models that are not installed say so, and the others go on."""
+    sections = [*GPU_SECTIONS, "training-mace"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--device", "cpu", "--output", str(tmp_path / "gpu.md")]
+    done = subprocess.run(
+        [*command, "--only", *sections], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    written = (tmp_path / "gpu.md").read_text()
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{written}"
+    assert all(line in written for line in GPU_SECTIONS.values()), written
+    assert len(re.findall("^## ", written, flags=re.MULTILINE)) == len(sections)
+    assert "the same on all ranks" in written
+    assert not re.search(r"\bnan\b|Failed", written), written
+
+
+def test_a_section_that_fails_is_written_with_its_error(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which this section would not miss")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "report.py"), "--only", "machine"]
+    done = subprocess.run([*command, "--output", "gpu.md"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    written = (tmp_path / "gpu.md").read_text()
+    assert done.returncode == 1
+    assert "failed: machine" in done.stdout
+    assert "is this torch built with CUDA" in written
 
 
 def test_every_benchmark_is_run() -> None:
