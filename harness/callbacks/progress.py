@@ -60,7 +60,7 @@ class LossProgressBar(TQDMProgressBar):
         """Values behind the bar."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        latest: dict[str, float] = cast(Any, pl_module).latest
+        latest: dict[str, float] = cast(Any, pl_module).step_log.latest
         items |= {name: f"{latest[name]:.4g}" for name in self.components if name in latest}
         if self.monitor in trainer.callback_metrics:
             items[self.monitor] = f"{float(trainer.callback_metrics[self.monitor]):.4g}"

@@ -53,7 +53,7 @@ from harness.module.empty_batches import (
 )
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
 from harness.module.optimizer_settings import OptimizerSettings, check_averaging
-from harness.module.reporting import define_axes_of_stages, epoch_row, leave_out, log_to_all, step_row
+from harness.module.reporting import define_axes_of_stages, epoch_row, leave_out
 from harness.module.schedule_following import (
     ScheduleFollower,
     check_length,
@@ -63,6 +63,7 @@ from harness.module.schedule_following import (
     warn_of_unreached,
 )
 from harness.module.step import LearntWeighting, Step, StepObserver, StepSumsOfAll, is_nth_step
+from harness.module.step_log import StepLog
 from harness.strategies import (
     ZeroStrategy,
     check_strategy,
@@ -71,7 +72,7 @@ from harness.strategies import (
     shard_root,
     splits_parameters,
 )
-from harness.support.lightning_private import leave_out_empty_hooks, logged_step, trainer_of
+from harness.support.lightning_private import leave_out_empty_hooks, trainer_of
 from harness.support.log_keys import TRAIN_LOSS, TRAIN_METRIC, TRAINING_STAGES, LogKeys, stage_of_set
 
 __all__ = ["ForceFieldModule", "ManagerSource"]
@@ -115,8 +116,7 @@ class ForceFieldModule(LightningModule):
         reports: values, coefficients, contributions and counts of the last epoch on the host, by ``train_loss``,
             ``train_metric``, ``val0``, ``val1``, …, ``test0``, …; the same on all ranks.
         predicted_rows: shapes of the model's predictions, for batches without graphs.
-        reads_late: values of a logged step are read behind its backward pass and the optimizer's step, so that a GPU
-            does not pause for them; None for where the values are on a GPU.
+        step_log: values of logged steps on their way to the loggers, and those of the last one.
         optimizer_settings: of the warm-up, and of the stages of the loss's schedule.
 
     Raises:
@@ -167,14 +167,11 @@ class ForceFieldModule(LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self.reports: dict[str, Report] = {}
-        self.latest: dict[str, float] = {}
-        """Loss values of the last step that was logged, for progress bars."""
-        self.reads_late: bool | None = None
+        self.step_log = StepLog(self.loss)
         self.optimizer_settings = OptimizerSettings()
         self._follower = ScheduleFollower()
         self._optimization: dict[str, Any] | None = None
         self._batches_done: int | None = None  # of the epoch of the last step
-        self._unread: tuple[int, list[Callable[[], Report]]] | None = None  # a logged step and its values
         self._horizons: dict[Pace, int] = {}  # of a training that goes on from a checkpoint
         # of the trainer's callbacks, from setup on
         self._accumulation = Accumulation()
@@ -318,21 +315,7 @@ class ForceFieldModule(LightningModule):
         self._running = []
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if is_nth_step(self.trainer, every) and self.trainer.is_global_zero:
-            self._log_step()
-            values = last.values()
-            self._unread = logged_step(self.trainer), [each.report_later() for each in values]
-            if not (values[0].reported.is_cuda if self.reads_late is None else self.reads_late):
-                self._log_step()
-
-    def _log_step(self) -> None:
-        """Log the values of a logged step, if any are on their way to the host."""
-        if self._unread is None:
-            return
-        (step, reports), self._unread = self._unread, None
-        report, *watched = [read() for read in reports]
-        self.latest = report.values
-        leave_out(self.trainer, LogKeys(TRAIN_LOSS, "step"), report, self.loss)
-        log_to_all(self.trainer, step_row(report, self.loss, *watched), step)
+            self.step_log.send(self.trainer, last.values())
 
     def objective(self, values: Values, is_whole: bool = True) -> Tensor:
         """Scalar for ``backward``: the scaled weighted sum, and the objective of learnt coefficients.
@@ -489,7 +472,7 @@ class ForceFieldModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step with the settings of the warm-up and of the schedule's stage, which hold from the backward pass on.
 
-        The values of a logged step are read behind it where :attr:`reads_late`: a GPU is busy with the backward pass.
+        The values of a logged step are read behind it on a GPU, which is busy with the backward pass.
         """
         settings, trainer = self.optimizer_settings, self.trainer
 
@@ -502,7 +485,7 @@ class ForceFieldModule(LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         finally:
             settings.take_back()
-            self._log_step()
+            self.step_log.write(trainer)
 
 
 def _check_strategy(module: ForceFieldModule) -> None:

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from support.alloy import build, trainer
 from support.devices import DEVICES, nothing_is_waited_for
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness
@@ -65,16 +64,16 @@ def test_a_training_step_waits_for_nothing(data: EmbeddedAlloyDataModule, tmp_pa
 
 
 class Late(Callback):
-    """Steps whose values were read behind the backward pass."""
+    """Steps whose values were read behind the optimizer's step."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
 
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
-        self.before = dict(pl_module.latest)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.before = dict(pl_module.step_log.latest)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.steps += [trainer.global_step] if pl_module.latest != self.before else []
+        self.steps += [trainer.global_step] if pl_module.step_log.latest != self.before else []
 
 
 @pytest.mark.parametrize("late", [False, pytest.param(None, marks=pytest.mark.gpu), True])
@@ -83,7 +82,7 @@ def test_late_values_are_those_of_their_step(data: EmbeddedAlloyDataModule, tmp_
     tables = []
     for number, reads_late in enumerate((False, late)):
         module, watch = build(data, train_metrics=harness.EnergyForceMetrics), Late()
-        module.reads_late = reads_late
+        module.step_log.reads_late = reads_late
         fit = trainer(
             tmp_path,
             accelerator="gpu" if late is None else "cpu",
@@ -94,7 +93,7 @@ def test_late_values_are_those_of_their_step(data: EmbeddedAlloyDataModule, tmp_
         fit.fit(module, datamodule=data)
         tables.append((tmp_path / f"{number}" / "metrics.csv").read_text())
         assert watch.steps == ([] if reads_late is False else [2, 4, 6, 8])
-        assert module.latest
+        assert module.step_log.latest
     assert tables[0].count("\n") > 6
     assert late is None or tables[0] == tables[1]  # the numbers of a GPU may differ from run to run
 
@@ -105,11 +104,11 @@ def test_late_values_are_logged_where_the_step_fails(data: EmbeddedAlloyDataModu
             raise RuntimeError("this step")
 
     module = build(data)
-    module.reads_late = True
+    module.step_log.reads_late = True
     fit = trainer(tmp_path, callbacks=[Fails()], log_every_n_steps=1)
     with pytest.raises(RuntimeError, match="this step"):
         fit.fit(module, datamodule=data)
-    assert module.latest
+    assert module.step_log.latest
 
 
 class Transfers(TorchDispatchMode):

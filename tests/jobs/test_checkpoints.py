@@ -406,8 +406,9 @@ def count_calls(rank: int, world_size: int, folder: Path) -> list[dict[str, int]
     return [dict(each) for each in counting.calls]
 
 
-def test_a_training_step_sends_one_sum(tmp_path: Path) -> None:
-    """The request to stop is one more number in the loss's all-reduce; Lightning's own question is not asked."""
+def test_a_training_step_sends_counts_and_sums(tmp_path: Path) -> None:
+    """The request to stop is one more number among the sums; Lightning's own question is not asked."""
     for calls in spawn(2, count_calls, tmp_path):
-        # of the loss and the metrics of training: a sum, and a maximum since there are maxima among them
-        assert calls == [{"all_reduce": 2}] * 5
+        # of the loss and the metrics of training: counts, sums, and maxima since there are maxima among them
+        # in the first step the ranks agree that counts can be announced
+        assert calls == [{"all_reduce": 4}, *[{"all_reduce": 3}] * 4]

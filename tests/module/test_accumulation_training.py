@@ -147,7 +147,7 @@ class Steps(Callback):
         self.values: dict[str, dict[str, float]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        self.values[str(trainer.global_step)] = dict(pl_module.latest)
+        self.values[str(trainer.global_step)] = dict(pl_module.step_log.latest)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.values["end"] = {key: float(value) for key, value in trainer.callback_metrics.items()}
