@@ -46,8 +46,10 @@ def test_pre_commit_passes_a_clean_tree_and_stops_a_badly_formatted_file(tmp_pat
         pytest.skip("pre-commit is not installed; the extra dev has it")
     for name in (".pre-commit-config.yaml", "Makefile", "pyproject.toml", "Dockerfile", "README.md"):
         shutil.copyfile(ROOT / name, tmp_path / name)
-    for name in ("launch", "benchmarks", ".ci", "hydra_plugins"):
+    for name in ("launch", ".ci", "hydra_plugins"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "gpu.sh", tmp_path / "benchmarks")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "bin").symlink_to(BIN)
     (tmp_path / ".gitignore").write_text(".venv\n.ruff_cache\n")
