@@ -34,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "after_writing",
     "best_in",
+    "is_writing",
     "newest_valid",
     "read",
     "step_of",
@@ -73,7 +74,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     waits for. The first checkpoint, and those within :func:`writing_at_once`, are written before it goes on. At most
     two copies are waiting; a third waits until the first is written. Files are written, renamed and removed in the
     order in which that was asked for. An error other than that of a disk is raised by the next save, or at the end.
-    Until a checkpoint is written, its target holds the one before.
+    Until a checkpoint is written, its target holds the one before. One that is to be removed for a checkpoint that
+    could not be written stays.
 
     Args:
         background: write in a thread.
@@ -83,6 +85,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.background = background
         self._proven = False
         self._warned = False
+        self._is_behind = False  # the last checkpoint could not be written
         self._calls = BackgroundCalls("checkpoints")
         self._copies: deque[Future[None]] = deque()
 
@@ -99,6 +102,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.wait()
             self._write(checkpoint, Path(path))
             return
+        self._calls.check()
         while len(self._copies) >= _MOST_COPIES:
             self._calls.wait(self._copies.popleft())
         copied = HostCopy(checkpoint)
@@ -110,16 +114,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a file, once those that were saved before have been written."""
-        self.after(lambda: super(AtomicCheckpointIO, self).remove_checkpoint(path))
+        """Remove a file, once those that were saved before have been written; the last of them takes its place."""
+
+        def remove() -> None:
+            if not self._is_behind:
+                super(AtomicCheckpointIO, self).remove_checkpoint(path)
+
+        self.after(remove)
 
     def after(self, call: Callable[[], None]) -> None:
         """Call a function once the checkpoints that have been saved so far are written."""
         if self._calls.is_idle:
-            self._calls.wait()  # raises what has failed
+            self._calls.check()
             call()
         else:
             self._calls.submit(call)
+
+    @property
+    def is_writing(self) -> bool:
+        """True as long as a thread writes; any thread may ask."""
+        return not self._calls.is_idle
 
     def wait(self) -> None:
         """Wait until everything is written.
@@ -142,6 +156,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], target: Path) -> None:
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        self._is_behind = True
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             for stale in target.parent.glob(f".{target.name}.*.part"):  # of a process that was killed while writing
@@ -154,6 +169,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 self._prove(part)
             os.replace(part, target)
             _flush_folder(target.parent)
+            self._is_behind = False
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -205,6 +221,12 @@ def after_writing(trainer: Trainer, call: Callable[[], None]) -> None:
         writer.after(call)
     else:
         call()
+
+
+def is_writing(trainer: Trainer) -> bool:
+    """True as long as a thread of this rank writes checkpoints of a trainer; any thread may ask."""
+    writer = trainer.strategy.checkpoint_io
+    return isinstance(writer, AtomicCheckpointIO) and writer.is_writing
 
 
 def wait_for_checkpoints(trainer: Trainer) -> None:

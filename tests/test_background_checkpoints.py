@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from support.commands import ROOT
 from support.configs import composed
 from torch import nn
 
@@ -193,6 +198,66 @@ def test_an_error_is_raised_where_the_training_comes_by_next(writer: AtomicCheck
             writer.teardown()
     assert step_of(tmp_path / "last.ckpt") == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_error_is_raised_by_the_next_save(writer: AtomicCheckpointIO, tmp_path: Path) -> None:
+    for saving in (lambda: writer.save_checkpoint(state(3), tmp_path / "3.ckpt"), lambda: writer.after(list)):
+        writer.save_checkpoint(state(2, bad=Unsaveable()), tmp_path / "2.ckpt")
+        written(writer)
+        with pytest.raises(TypeError, match="not to be pickled"):
+            saving()
+    writer.save_checkpoint(state(4), tmp_path / "4.ckpt")
+    writer.wait()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["4.ckpt", "last.ckpt"]
+
+
+def written(writer: AtomicCheckpointIO) -> None:
+    """Return once the thread has nothing to do, without asking for what has failed."""
+    deadline = time.monotonic() + 60
+    while writer.is_writing:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_could_not_be_replaced_stays(in_background: bool, writer: AtomicCheckpointIO, tmp_path: Path) -> None:
+    """``save_top_k`` of checkpoints named by step removes the one before whatever has become of the new one."""
+    writer.background = in_background
+    (tmp_path / "full").write_text("a file in the place of the folder")
+    with pytest.warns(UserWarning, match="the one before is kept"):  # noqa: PT031
+        writer.save_checkpoint(state(2), tmp_path / "full" / "2.ckpt")
+        writer.remove_checkpoint(tmp_path / "last.ckpt")
+        writer.wait()
+    assert step_of(tmp_path / "last.ckpt") == 1
+    writer.save_checkpoint(state(3), tmp_path / "3.ckpt")
+    writer.remove_checkpoint(tmp_path / "last.ckpt")
+    writer.wait()
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["3.ckpt"]
+
+
+def test_a_program_that_ends_by_itself_waits_for_its_files(tmp_path: Path) -> None:
+    program = """
+import time, torch
+from collections import OrderedDict
+from harness.checkpoints import AtomicCheckpointIO
+class Slow:
+    def __deepcopy__(self, memo):
+        return self
+    def __reduce__(self):
+        time.sleep(0.5)
+        return OrderedDict, ()
+writer, state = AtomicCheckpointIO(background=True), {"state_dict": {"weight": torch.ones(4)}, "slow": Slow()}
+for step in (1, 2, 3):
+    writer.save_checkpoint({**state, "global_step": step}, "last.ckpt")
+print(writer.is_writing)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    assert step_of(tmp_path / "last.ckpt") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_disk_that_fails_is_warned_about_once(writer: AtomicCheckpointIO, tmp_path: Path) -> None:

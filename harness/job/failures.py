@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from harness.checkpoints import is_writing
 from harness.distributed import (
     Board,
     is_launched_by_torchrun,
@@ -47,6 +48,7 @@ _SIGN = 0.5  # for the notes of all ranks, once they have looked at the board
 _PRINT = 3.0  # for another rank to print its report
 _EXIT = 5.0  # for a rank to end by itself
 _LEAVE = 2.0  # likewise, where a connection was lost and that is reported
+_WRITE = 60.0  # for a checkpoint to be written, which the end of a training waits for
 _STOPPED = 15.0  # beyond the time limit of collectives, until a launcher kills a rank that is stopped
 _LONGEST = 4000  # characters of an error
 
@@ -243,6 +245,7 @@ class FailureReporter:
             else:  # this rank's own time limit ends as that of the others
                 continue
             if not self._ending.wait(patience) and not self._stopped.is_set():
+                _await_checkpoints(self._position.trainer)
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(1)
@@ -371,6 +374,13 @@ def _advice(error: Exception) -> str:
 
 def _print_error(text: str) -> None:
     print(f"\nerror: {text}", file=sys.stderr, flush=True)
+
+
+def _await_checkpoints(trainer: Trainer | None) -> None:
+    """Wait until the checkpoints that this rank has saved are written, as the end of a training does."""
+    deadline = time.monotonic() + _WRITE
+    while trainer is not None and is_writing(trainer) and time.monotonic() < deadline:
+        time.sleep(_AWAIT)
 
 
 def _end_process_after(seconds: float) -> None:

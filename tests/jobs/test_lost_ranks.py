@@ -13,6 +13,7 @@ import pytest
 from support.commands import ROOT, TINY, run, train
 from support.hosts import Hosts, train_on, two_hosts, why_not
 
+from harness.checkpoints import step_of
 from harness.distributed import is_lost_connection, keep_alive, named
 
 REASON = why_not()
@@ -74,6 +75,21 @@ def test_the_error_of_one_rank_is_shown_first_and_once(error: str, rank: int, tm
     assert done.err.index("error: ") < done.err.index("Traceback")
     assert len(re.findall(rf"^(?:torch\.)?{error}: made up", done.err, flags=re.MULTILINE)) == 1  # one traceback
     assert "gloo" not in said.split("Traceback")[0]
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_before_an_error_is_written(tmp_path: Path) -> None:
+    """Rank 0 is told of an error of rank 1 while its thread writes, and leaves once that is done."""
+    faults = [fault("RaiseAt", step=3, error="RuntimeError", rank=1)]
+    faults.append("+callbacks.slow={_target_: support.failures_for_tests.SlowToWrite, seconds: 15}")
+    last = ["callbacks.best=null", "callbacks.last.every_n_steps=1"]
+    done = train(*ARGUMENTS, *faults, *last, folder=tmp_path, ranks=2, PYTHONPATH=PATHS)
+    assert done.code != 0
+    assert "rank 1" in first_error(done.err)
+    (folder,) = done.runs
+    assert step_of(folder / "checkpoints" / "last.ckpt") == 2
+    assert step_of(folder / "checkpoints" / "previous.ckpt") == 1
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 @needs_hosts

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ class RaiseAt(_AtStep):
 
     def act(self) -> None:
         raise ERRORS[self.error](f"made up for the test on {socket.gethostname()}")
+
+
+class SlowToWrite(Callback):
+    """Lets the files of checkpoints after the first take a while; their copies do not."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.saved = seconds, 0
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.saved:
+            checkpoint["slow"] = _Slow(self.seconds)
+        self.saved += 1
+
+
+class _Slow:
+    """An empty dictionary in a file, which takes a while to be pickled; its copy is itself."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __deepcopy__(self, memo: Any) -> _Slow:
+        return self
+
+    def __reduce__(self) -> Any:
+        time.sleep(self.seconds)
+        return OrderedDict, ()
 
 
 class StopAt(_AtStep):
