@@ -44,7 +44,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ from harness.distributed import Board, gather_to_first, join, max_over_ranks, sh
 from harness.distributed.rendezvous import start_prefix
 from harness.job.consistency import Facts, facts, refusal
 from harness.job.failures import FailureReporter, TrainingPosition
+from harness.metrics import begin_step
 
 NUM_TYPES = 89
 NUM_PARAMETERS = 25_000
@@ -125,7 +126,11 @@ def phases(rank: int, num_ranks: int, in_common: Facts, folder: Path) -> Iterato
         "num_atoms": torch.tensor([4]),
     }
     preds = {"total_energy": torch.ones(1, 1, requires_grad=True), "forces": torch.ones(4, 3, requires_grad=True)}
-    loss({**preds}, target)["weighted_sum"].backward()
+    announces = loss.announces(target)  # asked once in a training
+    yield "first step: can counts be announced?"
+    step = begin_step(loss, preds=preds, target=target, window=loss.window([target] if announces else None))
+    cast(torch.Tensor, step.own.weighted_sum).backward()
+    step.values()
     yield f"step: loss, {NUM_TYPES} types"
     sum_over_ranks(torch.zeros(NUM_PARAMETERS))
     yield f"step: gradients of {NUM_PARAMETERS} parameters"
