@@ -93,7 +93,12 @@ def test_the_counters_see_copies() -> None:
     assert copies.found == ["aten::_to_copy: cpu → meta", "aten::copy_: cpu → meta"]
     with Operators() as operators:
         torch.tensor([True])
-    assert operators.names["aten::lift_fresh"] == 1
+        torch.arange(2).repeat_interleave(torch.tensor([1, 2]), output_size=3)
+    assert operators.names["aten::lift_fresh"] == 2
+    assert operators.waits == []
+    with Operators() as operators:
+        torch.arange(2).repeat_interleave(torch.tensor([1, 2]))
+    assert operators.waits == ["aten::repeat_interleave"]
 
 
 def test_a_step_makes_no_tensor_of_numbers_of_the_host() -> None:

@@ -46,6 +46,15 @@ def counted_collectives():
             setattr(dist, name, original)
 
 
+WAITS = {
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "item", "is_nonzero", "equal"),
+        *("nonzero", "_unique2", "unique_dim", "unique_consecutive", "bincount"),  # for the shape of their result
+    )
+}
+
+
 class Operators(TorchDispatchMode):
     """Every aten operator of a block, and those among them that make the host wait for the device."""
 
@@ -57,7 +66,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket._qualified_op_name
         self.names[name] += 1
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::equal"):
+        if name in WAITS or (name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is None):
             self.waits.append(name)
         if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::masked_select"):
             indices = [index for index in args[1] if index is not None] if name != "aten::masked_select" else args[1:]
