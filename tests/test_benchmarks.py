@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,6 +33,16 @@ SMALL = {
     "scaling.py": (["--ranks", "2", "3", "4", "--beyond", "8"], "| restart: ranks meet again | store requests |"),
     "schedules.py": (["--epochs", "1", "--seeds", "0", "--only", "constant", "deepmd"], "| deepmd |"),
 }
+
+
+def loaded(script: str) -> ModuleType:
+    """A script as a module of this process."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{Path(script).stem}", ROOT / "benchmarks" / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(script: str, arguments: list[str], folder: Path) -> str:
@@ -85,6 +97,20 @@ def test_a_section_that_fails_is_written_with_its_error(tmp_path: Path) -> None:
     assert "is this torch built with CUDA" in written
 
 
+def test_wheels_stand_in_for_missing_packages_alone(tmp_path: Path) -> None:
+    """Nothing is installed: their contents are in a folder on the path of the sections."""
+    report = loaded("gpu/report.py")
+    for name in ("not_there", "torch"):
+        with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+    assert report.unpacked(tmp_path / "none", tmp_path / "empty", only_missing=True) == []
+    missing, of_model = tmp_path / "missing", tmp_path / "of_model"
+    assert report.unpacked(tmp_path, missing, only_missing=True) == [str(missing)]
+    assert [path.name for path in missing.iterdir()] == ["not_there"]
+    assert report.unpacked(tmp_path, of_model, only_missing=False) == [str(of_model)]
+    assert sorted(path.name for path in of_model.iterdir()) == ["not_there", "torch"]
+
+
 def test_every_benchmark_is_run() -> None:
     assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == {*SMALL, *ELSEWHERE}
 
@@ -98,11 +124,7 @@ def test_a_script_does_not_find_this_folder(script: str, tmp_path: Path) -> None
 def test_loaders_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, and without the other packages: the table starts each in a process of its own."""
     monkeypatch.setattr(sys, "path", [*sys.path])  # which the script changes
-    spec = importlib.util.spec_from_file_location("benchmark_of_data", ROOT / "benchmarks" / "data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = loaded("data.py")
     benchmark.write_frames(tmp_path / "frames.xyz", 8, 1)
     made, kept = (
         benchmark.measure_loader("harness", tmp_path / "frames.xyz", 3.0, kept, 2, workers=0) for kept in (False, True)
