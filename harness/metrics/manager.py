@@ -25,7 +25,7 @@ from harness.metrics.coefficients import Coefficients, Normalisation, WeightedCo
 from harness.metrics.components import WEIGHTED_SUM, parse_entries
 from harness.metrics.errors import ErrorMetric
 from harness.metrics.layout import GatheredValues, Layout
-from harness.metrics.measure import BatchReader
+from harness.metrics.measure import AdapterInputs, BatchReader
 from harness.metrics.row import MergingRows, Row, merge_rows_over_ranks
 from harness.metrics.running import EpochRow, RunningStep, Share
 from harness.metrics.splits import DataNames
@@ -121,7 +121,6 @@ class MetricsManager(WeightedComponents):
         if schedule is not None:
             self.follow(schedule, schedule_interval)
         self._epoch = EpochRow()
-        self._running: tuple[RunningStep, int] | None = None  # the last step, and the position in it
         self._last_epoch: Values | None = None
         self._checked_accumulation: set[str] | None = None  # components that gradients may be accumulated of
         self._announces: tuple[set[str], bool] = (set(), False)  # weighted components, and if they can be counted
@@ -135,9 +134,9 @@ class MetricsManager(WeightedComponents):
 
     @property
     def _last_step(self) -> Values | None:
-        if self._running is None:
+        if self._epoch.last_step is None:
             return None
-        step, position = self._running
+        step, position = self._epoch.last_step
         return step.value(position).detach()
 
     @property
@@ -323,12 +322,10 @@ class MetricsManager(WeightedComponents):
         return Values(
             layout.names,
             layout.order,
-            evaluated.reported,
+            evaluated,
             None if coeffs is None else coefficients.weighted_sum(evaluated.components, coeffs),
-            evaluated.has_data,
             coeffs,
             coefficients.weighted,
-            evaluated.counts,
             layout.counted,
             layout.by_group,
             layout.frames_by_group(row),
@@ -355,6 +352,29 @@ class MetricsManager(WeightedComponents):
         self._epoch.replace()
         for adapter in self._gathered_adapters:
             adapter.reset()
+
+    def _update_gathered(
+        self, inputs: AdapterInputs, device: torch.device, is_alone: bool, has_graph: bool
+    ) -> dict[int, list[Tensor | None]]:
+        """Add a batch to the metrics that are gathered at the end of an epoch.
+
+        Args:
+            inputs: of a batch, by position and slot.
+            device: of the states.
+            is_alone: this rank's batch is all of the step, whose values are then known.
+            has_graph: values are differentiable where gradients are.
+
+        Returns:
+            Values of the step, None where they are not known.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
+            return {
+                index: [
+                    adapter.update(of_group, local_value=is_alone, device=device)
+                    for adapter, of_group in zip(self._layout.gathered[index], groups, strict=True)
+                ]
+                for index, groups in inputs.items()
+            }
 
     @property
     def _gathered_adapters(self) -> list[GatheredAdapter]:
@@ -474,22 +494,12 @@ def begin_step(
     alone = (not merged or num_ranks == 1) and window.num_micro_batches == 1
     shares = []
     for manager, (row, inputs) in zip(managers, measured, strict=True):
-        device = row.additive.device
-        with torch.set_grad_enabled(torch.is_grad_enabled() and manager is loss):
-            gathered = {
-                index: [
-                    adapter.update(group_inputs, local_value=alone, device=device)
-                    for adapter, group_inputs in zip(manager._layout.gathered[index], groups, strict=True)
-                ]
-                for index, groups in inputs.items()
-            }
-        coeffs = manager.coeffs_on(device) if manager.do_weighted_sum else None
+        gathered = manager._update_gathered(inputs, row.additive.device, alone, manager is loss) if inputs else {}
+        coeffs = manager.coeffs_on(row.additive.device) if manager.do_weighted_sum else None
         shares.append(
             Share(manager._epoch, functools.partial(manager._evaluate, manager.coefficients, coeffs, gathered))
         )
     step = RunningStep(window, shares, rows, merged, signals is not None)
-    for position, manager in enumerate(managers):
-        manager._running = step, position
     if not window.is_announced:
         step.value()  # with its graph, and with what torchmetrics keep of this batch
     else:
