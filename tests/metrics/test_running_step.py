@@ -221,7 +221,7 @@ def reads_on_rank(rank: int, world_size: int) -> list[Any]:
                 found = watched.metrics_values_step
             elif read == "reset":
                 loss.reset()
-                found = loss._epoch.is_empty
+                found = loss.epoch_row.is_empty
         if read == "compute":
             found = {name: value.item() for name, value in loss.compute().items()}
         assert not counted
@@ -238,7 +238,7 @@ def test_whatever_reads_an_epoch_has_the_steps_on_their_way() -> None:
         torch.testing.assert_close([found[name] for name in right], list(right.values()), equal_nan=True)
     loss = oracle.manager(LOSS, TYPES)
     two = [loss.measure(target, target) for _, target in everything[:4]]
-    assert first[2] == second[2] == sum(loss._layout.counts(row) for row in two).tolist()
+    assert first[2] == second[2] == sum(loss.layout.counts(row) for row in two).tolist()
     assert first[0] == second[0]
     assert first[4] == second[4]
     assert first[5]
