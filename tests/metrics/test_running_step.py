@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support import oracle
 from support.accumulation_cases import LOSS, TYPES, WATCHED
 from support.oracle import Component
-from support.spawning import spawn
+from support.spawning import close_all, spawn
 from support.step_cost import counted_collectives
 
 import harness
@@ -243,6 +243,63 @@ def test_whatever_reads_an_epoch_has_the_steps_on_their_way() -> None:
     assert first[4] == second[4]
     assert first[5]
     assert second[5]
+
+
+def fails_on_one_rank(rank: int, world_size: int) -> str:
+    """Rank 1 ends between its counts and its row; returns what rank 0 hears of it."""
+    loss = oracle.manager(LOSS, TYPES)
+    features, target = oracle.draw(rank, [2, 3], unlabelled=0.3)
+    window = loss.window([target])
+    if rank == 1:
+        time.sleep(0.5)  # the counts of all ranks have come
+        dist.destroy_process_group()
+        return ""
+    loss.checked_window = True  # the first step would wait for the row at once
+    theta = oracle.parameters()
+    running = begin_step(loss, preds=oracle.predict(features, theta), target=target, window=window)
+    running.own.weighted_sum.backward()
+    heard = []
+    for read in (lambda: running.value(), lambda: loss.so_far(), lambda: loss.window([target])):
+        with pytest.raises(RuntimeError) as failed:
+            read()
+        heard.append(str(failed.value))
+    return heard[0]
+
+
+def test_a_rank_that_fails_between_its_counts_and_its_row() -> None:
+    """The backward pass of the other goes through; whatever reads its sums is told, and nothing waits for ever."""
+    start = time.monotonic()
+    try:
+        first, _ = spawn(2, fails_on_one_rank)
+    finally:
+        close_all()  # one of the ranks has left its group
+    assert "closed by peer" in first or "Connection" in first
+    assert time.monotonic() - start < 45
+
+
+def observed_gradients(rank: int, world_size: int) -> list[list[float]]:
+    """Gradients of components and of the sum, of values that something has read without a graph before."""
+    loss = oracle.manager(LOSS, TYPES)
+    features, target = oracle.draw(rank, [2, 3], unlabelled=0.3)
+    window = loss.window([target] if world_size > 1 else None)
+    theta = oracle.parameters()
+    running = begin_step(loss, preds=oracle.predict(features, theta), target=target, window=window)
+    found = []
+    for values in (running.own, running.value()):
+        with torch.no_grad():
+            values.to_host()
+        for value in (values.reported[values.weighted[0]], values.weighted_sum):
+            found += torch.autograd.grad(value, theta, retain_graph=True)
+    return [gradient.tolist() for gradient in found]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_values_that_are_read_without_a_graph_keep_theirs(world_size: int) -> None:
+    for of_part, part, of_whole, whole in spawn(world_size, observed_gradients):
+        assert of_part == of_whole
+        assert part == whole
+        assert any(part)
+        assert any(of_part)
 
 
 def announced_on_rank(rank: int, world_size: int, lacking: str | None) -> bool:
