@@ -335,13 +335,6 @@ class ForceFieldModule(LightningModule):
             objective = objective + num_micro_batches * weighting.objective(values)
         return objective
 
-    def _merged_objective(self) -> Tensor:
-        """Objective of the last step over all ranks, unscaled: its gradient is the average that the optimizer sees."""
-        running, position = cast(tuple[RunningStep, int], self.loss.epoch_row.last_step)
-        values, weighting = running.value(position).detach(), self.loss.weighting
-        objective = cast(Tensor, values.weighted_sum)
-        return objective + weighting.objective(values).detach() if isinstance(weighting, LearntWeighting) else objective
-
     def on_train_epoch_end(self) -> None:
         """Log the epoch's loss, coefficients, contributions and train metrics."""
         self._follower.mark(self.trainer, self._train_managers)
@@ -487,13 +480,21 @@ class ForceFieldModule(LightningModule):
         def closure() -> Any:
             result = optimizer_closure()
             settings.apply(trainer.optimizers[0], epoch_of(trainer, batch_idx, self.loss), trainer.global_step)
-            return result if result is None or ignores_loss(trainer.optimizers[0]) else self._merged_objective()
+            return result if result is None or ignores_loss(trainer.optimizers[0]) else _merged_objective(self)
 
         try:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         finally:
             settings.take_back()
             self.step_log.write(trainer)
+
+
+def _merged_objective(module: ForceFieldModule) -> Tensor:
+    """Objective of the last step over all ranks, unscaled: its gradient is the average that the optimizer sees."""
+    running, position = cast(tuple[RunningStep, int], module.loss.epoch_row.last_step)
+    values, weighting = running.value(position).detach(), module.loss.weighting
+    objective = cast(Tensor, values.weighted_sum)
+    return objective + weighting.objective(values).detach() if isinstance(weighting, LearntWeighting) else objective
 
 
 def _check_strategy(module: ForceFieldModule) -> None:

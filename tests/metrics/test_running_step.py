@@ -262,6 +262,7 @@ def fails_on_one_rank(rank: int, world_size: int) -> str:
     for read in (lambda: running.value(), lambda: loss.so_far(), lambda: loss.window([target])):
         with pytest.raises(RuntimeError) as failed:
             read()
+        assert "_await_merge" in [entry.name for entry in failed.traceback]  # by which a job knows what it waited for
         heard.append(str(failed.value))
     return heard[0]
 
