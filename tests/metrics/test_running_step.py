@@ -258,24 +258,23 @@ def fails_on_one_rank(rank: int, world_size: int) -> str:
     theta = oracle.parameters()
     running = begin_step(loss, preds=oracle.predict(features, theta), target=target, window=window)
     running.own.weighted_sum.backward()
-    heard = []
+    heard, start = [], time.monotonic()
     for read in (lambda: running.value(), lambda: loss.so_far(), lambda: loss.window([target])):
         with pytest.raises(RuntimeError) as failed:
             read()
         assert "_await_merge" in [entry.name for entry in failed.traceback]  # by which a job knows what it waited for
         heard.append(str(failed.value))
+    assert time.monotonic() - start < 20  # and not the time limit of collectives
     return heard[0]
 
 
 def test_a_rank_that_fails_between_its_counts_and_its_row() -> None:
     """The backward pass of the other goes through; whatever reads its sums is told, and nothing waits for ever."""
-    start = time.monotonic()
     try:
         first, _ = spawn(2, fails_on_one_rank)
     finally:
         close_all()  # one of the ranks has left its group
     assert "closed by peer" in first or "Connection" in first
-    assert time.monotonic() - start < 45
 
 
 def observed_gradients(rank: int, world_size: int) -> list[list[float]]:
