@@ -279,22 +279,29 @@ class PerAtomModifier:
     def __call__(self, preds: Batch, target: Batch) -> tuple[Tensor, Tensor]:
         """Prediction and target per atom."""
         num_atoms = target[NUM_ATOMS] if NUM_ATOMS in target else get_field(preds, NUM_ATOMS, "target or predictions")
-        pair = get_field(preds, self.field, "predictions"), get_field(target, self.field, "target")
-        predicted, reference = (self._per_atom(value, num_atoms) for value in pair)
-        return predicted, reference
+        predicted, reference = get_field(preds, self.field, "predictions"), get_field(target, self.field, "target")
+        divisor = self._divisor(reference, num_atoms)
+        if predicted.shape == reference.shape:
+            return self._divided(predicted, divisor), self._divided(reference, divisor)
+        return self._divided(predicted, self._divisor(predicted, num_atoms)), self._divided(reference, divisor)
 
     def target_of(self, target: Batch) -> Tensor:
         """Target per atom, without a prediction."""
-        return self._per_atom(get_field(target, self.field, "target"), get_field(target, NUM_ATOMS, "target"))
+        reference = get_field(target, self.field, "target")
+        return self._divided(reference, self._divisor(reference, get_field(target, NUM_ATOMS, "target")))
 
-    def _per_atom(self, value: Tensor, num_atoms: Tensor) -> Tensor:
-        if value.shape[:1] != num_atoms.reshape(-1).shape:
+    def _divisor(self, value: Tensor, num_atoms: Tensor) -> Tensor:
+        """Number of atoms of each graph in as many dimensions as a value has."""
+        if value.shape[:1] != (num_atoms.numel(),):
             raise ValueError(
                 f"Field {self.field!r} has shape {list(value.shape)}, but there are {num_atoms.numel()} graphs in "
                 f"'num_atoms'. Graph fields have one row per graph: [num_graphs, ...]."
             )
+        return num_atoms.reshape(-1, *[1] * (value.dim() - 1))
+
+    def _divided(self, value: Tensor, divisor: Tensor) -> Tensor:
         # A true division by an integer tensor takes the field's precision; the integer's reciprocal() would be float32.
-        per_atom = value / num_atoms.reshape(-1, *[1] * (value.dim() - 1))
+        per_atom = value / divisor
         return per_atom if self.factor is None else per_atom * self.factor
 
     def __str__(self) -> str:

@@ -153,8 +153,7 @@ class Merging:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Merged ``additive`` and ``maxima``, the same bits on every rank."""
-        for work in self._works:
-            work.wait()
+        _await_merge(self._works)
         self._works = []
         if self._is_alone:
             return self._additive, self._maxima
@@ -163,6 +162,12 @@ class Merging:
         if maxima.numel():
             maxima = maxima.masked_fill(with_nan > 0, torch.nan)
         return additive.to(self._origin), maxima.to(self._origin)
+
+
+def _await_merge(works: list[Any]) -> None:
+    """Wait for the collectives of a merge; a function of its own, by whose name a report of absent ranks knows it."""
+    for work in works:
+        work.wait()
 
 
 def sum_over_ranks(value: Tensor, group: ProcessGroup | None = None) -> Tensor:

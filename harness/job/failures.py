@@ -91,6 +91,7 @@ _PURPOSES = {
     "on_test_epoch_end": "the end of the test",
     "on_train_epoch_end": "the end of a training epoch",
     "save_checkpoint": "a checkpoint",
+    "_await_merge": "the merge of loss and metrics over the ranks",
     "backward": "the average of the gradients over the ranks",
     "merge_over_ranks": "the merge of loss and metrics over the ranks",
     "reduce_boolean_decision": "a common decision",

@@ -22,11 +22,13 @@ from harness.metrics.errors import (
     total,
 )
 from harness.metrics.layout import Layout
-from harness.metrics.manager import MetricsManager, begin_step, compute_together, merge_accumulated, step_together
+from harness.metrics.manager import MetricsManager
 from harness.metrics.measure import BatchReader, Reading, modifier_key
+from harness.metrics.measured import MeasuredComponents
 from harness.metrics.row import Elements, Row, merge_rows_over_ranks
 from harness.metrics.running import RunningStep
 from harness.metrics.structures import EnergyForcesWithinThreshold, MeanOverStructures
+from harness.metrics.together import begin_step, compute_together, merge_accumulated, step_together
 from harness.metrics.values import Evaluated, NamedValues, Report, Values
 from harness.metrics.vectors import FractionWithin, MeanCosineSimilarity, MeanVectorError
 
@@ -49,6 +51,7 @@ __all__ = [
     "MeanOverStructures",
     "MeanSquaredError",
     "MeanVectorError",
+    "MeasuredComponents",
     "MergedAdapter",
     "MetricEntry",
     "MetricsManager",

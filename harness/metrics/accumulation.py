@@ -98,7 +98,7 @@ class Window:
         """
         if layout is not self._layout:
             raise ValueError("The window was made by another manager than the loss: make it with loss.window(targets).")
-        if coefficients != self._coefficients:
+        if coefficients is not self._coefficients and coefficients != self._coefficients:
             raise ValueError(
                 f"The coefficients changed in the middle of a step, after {self.num_done} of its "
                 f"{self.num_micro_batches} micro-batches, from {self._coefficients} to {coefficients}: the sum of "

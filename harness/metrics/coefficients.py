@@ -169,6 +169,7 @@ class WeightedComponents(ComponentMapping, nn.Module):
         self._position: Position = (0.0, None)
         self._names.check_totals(self._given)
         self.coefficients = self._snapshot()
+        self._ever_weighted: tuple[Coefficients | None, Schedule | None, set[str]] = (None, None, set())
 
     # --- coefficients of the moment ---
 
@@ -230,9 +231,13 @@ class WeightedComponents(ComponentMapping, nn.Module):
     @property
     def ever_weighted(self) -> set[str]:
         """Components that are in the weighted sum now, or at another epoch of the schedule."""
-        driven = self._schedule.names if self._schedule is not None else ()
-        now = (name for name, coeff in self.coeffs.items() if coeff is not None)
-        return {*now, *(name for name in driven if name in self._components)}
+        coefficients, schedule, weighted = self._ever_weighted
+        if coefficients is not self.coefficients or schedule is not self._schedule:
+            driven = self._schedule.names if self._schedule is not None else ()
+            weighted = {self._order[position].name for position in self.coefficients.weighted}
+            weighted |= {name for name in driven if name in self._components}
+            self._ever_weighted = self.coefficients, self._schedule, weighted
+        return weighted
 
     # --- changes ---
 

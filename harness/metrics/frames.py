@@ -36,6 +36,7 @@ _WEIGHT = "weight"
 _INDEX_OF = {"set": "set_index", "group": "group_index"}
 WEIGHT_FIELDS = tuple(dict.fromkeys((_WEIGHT, *WEIGHTS_OF_LABELS.values())))
 """Fields of a batch that hold weights of the frames."""
+_NAMES_OF_WEIGHTS = frozenset(WEIGHT_FIELDS)
 FRAME_FIELDS = (*WEIGHT_FIELDS, *_INDEX_OF.values())
 """Fields of a batch that hold a number of each frame."""
 _BATCH, _EDGES = "batch", "edge_index"
@@ -68,6 +69,7 @@ class FramesOfBatch:
     def __init__(self, preds: Batch, target: Batch, indices: FrameIndices) -> None:
         self._preds, self._target, self._indices = preds, target, indices
         self._known: dict[object, Tensor] = {}
+        self._has_weights = not _NAMES_OF_WEIGHTS.isdisjoint(target)
 
     def weights(self, labels: Sequence[str], level: str, reference: Tensor) -> Tensor | None:
         """Weight of the frame of each row, float64 ``[rows]``; None if the batch has none for these labels.
@@ -77,7 +79,7 @@ class FramesOfBatch:
             level: of the rows.
             reference: tensor with these rows.
         """
-        names = weights_in(self._target, labels)
+        names = weights_in(self._target, labels) if self._has_weights else []
         if not names:
             return None
         key = ("weights", *names)

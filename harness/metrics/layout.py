@@ -251,23 +251,18 @@ class Layout:
     def _average(self, slots: Tensor, has_data: Tensor, counts: Tensor, coefficients: Coefficients) -> Evaluated:
         """Components, and their parts, as weighted means of their slots that have data."""
         constants = self._constants_on(slots.device)
-        components = reported = slots
-        if not self._one_slot_each:
-            weights = coefficients.on(slots.device).slot_weights * has_data
-            empty = slots.new_zeros(self._num_averages)
-            norm = empty.index_add(0, constants.slot_average, weights)
-            # 0 times an infinite error, or its slope, is NaN
-            terms = slots if coefficients.all_slots_weigh else torch.where(weights > 0, slots, constants.zero)
-            averages = empty.index_add(0, constants.slot_average, weights * terms)
-            averages = averages / torch.where(norm > 0, norm, constants.one)
-            reported, has_data = torch.cat((averages, slots)), torch.cat((norm > 0, has_data))
-            components = averages
-            if self._num_averages > len(self.components):
-                components = averages[: len(self.components)]
-        if constants.instead is not None:
-            reported = torch.where(has_data, reported, reported[constants.instead])
-            has_data = has_data | has_data[constants.instead]
-        return Evaluated(components, torch.where(has_data, reported, constants.nan), has_data, counts)
+        number, nan, instead = len(self.components), constants.nan, constants.instead
+        if self._one_slot_each:
+            return Evaluated(slots, None, has_data, None, number, counts, nan, instead)
+        weights = coefficients.on(slots.device).slot_weights * has_data
+        empty = slots.new_zeros(self._num_averages)
+        norm = empty.index_add(0, constants.slot_average, weights)
+        # 0 times an infinite error, or its slope, is NaN
+        terms = slots if coefficients.all_slots_weigh else torch.where(weights > 0, slots, constants.zero)
+        averages = empty.index_add(0, constants.slot_average, weights * terms)
+        averages_have_data = norm > 0
+        averages = averages / torch.where(averages_have_data, norm, constants.one)
+        return Evaluated(averages, slots, averages_have_data, has_data, number, counts, nan, instead)
 
     def _evaluate_adapters(
         self, row: Row, coefficients: Coefficients, gathered: GatheredValues

@@ -8,34 +8,27 @@ is then not waited for, see :mod:`harness.metrics.running`.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.distributed import ProcessGroup, data_parallel_size, gather_objects, max_over_ranks, rank_in_group
+from harness.distributed import data_parallel_size, max_over_ranks
 from harness.fields import Batch
 from harness.metrics.accumulation import Window, check_linear
-from harness.metrics.adapters import GatheredAdapter, Part, detached
-from harness.metrics.coefficients import Coefficients, Normalisation, WeightedComponents
-from harness.metrics.components import WEIGHTED_SUM, parse_entries
-from harness.metrics.errors import ErrorMetric
-from harness.metrics.layout import GatheredValues, Layout
-from harness.metrics.measure import BatchReader
-from harness.metrics.row import MergingRows, Row, merge_rows_over_ranks
-from harness.metrics.running import EpochRow, RunningStep, Share
+from harness.metrics.coefficients import Normalisation
+from harness.metrics.components import WEIGHTED_SUM
+from harness.metrics.measured import MeasuredComponents
 from harness.metrics.splits import DataNames
+from harness.metrics.together import compute_together, step_together
 from harness.metrics.values import NamedValues, Values
 from harness.schedules import Interval, Schedule, check_interval
 
-__all__ = ["MetricsManager", "begin_step", "compute_together", "merge_accumulated", "step_together"]
+__all__ = ["MetricsManager"]
 
 
-class MetricsManager(WeightedComponents):
+class MetricsManager(MeasuredComponents):
     r"""Losses and error metrics as managed components of one weighted sum.
 
     Each component reads a field of predictions and target and reduces an error over it, for all atoms or by atom type.
@@ -107,77 +100,14 @@ class MetricsManager(WeightedComponents):
         names = DataNames.of(type_names, group_names, set_names, labelled_sets)
         if not isinstance(sync_on_step, bool):
             raise TypeError(f"`sync_on_step` is true or false, found {sync_on_step!r}.")
-        components = parse_entries(metrics, names)
-        layout = Layout(list(components.values()), names)
-        super().__init__(components, layout.components, names.types, coefficients)
-        self.names = names
-        self.sync_on_step = sync_on_step
-        self.process_group: ProcessGroup | None = None
-        """The ranks that share a batch, if a strategy splits the world; None for all."""
-        self._metrics = nn.ModuleList(entry.metric for entry in components.values())
-        self._layout = layout
-        self._reader = BatchReader(layout.components, layout.merged, names)
+        super().__init__(metrics, names, coefficients, sync_on_step)
         check_interval(schedule_interval, "`schedule_interval`")
         if schedule is not None:
             self.follow(schedule, schedule_interval)
-        self._epoch = EpochRow()
-        self._running: tuple[RunningStep, int] | None = None  # the last step, and the position in it
-        self._last_epoch: Values | None = None
         self._checked_accumulation: set[str] | None = None  # components that gradients may be accumulated of
         self._announces: tuple[set[str], bool] = (set(), False)  # weighted components, and if they can be counted
-        self._checked_window = False
-        self._warned_types = False
 
-    @property
-    def metrics_values_step(self) -> dict[str, float | None]:
-        """Every component of the last step; read on access, since it makes the host wait for the device."""
-        return _by_component(self._last_step, self.keys())
-
-    @property
-    def _last_step(self) -> Values | None:
-        if self._running is None:
-            return None
-        step, position = self._running
-        return step.value(position).detach()
-
-    @property
-    def metrics_values_epoch(self) -> dict[str, float | None]:
-        """Every component of the last :meth:`compute`."""
-        return _by_component(self._last_epoch, self.keys())
-
-    @property
-    def value_names(self) -> list[str]:
-        """Names of everything that is reported: components, per-type values, and the weighted sum if there is one."""
-        names = [self._layout.names[index] for index in self._layout.order]
-        return [*names, WEIGHTED_SUM] if self.do_weighted_sum else names
-
-    def keep_by_group(self) -> None:
-        """Keep the errors of every component by group too, and count the frames of each group, for tables.
-
-        Without groups nothing changes.
-        Metrics of other packages are kept by group only where ``per_group`` asks for it, since each group costs an
-        update of its own. Names of values do not change. A group whose frames all have weight 0 has the values of
-        these, each counted once, where other values leave them out.
-
-        Raises:
-            RuntimeError: a batch has been accumulated.
-        """
-        own = {name: entry for name, entry in self._components.items() if isinstance(entry.metric, ErrorMetric)}
-        is_split = bool(own) or any(split.by == "group" for each in self._components.values() for split in each.splits)
-        if not self.names.groups or not is_split or self._layout.num_counted_groups:
-            return
-        if not self._epoch.is_empty:
-            raise RuntimeError("Errors are kept by group from the first batch of an epoch on: call reset() before.")
-        for name, entry in own.items():
-            others = [split for split in entry.splits if split.by != "group"]
-            by_group = self.names.split_by_group(name, is_shown=len(others) < len(entry.splits))
-            by_group = replace(by_group, counts_weightless=entry.weights == "everywhere")
-            self._components[name] = replace(entry, splits=(*others, by_group))
-        layout = self._layout = Layout(list(self._components.values()), self.names, counts_frames=True)
-        self._reader = BatchReader(layout.components, layout.merged, self.names, layout.num_counted_groups)
-        self.order_as(self._layout.components)
-
-    # --- a step ---
+    # --- a step, and an epoch ---
 
     def forward(self, preds: Batch, target: Batch, prefix: str = "", suffix: str = "") -> NamedValues:
         """Compute and accumulate a batch.
@@ -203,28 +133,15 @@ class MetricsManager(WeightedComponents):
         (values,) = step_together(self, preds=preds, target=target)
         return values.by_name(prefix, suffix)
 
-    def measure(self, preds: Batch, target: Batch) -> Row:
-        """Local row of a batch; differentiable, nothing is kept or sent."""
-        return self._reader.measure(preds, target, self.coefficients)[0]
+    def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
+        """Values over everything accumulated on all ranks since the last :meth:`reset`, as :meth:`forward` names them.
 
-    def count(self, target: Batch) -> Tensor:
-        """Number of elements of each component of the weighted sum, by type if it is per type: float64 ``[num_slots]``.
-
-        It is that of :meth:`measure`, without predictions. Slots of components outside of the weighted sum are 0.
+        All ranks must call it: it merges what has not been merged yet.
         """
-        return self._reader.count(target, self.coefficients)
+        (values,) = compute_together([self])
+        return values.as_dict(prefix, suffix)
 
-    def counted_rows(self, name: str, target: Batch, reference: Tensor) -> Tensor | None:
-        """Mask of the rows of a component's field whose frames count by their set and weight; None if all do.
-
-        Args:
-            name: of the component, which has a field.
-            target: labels by field name.
-            reference: the label of the field, ``[rows, ...]``.
-        """
-        return self._reader.counted_rows(self._components[name], target, reference)
-
-    # --- a step of several micro-batches ---
+    # --- a step whose elements are counted before its forward pass ---
 
     def check_accumulation(self) -> None:
         """Refuse components of the weighted sum whose gradients in micro-batches do not add up to that of the whole.
@@ -275,326 +192,43 @@ class MetricsManager(WeightedComponents):
             ValueError: see :meth:`check_accumulation`; or there are no targets.
             KeyError: a field is missing.
         """
-        self._epoch.settle()
+        self.epoch_row.settle()
         if targets is None:
-            return Window(self._layout, self.coefficients)
+            return Window(self.layout, self.coefficients)
         if self._checked_accumulation != self.ever_weighted:  # a schedule moves within what has been checked
             self.check_accumulation()
         if not targets:
             raise ValueError("A window needs the targets of at least one micro-batch, found none.")
-        return Window(self._layout, self.coefficients, list(map(self.count, targets)), self.process_group)
+        return Window(self.layout, self.coefficients, list(map(self.count, targets)), self.process_group)
 
-    def undo_step(self) -> None:
-        """Take the last step out of what has been accumulated, such as one that was not trained on.
-
-        That is the last batch, or all micro-batches of the last :meth:`window`. Metrics that are gathered at the end of
-        an epoch keep it.
-        """
-        self._epoch.undo_step()
+    # --- names and values for the host ---
 
     @property
-    def _wants_sync(self) -> bool:
-        # NequIP's module asks through the metrics
-        return self.sync_on_step or any(metric.dist_sync_on_step for metric in self._metrics)
-
-    # --- evaluation ---
-
-    def evaluate(self, row: Row, gathered: GatheredValues | None = None) -> Values:
-        """Every component, per-type value and the weighted sum from a row; differentiable.
-
-        Args:
-            row: statistics in this manager's layout.
-            gathered: values of the components that are not in the row, by position, one for each group; None where
-                unknown.
-        """
-        coeffs = self.coeffs_on(row.additive.device) if self.do_weighted_sum else None
-        return self._evaluate(self.coefficients, coeffs, gathered or {}, row)
-
-    def _evaluate(
-        self,
-        coefficients: Coefficients,
-        coeffs: Tensor | None,
-        gathered: GatheredValues,
-        row: Row,
-        counts: Tensor | None = None,
-    ) -> Values:
-        """Values of a row with the coefficients of some moment, and with other counts than its own if given."""
-        layout, evaluated = self._layout, self._layout.evaluate(row, coefficients, gathered, counts)
-        return Values(
-            layout.names,
-            layout.order,
-            evaluated.reported,
-            None if coeffs is None else coefficients.weighted_sum(evaluated.components, coeffs),
-            evaluated.has_data,
-            coeffs,
-            coefficients.weighted,
-            evaluated.counts,
-            layout.counted,
-            layout.by_group,
-            layout.frames_by_group(row),
-        )
-
-    def compute(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
-        """Values over everything accumulated on all ranks since the last :meth:`reset`, as :meth:`forward` names them.
-
-        All ranks must call it: it merges what has not been merged yet.
-        """
-        (values,) = compute_together([self])
-        return values.as_dict(prefix, suffix)
-
-    def so_far(self) -> Values:
-        """Values over what has been merged over the ranks since the last :meth:`reset`, as every training step is.
-
-        Nothing is sent, so that one rank may call it alone. Metrics that are gathered at the end of an epoch are NaN.
-        """
-        with torch.no_grad():
-            return self.evaluate(self._epoch.merged or self._layout.neutral())
-
-    def reset(self) -> None:
-        """Drop everything accumulated."""
-        self._epoch.replace()
-        for adapter in self._gathered_adapters:
-            adapter.reset()
+    def metrics_values_step(self) -> dict[str, float | None]:
+        """Every component of the last step; read on access, since it makes the host wait for the device."""
+        return _by_component(self._last_step, self.keys())
 
     @property
-    def _gathered_adapters(self) -> list[GatheredAdapter]:
-        return [adapter for adapters in self._layout.gathered.values() for adapter in adapters]
+    def _last_step(self) -> Values | None:
+        if self.epoch_row.last_step is None:
+            return None
+        step, position = self.epoch_row.last_step
+        return step.value(position).detach()
 
-    # --- checkpoints ---
+    @property
+    def metrics_values_epoch(self) -> dict[str, float | None]:
+        """Every component of the last :meth:`compute`."""
+        return _by_component(self._last_epoch, self.keys())
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Coefficients and the row accumulated so far: tensors, numbers and strings only.
-
-        On several ranks, call :func:`merge_accumulated` on all of them first: then every rank holds the same state,
-        which any number of ranks may load.
-        """
-        row = self._layout.neutral()
-        for part in (self._epoch.merged, self._epoch.local):
-            row = row if part is None else row.merge(part)
-        return {
-            "layout": list(self._layout.description),
-            "coeffs": self._coefficient_state(),
-            "additive": row.additive,
-            "maxima": row.maxima,
-            # the key of version 0.1.0, whose checkpoints go on
-            "deferred": [[*adapter.past, *filter(None, [adapter.local_part()])] for adapter in self._gathered_adapters],
-        }
-
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state of :meth:`get_extra_state`, on the same or another number of ranks.
-
-        What was accumulated is dropped, with a warning, if the components have changed since. Coefficients are taken
-        over unless the configured ones have changed since: then the new configuration wins, with a warning.
-        """
-        missing = [key for key in self.get_extra_state() if key not in state]
-        if missing:
-            raise ValueError(
-                f"This is no state of harness.MetricsManager: it has {', '.join(map(str, state)) or 'nothing'}, but no "
-                f"{', '.join(missing)}. A checkpoint of another package's manager gives its weights, not its metrics."
-            )
-        self.reset()
-        self._restore_coefficients(state["coeffs"])
-        accumulated = Row(state["additive"].cpu(), state["maxima"].cpu())
-        if list(state["layout"]) != self._layout.description:
-            if bool((accumulated.additive != 0).any()):
-                warnings.warn(
-                    f"The checkpoint's epoch was accumulated for other components: {list(state['layout'])}; these are "
-                    f"{self._layout.description}. The epoch in progress starts anew, later ones are not affected.",
-                    stacklevel=2,
-                )
-            return
-        self._epoch.replace(accumulated)
-        for adapter, parts in zip(self._gathered_adapters, state["deferred"], strict=True):
-            adapter.past = list(parts)
-
-    def _warn_of_types_without_data(self, values: Values) -> None:
-        if self._warned_types or not any(entry.per_type for entry in self._components.values()):
-            return
-        present = dict(zip(values.names, values.has_data.tolist(), strict=True))
-        type_keys = [key for entry in self._components.values() for key in entry.type_keys(self.type_names)]
-        missing = [key for key in type_keys if not present[key]]
-        if missing and any(present.values()):
-            self._warned_types = True
-            if rank_in_group(self.process_group) == 0:
-                warnings.warn(
-                    f"No data in the whole epoch for {', '.join(missing)}: NaN there, and left out of the averages.",
-                    stacklevel=3,
-                )
+    @property
+    def value_names(self) -> list[str]:
+        """Names of everything that is reported: components, per-type values, and the weighted sum if there is one."""
+        names = [self.layout.names[index] for index in self.layout.order]
+        return [*names, WEIGHTED_SUM] if self.do_weighted_sum else names
 
     def extra_repr(self) -> str:
         """Components with their coefficients."""
         return "\n".join(f"{entry.describe()}, coeff={entry.coeff}" for entry in self.entries.values())
-
-
-def begin_step(
-    loss: MetricsManager,
-    *monitors: MetricsManager,
-    preds: Batch,
-    target: Batch,
-    window: Window | None = None,
-    signals: Tensor | None = None,
-) -> RunningStep:
-    """Begin a step of several managers over one merge, as :func:`step_together` makes one.
-
-    In a window with announced counts, backward of :attr:`RunningStep.own` needs no other rank's row: the rows are sent,
-    and whoever reads the values of all ranks waits for them. Otherwise they are merged at once.
-
-    Args:
-        loss: the manager that gradients flow through, if they do.
-        monitors: managers without gradients.
-        preds: predictions by field name.
-        target: labels by field name.
-        window: accumulation window, made by :meth:`MetricsManager.window` of the loss; None for a step of one batch.
-        signals: numbers of this rank, float64 ``[num_signals]``, summed over the ranks where the rows are merged, in
-            the same all-reduce: :meth:`RunningStep.signals`.
-
-    Raises:
-        ValueError: the window is not one of this loss, is complete already, or was made of other targets.
-    """
-    managers = (loss, *monitors)
-    window = loss.window() if window is None else window
-    window.begin(loss._layout, loss.coefficients)
-    measured = [loss._reader.measure(preds, target, loss.coefficients)]
-    if monitors:
-        watched = detached(preds)
-        with torch.no_grad():
-            measured += [manager._reader.measure(watched, target, manager.coefficients) for manager in monitors]
-    own = [row for row, _ in measured]
-    merged = own[0].requires_grad or window.is_announced or any(manager._wants_sync for manager in managers)
-    num_ranks = data_parallel_size(loss.process_group)
-    if merged and num_ranks > 1:
-        _refuse_gathered_loss(loss, own[0])
-    sent = own if signals is None else [*own, Row.of([signals], [], signals.device)]
-    rows: MergingRows | list[Row] = sent
-    if window.is_announced:
-        rows = MergingRows(sent, loss.process_group)
-    elif merged:
-        rows = merge_rows_over_ranks(sent, loss.process_group)
-    # the value of a gathered metric is known for one batch on one rank only
-    alone = (not merged or num_ranks == 1) and window.num_micro_batches == 1
-    shares = []
-    for manager, (row, inputs) in zip(managers, measured, strict=True):
-        device = row.additive.device
-        with torch.set_grad_enabled(torch.is_grad_enabled() and manager is loss):
-            gathered = {
-                index: [
-                    adapter.update(group_inputs, local_value=alone, device=device)
-                    for adapter, group_inputs in zip(manager._layout.gathered[index], groups, strict=True)
-                ]
-                for index, groups in inputs.items()
-            }
-        coeffs = manager.coeffs_on(device) if manager.do_weighted_sum else None
-        shares.append(
-            Share(manager._epoch, functools.partial(manager._evaluate, manager.coefficients, coeffs, gathered))
-        )
-    step = RunningStep(window, shares, rows, merged, signals is not None)
-    for position, manager in enumerate(managers):
-        manager._running = step, position
-    if not window.is_announced:
-        step.value()  # with its graph, and with what torchmetrics keep of this batch
-    else:
-        step.part_is(shares[0].evaluate(own[0], window.counts))
-        if window.is_complete and not (loss._checked_window or torch.compiler.is_compiling()):
-            step.settle()
-            window.check()  # of the first window only: it makes the host wait
-            loss._checked_window = True
-    return step
-
-
-def step_together(
-    loss: MetricsManager,
-    *monitors: MetricsManager,
-    preds: Batch,
-    target: Batch,
-    window: Window | None = None,
-) -> tuple[Values, ...]:
-    """Compute and accumulate a batch in several managers over one merge: the loss, and metrics that only watch.
-
-    Gradients flow through the first manager only. The others see detached predictions.
-
-    In an accumulation ``window`` of several micro-batches, the batch is one of them. Values are then those of its
-    micro-batches so far, in the end those of the whole; the gradients of ``weighted_sum`` and of each component are
-    this micro-batch's parts of those of the whole, and the parts are to be added, not averaged.
-
-    Args:
-        loss: the manager that gradients flow through, if they do.
-        monitors: managers without gradients.
-        preds: predictions by field name.
-        target: labels by field name.
-        window: accumulation window, made by :meth:`MetricsManager.window` of the loss; None for a step of one batch.
-
-    Returns:
-        Values of each manager.
-
-    Raises:
-        ValueError: the window is not one of this loss, is complete already, or was made of other targets.
-    """
-    step = begin_step(loss, *monitors, preds=preds, target=target, window=window)
-    values = step.values()
-    step.release()
-    return values
-
-
-def compute_together(managers: Sequence[MetricsManager]) -> list[Values]:
-    """Values of several managers over everything accumulated on all ranks, over one merge; all ranks must call it."""
-    if not managers:
-        return []
-    group = managers[0].process_group
-    locals_ = merge_rows_over_ranks([manager._epoch.local or manager._layout.neutral() for manager in managers], group)
-    parts = _gather_parts(managers, group)
-    results = []
-    for manager, row in zip(managers, locals_, strict=True):
-        merged = manager._epoch.merged
-        total = row if merged is None else row.merge(merged)
-        gathered = {
-            index: [adapter.value(parts.pop(0), total.additive.device) for adapter in adapters]
-            for index, adapters in manager._layout.gathered.items()
-        }
-        with torch.no_grad():
-            values = manager.evaluate(total, gathered)
-        manager._last_epoch = values
-        manager._warn_of_types_without_data(values)
-        results.append(values)
-    return results
-
-
-def merge_accumulated(managers: Sequence[MetricsManager]) -> None:
-    """Merge over the ranks what managers have accumulated, so that all ranks' states are the same and complete.
-
-    For checkpoints; all ranks must call it. Values do not change.
-    """
-    if not managers:
-        return
-    group = managers[0].process_group
-    rows = merge_rows_over_ranks([manager._epoch.local or manager._layout.neutral() for manager in managers], group)
-    parts = _gather_parts(managers, group)
-    for manager, row in zip(managers, rows, strict=True):
-        manager._epoch.merge_local(row)
-        for adapter in manager._gathered_adapters:
-            adapter.past += parts.pop(0)
-            adapter.metric.reset()
-
-
-def _gather_parts(managers: Sequence[MetricsManager], group: ProcessGroup | None) -> list[list[Part]]:
-    """Parts of every gathered metric of every manager, from all ranks; no collective if there is none."""
-    mine = [adapter.local_part() for manager in managers for adapter in manager._gathered_adapters]
-    if not mine:
-        return []
-    gathered = gather_objects(mine, group)
-    return [[part for part in parts if part is not None] for parts in zip(*gathered, strict=True)]
-
-
-def _refuse_gathered_loss(loss: MetricsManager, row: Row) -> None:
-    if not row.requires_grad:
-        return
-    for position, adapters in loss._layout.gathered.items():
-        entry = loss._layout.components[position]
-        if loss.coefficients.coeffs[position] is not None:
-            raise ValueError(
-                f"Component {entry.name!r} has the coefficient {loss.given_coeffs[entry.name]} in a loss on several "
-                f"ranks, but {type(entry.metric).__name__} cannot be merged over ranks within a step: "
-                f"{adapters[0].reason}. Set its coefficient to null, or train on one rank."
-            )
 
 
 def _by_component(values: Values | None, names: Sequence[str]) -> dict[str, float | None]:

@@ -120,6 +120,8 @@ class BatchReader:
         self._readings = self._find_readings()
         self._whole_batches = [position for position, entry in enumerate(components) if entry.field is None]
         self._gathered = [position for position in range(len(kinds), len(components)) if position not in merged]
+        self._keys = [modifier_key(reading.modifier) for reading in self._readings]
+        self._reads_types = any(reading.per_type for reading in self._readings)
         self._checked_types = self._checked_frames = False
         used: set[str] = {split.by for reading in self._readings for split in reading.splits}
         used |= {"set" for reading in self._readings if reading.sets is not None}
@@ -148,13 +150,13 @@ class BatchReader:
         maxima: list[list[Tensor]] = [[] for _ in range(self._num_maxima)]
         inputs: AdapterInputs = {}
         pairs: dict[object, tuple[Tensor, Tensor]] = {}
-        types = self._read_types(preds, target) if any(reading.per_type for reading in self._readings) else None
+        types = self._read_types(preds, target) if self._reads_types else None
         frames = self._read_frames(preds, target)
         reached: set[object] = set()  # readings that gradients flow to
-        for reading in self._readings:
-            pair = self._read(reading, preds, target, pairs)
+        for key, reading in zip(self._keys, self._readings, strict=True):
+            pair = self._read(reading, key, preds, target, pairs)
             elements, counted = self._elements(reading, *pair, types, frames)
-            watched = self._with_weightless(reading, *pair, types, frames)
+            watched = self._with_weightless(reading, *pair, types, frames) if reading.splits else None
             parts = self._parts(reading, elements.detach(), frames, watched) if reading.splits else []
             cut = elements if all(map(coefficients.is_trained, reading.positions)) else elements.detach()
             count: list[Tensor] = []
@@ -164,16 +166,19 @@ class BatchReader:
             for position in reading.positions:
                 seen = elements if coefficients.is_trained(position) else cut
                 if seen is elements:
-                    reached.add(modifier_key(reading.modifier))
+                    reached.add(key)
                 if position < self._num_sums + self._num_maxima:
                     errors = self._errors(position, seen)
-                    of_all = errors.detach() if watched is None else self._errors(position, watched)
+                    found = [seen.sums(errors) if position < self._num_sums else seen.maxima(errors)]
+                    if parts:
+                        of_all = errors.detach() if watched is None else self._errors(position, watched)
+                        found += [
+                            part.sums(of_all) if position < self._num_sums else part.maxima(of_all) for part in parts
+                        ]
                     if position < self._num_sums:
-                        sums[position] = [seen.sums(errors), *(part.sums(of_all) for part in parts)]
-                        counts[position] = count
+                        sums[position], counts[position] = found, count
                     else:
-                        extremes = [seen.maxima(errors), *(part.maxima(of_all) for part in parts)]
-                        maxima[position - self._num_sums] = extremes
+                        maxima[position - self._num_sums] = found
                 else:
                     rows_of = weighted_rows if takes_weights(self._components[position].metric) else labelled_rows
                     inputs[position] = [
@@ -198,7 +203,8 @@ class BatchReader:
         if torch.is_grad_enabled():
             # Predictions that no gradient flows to, because their terms are outside of the sum or this rank has no data
             # for them, are connected to the row all the same: the rank takes part in the merge as in a training step.
-            cut_off = [pair[0] for key, pair in pairs.items() if key not in reached or not row.requires_grad]
+            connects = row.requires_grad
+            cut_off = [pair[0] for key, pair in pairs.items() if key not in reached or not connects]
             if self._whole_batches:
                 cut_off += [value for value in preds.values() if isinstance(value, Tensor)]
             row = _connected(row, cut_off)
@@ -244,10 +250,9 @@ class BatchReader:
         return errors
 
     def _read(
-        self, reading: Reading, preds: Batch, target: Batch, pairs: dict[object, tuple[Tensor, Tensor]]
+        self, reading: Reading, key: object, preds: Batch, target: Batch, pairs: dict[object, tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Prediction and target of a reading; ``pairs`` keeps those that have been read."""
-        key = modifier_key(reading.modifier)
+        """Prediction and target of a reading; ``pairs`` keeps those that have been read, by the modifier's key."""
         if key not in pairs:
             try:
                 read = reading.modifier(preds, target)
@@ -286,8 +291,10 @@ class BatchReader:
         frames: FramesOfBatch,
     ) -> tuple[Elements, Elements]:
         """Elements of a pair, or of a target alone, and those that are counted, where weights count in sums alone."""
-        options = {"ignore_nan": reading.ignore_nan, **self._grouping(reading, reference, types, frames)}
-        options["rows"] = self._rows_of_sets(reading, reference, frames, self._name(reading))
+        options = self._grouping(reading, reference, types, frames)
+        options["ignore_nan"] = reading.ignore_nan
+        if reading.sets is not None:
+            options["rows"] = self._rows_of_sets(reading, reference, frames, self._name(reading))
         weights = None if reading.weights == "nowhere" else frames.weights(reading.labels, reading.level, reference)
         if prediction is None:
             elements = Elements.of_target(reference, weights=weights, **options)
@@ -384,7 +391,8 @@ class BatchReader:
 
     def _read_frames(self, preds: Batch, target: Batch) -> FramesOfBatch:
         if not self._checked_frames and not torch.compiler.is_compiling():
-            self._checked_frames = any(name in target and bool(target[name].numel()) for name in FRAME_FIELDS)
+            named = [name for name in FRAME_FIELDS if name in target]
+            self._checked_frames = any(bool(target[name].numel()) for name in named)
             if self._checked_frames:
                 check_frames(target, self._told_apart)
                 self._tell_of_weights(target)
@@ -404,10 +412,11 @@ class BatchReader:
                 )
 
     def _read_types(self, preds: Batch, target: Batch) -> Tensor:
-        types = (target[ATOM_TYPES] if ATOM_TYPES in target else get_field(preds, ATOM_TYPES, "target")).reshape(-1)
+        types = target[ATOM_TYPES] if ATOM_TYPES in target else get_field(preds, ATOM_TYPES, "target")
+        types = types if types.dim() == 1 else types.reshape(-1)
         if not self._checked_types and not torch.compiler.is_compiling():
             self._checked_types = self._check_types(types)
-        return types.to(torch.int64)
+        return types if types.dtype == torch.int64 else types.to(torch.int64)
 
     def _check_types(self, types: Tensor) -> bool:
         """Refuse atom types that are no indices of ``type_names``; returns False if there is no atom to look at."""
@@ -449,11 +458,16 @@ def _connected(row: Row, predictions: Sequence[Tensor]) -> Row:
 
 def _check_pair(pair: object, modifier: object) -> tuple[Tensor, Tensor]:
     """Result of a modifier, if it is a prediction and a target that can be subtracted."""
-    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, Tensor) for each in pair)):
+    if not (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and isinstance(pair[0], Tensor)
+        and isinstance(pair[1], Tensor)
+    ):
         raise TypeError(
             f"Field {str(modifier)!r}: a modifier returns two tensors, prediction and target; found {pair!r}."
         )
-    if any(each.dtype == torch.bool for each in pair):
+    if torch.bool in (pair[0].dtype, pair[1].dtype):
         raise TypeError(f"Field {str(modifier)!r} is boolean; errors are of numbers.")
     return pair[0], pair[1]
 

@@ -13,6 +13,7 @@ halves of an interrupted epoch: a rank is just another batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,8 @@ class Row:
 
     def detach(self) -> Row:
         """The same numbers without a graph."""
-        return Row(self.additive.detach(), self.maxima.detach())
+        maxima = self.maxima.detach() if self.maxima.requires_grad else self.maxima
+        return Row(self.additive.detach(), maxima) if self.requires_grad else self
 
 
 def merge_rows_over_ranks(rows: Sequence[Row], group: ProcessGroup | None = None) -> list[Row]:
@@ -253,4 +255,10 @@ def sum_rows(values: Tensor) -> Tensor:
 
 
 def _concatenate(pieces: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat(list(pieces)) if pieces else torch.empty(0, dtype=torch.float64, device=device)
+    return torch.cat(list(pieces)) if pieces else _no_numbers(device)
+
+
+@functools.cache
+def _no_numbers(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives this step
+        return torch.empty(0, dtype=torch.float64, device=device)

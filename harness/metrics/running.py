@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,12 +28,14 @@ class EpochRow:
 
     Attributes:
         local: of batches that have not been merged over the ranks; None without any.
+        last_step: the last step, and the position of the manager in it; None before any.
     """
 
     def __init__(self) -> None:
         self._running: deque[RunningStep] = deque()
         self._merged: Row | None = None
         self.local: Row | None = None
+        self.last_step: tuple[RunningStep, int] | None = None
         self._before_step: tuple[Row | None, Row | None] = (None, None)
 
     @property
@@ -138,6 +140,8 @@ class RunningStep:
         self._values: dict[int, Values] = {}
         self._part: Values | None = None
         self._merging: MergingRows | None = None
+        for position, share in enumerate(self._shares):
+            share.epoch.last_step = self, position
         if isinstance(rows, MergingRows):
             self._merging = rows
             for share in shares:
@@ -211,10 +215,9 @@ def _with_gradient_of(part: Values, current: Values) -> Values:
     """Values of all ranks and micro-batches so far, with the gradient of this one's part of the whole."""
     if part.weighted_sum is None or current.weighted_sum is None:
         return current
-    return replace(
-        current,
-        reported=_ValueAndGradient.of(current.reported, part.reported),
-        weighted_sum=_ValueAndGradient.of(current.weighted_sum, part.weighted_sum),
+    return current.with_values(
+        current.evaluated.map(_ValueAndGradient.of, part.evaluated),
+        _ValueAndGradient.of(current.weighted_sum, part.weighted_sum),
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,18 +40,85 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """Values of a row before coefficients; what is reported of them is made when it is asked for.
+
+    Attributes:
+        averages: float64 ``[num_averages]``: components in the layout's order, then values of their parts; 0 without
+            data.
+        slots: float64 ``[num_slots]``; None if each is an average of its own.
+        averages_have_data: bool ``[num_averages]``.
+        slots_have_data: bool ``[num_slots]``; None if each is an average of its own.
+        num_components: number of components.
+        counts: float64 ``[num_slots]``: number of elements in each slot of sums.
+        nan: float64 scalar.
+        instead: position of the value that stands in for each one without data; None if all are their own.
+    """
+
+    averages: Tensor
+    slots: Tensor | None
+    averages_have_data: Tensor
+    slots_have_data: Tensor | None
+    num_components: int
+    counts: Tensor
+    nan: Tensor
+    instead: Tensor | None = None
+
+    @property
+    def components(self) -> Tensor:
+        """Values of the components: float64 ``[num_components]``; 0 without data."""
+        if self.averages.shape[0] == self.num_components:
+            return self.averages
+        return self.averages[: self.num_components]
+
+    @functools.cached_property
+    def has_data(self) -> Tensor:
+        """Mask of the reported values that have data: bool ``[num_values]``."""
+        of_values = self._own_data
+        return of_values if self.instead is None else of_values | of_values[self.instead]
+
+    @functools.cached_property
+    def reported(self) -> Tensor:
+        """Components, values of their parts, values of slots: float64 ``[num_values]``; NaN without data."""
+        with torch.enable_grad():  # it is kept for whoever else reads it
+            values = self.averages if self.slots is None else torch.cat((self.averages, self.slots))
+            if self.instead is not None:
+                values = torch.where(self._own_data, values, values[self.instead])
+            return torch.where(self.has_data, values, self.nan)
+
+    @functools.cached_property
+    def _own_data(self) -> Tensor:
+        if self.slots_have_data is None:
+            return self.averages_have_data
+        return torch.cat((self.averages_have_data, self.slots_have_data))
+
+    def map(self, function: Callable[..., Tensor], *others: Evaluated) -> Evaluated:
+        """The same with a function applied to the values, together with those of ``others`` in the same layout."""
+        averages = function(self.averages, *(other.averages for other in others))
+        slots = None if self.slots is None else function(self.slots, *(other.slots for other in others))
+        return Evaluated(
+            averages,
+            slots,
+            self.averages_have_data,
+            self.slots_have_data,
+            self.num_components,
+            self.counts,
+            self.nan,
+            self.instead,
+        )
+
+
+@dataclass(frozen=True)
 class Values:
     """Every value of one step or epoch, still on the device.
 
     Attributes:
         names: names of the reported values, in the order of ``reported``.
         order: the order in which users see them.
-        reported: float64 ``[num_values]``: components, values of their parts, values of slots; NaN without data.
+        evaluated: values before coefficients.
         weighted_sum: float64 scalar, or None if no component has a coefficient.
-        has_data: bool ``[num_values]``.
         coeffs: float64 ``[num_components]``: the coefficients that made ``weighted_sum``; 0 outside of it.
         weighted: positions of the components in the weighted sum.
-        counts: float64 ``[num_slots]``: number of elements in each slot of sums, see :mod:`harness.metrics.layout`.
         counted: slots of sums that the elements of a value are in, by its name.
         by_group: positions of the values of the groups in ``reported``, by component.
         frames_by_group: float64 ``[num_groups]``: number of frames of each group; None where they are not counted.
@@ -58,20 +126,49 @@ class Values:
 
     names: tuple[str, ...]
     order: tuple[int, ...]
-    reported: Tensor
+    evaluated: Evaluated
     weighted_sum: Tensor | None
-    has_data: Tensor
     coeffs: Tensor | None = None
     weighted: tuple[int, ...] = ()
-    counts: Tensor | None = None
     counted: Mapping[str, range] = field(default_factory=dict)
     by_group: Mapping[str, range] = field(default_factory=dict)
     frames_by_group: Tensor | None = None
 
+    @property
+    def reported(self) -> Tensor:
+        """Components, values of their parts, values of slots: float64 ``[num_values]``; NaN without data."""
+        return self.evaluated.reported
+
+    @property
+    def has_data(self) -> Tensor:
+        """Mask of the reported values that have data: bool ``[num_values]``."""
+        return self.evaluated.has_data
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of elements in each slot of sums, see :mod:`harness.metrics.layout`: float64 ``[num_slots]``."""
+        return self.evaluated.counts
+
     def detach(self) -> Values:
         """The same values without a graph."""
+        if not self.evaluated.averages.requires_grad:
+            return self
         weighted_sum = None if self.weighted_sum is None else self.weighted_sum.detach()
-        return replace(self, reported=self.reported.detach(), weighted_sum=weighted_sum)
+        return self.with_values(self.evaluated.map(Tensor.detach), weighted_sum)
+
+    def with_values(self, evaluated: Evaluated, weighted_sum: Tensor | None) -> Values:
+        """Other values of the same components."""
+        return Values(
+            self.names,
+            self.order,
+            evaluated,
+            weighted_sum,
+            self.coeffs,
+            self.weighted,
+            self.counted,
+            self.by_group,
+            self.frames_by_group,
+        )
 
     def as_dict(self, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
         """Values by name, as scalar tensors on the device."""
@@ -167,20 +264,3 @@ class NamedValues(MutableMapping[str, Tensor]):
 def _contribution(coeff: float, value: float) -> float:
     """Part of the weighted sum; nothing where there is no data, or no weight."""
     return 0.0 if coeff == 0 or math.isnan(value) else coeff * value
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A row's values, before coefficients.
-
-    Attributes:
-        components: float64 ``[num_components]`` in the layout's order; 0 where there is no data.
-        reported: float64 ``[num_values]``: components, values of their parts, values of slots; NaN without data.
-        has_data: bool ``[num_values]``.
-        counts: float64 ``[num_slots]``: number of elements in each slot of sums.
-    """
-
-    components: Tensor
-    reported: Tensor
-    has_data: Tensor
-    counts: Tensor

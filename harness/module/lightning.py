@@ -52,7 +52,7 @@ from harness.module.empty_batches import (
     takes_empty_batches,
 )
 from harness.module.horizon import Pace, Progress, TrainingLength, batches_of_epoch
-from harness.module.optimizer_settings import OptimizerSettings, check_averaging
+from harness.module.optimizer_settings import OptimizerSettings, check_averaging, ignores_loss
 from harness.module.reporting import define_axes_of_stages, epoch_row, leave_out
 from harness.module.schedule_following import (
     ScheduleFollower,
@@ -472,6 +472,7 @@ class ForceFieldModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step with the settings of the warm-up and of the schedule's stage, which hold from the backward pass on.
 
+        An optimizer that looks at the loss, as LBFGS does, gets the value of all ranks, which its gradients belong to.
         The values of a logged step are read behind it on a GPU, which is busy with the backward pass.
         """
         settings, trainer = self.optimizer_settings, self.trainer
@@ -479,13 +480,21 @@ class ForceFieldModule(LightningModule):
         def closure() -> Any:
             result = optimizer_closure()
             settings.apply(trainer.optimizers[0], epoch_of(trainer, batch_idx, self.loss), trainer.global_step)
-            return result
+            return result if result is None or ignores_loss(trainer.optimizers[0]) else _merged_objective(self)
 
         try:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         finally:
             settings.take_back()
             self.step_log.write(trainer)
+
+
+def _merged_objective(module: ForceFieldModule) -> Tensor:
+    """Objective of the last step over all ranks, unscaled: its gradient is the average that the optimizer sees."""
+    running, position = cast(tuple[RunningStep, int], module.loss.epoch_row.last_step)
+    values, weighting = running.value(position).detach(), module.loss.weighting
+    objective = cast(Tensor, values.weighted_sum)
+    return objective + weighting.objective(values).detach() if isinstance(weighting, LearntWeighting) else objective
 
 
 def _check_strategy(module: ForceFieldModule) -> None:

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from harness.module.bounds import wrong_settings
 from harness.module.learning_rates import WarmUp
 from harness.schedules import NO_SETTINGS, Schedule, Settings
 
-__all__ = ["OptimizerSettings", "check_averaging"]
+__all__ = ["OptimizerSettings", "check_averaging", "ignores_loss"]
 
 _FIXED = ("params", "initial_lr", "name", "foreach", "fused", "capturable", "differentiable", "maximize")
 
@@ -143,3 +143,8 @@ def check_averaging(schedule: Schedule | None, callbacks: Sequence[object]) -> N
                 f"schedule: the stage at epoch {epoch:g} has average_decay={decay:g}, but no callback of this training "
                 f"averages weights by it. Add harness.callbacks.ExponentialMovingAverage: callbacks=[default,ema]."
             )
+
+
+def ignores_loss(optimizer: Optimizer) -> bool:
+    """True for optimizers of torch but LBFGS: they look at gradients alone, and others may read the loss."""
+    return type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, LBFGS)

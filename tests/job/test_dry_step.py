@@ -71,8 +71,8 @@ def test_nothing_changes(folder: Path, precision: Any) -> None:
     after = module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if isinstance(value, torch.Tensor))
     for manager in (module.loss, module.train_metrics, module.val_metrics[0]):
-        assert manager._epoch.is_empty
-        assert manager._running is None
+        assert manager.epoch_row.is_empty
+        assert manager.epoch_row.last_step is None
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert next(iter(data.train_dataloader()))["frame_index"].tolist() == first_batch(folder)
 

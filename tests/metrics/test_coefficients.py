@@ -34,12 +34,12 @@ def build() -> harness.MetricsManager:
 
 def test_a_snapshot_has_the_order_of_the_row() -> None:
     manager = build()
-    by_name = dict(zip((each.name for each in manager._layout.components), manager.coefficients.coeffs, strict=True))
+    by_name = dict(zip((each.name for each in manager.layout.components), manager.coefficients.coeffs, strict=True))
     assert by_name == {FORCES: 0.25, STRESS: None, ENERGY: 0.75, ZERO: 0.0}
     assert list(manager.coeffs) == list(manager) == [FORCES, STRESS, ENERGY, ZERO]  # users see their own order
     assert manager.coeffs == by_name
     assert sorted(manager.coefficients.slot_weights) == [1, 1, 1, 1, 2, 5]
-    positions = [manager._layout.components[each].name for each in manager.coefficients.weighted]
+    positions = [manager.layout.components[each].name for each in manager.coefficients.weighted]
     assert sorted(positions) == sorted([FORCES, ENERGY, ZERO])
 
 
@@ -50,7 +50,7 @@ def test_nothing_in_a_snapshot_or_an_entry_can_be_set() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         manager.entries[FORCES].coeff = 1.0  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        manager._layout.components[0].given_coeff = 1.0  # type: ignore[misc]
+        manager.layout.components[0].given_coeff = 1.0  # type: ignore[misc]
 
 
 def test_a_change_makes_a_new_snapshot_and_the_old_one_stays() -> None:
@@ -99,8 +99,8 @@ def test_a_layout_evaluates_what_it_is_given() -> None:
     row = manager.measure(*batch())
     weights = torch.tensor(manager.coefficients.slot_weights)
     equal = Coefficients(manager.coefficients.coeffs, tuple(torch.ones_like(weights).tolist()))
-    found = [manager._layout.evaluate(row, coefficients) for coefficients in (manager.coefficients, equal)]
-    position = [entry.name for entry in manager._layout.components].index(FORCES)
+    found = [manager.layout.evaluate(row, coefficients) for coefficients in (manager.coefficients, equal)]
+    position = [entry.name for entry in manager.layout.components].index(FORCES)
     given, plain = (each.components[position].item() for each in found)
     slots = [manager.evaluate(row).to_host()[f"{FORCES}_{name}"] for name in TYPES]
     assert given == pytest.approx((slots[0] + 2 * slots[1] + 5 * slots[2]) / 8, rel=1e-12)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support import oracle
 from support.accumulation_cases import LOSS, TYPES, WATCHED
 from support.oracle import Component
-from support.spawning import spawn
+from support.spawning import close_all, spawn
 from support.step_cost import counted_collectives
 
 import harness
@@ -221,7 +221,7 @@ def reads_on_rank(rank: int, world_size: int) -> list[Any]:
                 found = watched.metrics_values_step
             elif read == "reset":
                 loss.reset()
-                found = loss._epoch.is_empty
+                found = loss.epoch_row.is_empty
         if read == "compute":
             found = {name: value.item() for name, value in loss.compute().items()}
         assert not counted
@@ -238,11 +238,68 @@ def test_whatever_reads_an_epoch_has_the_steps_on_their_way() -> None:
         torch.testing.assert_close([found[name] for name in right], list(right.values()), equal_nan=True)
     loss = oracle.manager(LOSS, TYPES)
     two = [loss.measure(target, target) for _, target in everything[:4]]
-    assert first[2] == second[2] == sum(loss._layout.counts(row) for row in two).tolist()
+    assert first[2] == second[2] == sum(loss.layout.counts(row) for row in two).tolist()
     assert first[0] == second[0]
     assert first[4] == second[4]
     assert first[5]
     assert second[5]
+
+
+def fails_on_one_rank(rank: int, world_size: int) -> str:
+    """Rank 1 ends between its counts and its row; returns what rank 0 hears of it."""
+    loss = oracle.manager(LOSS, TYPES)
+    features, target = oracle.draw(rank, [2, 3], unlabelled=0.3)
+    window = loss.window([target])
+    if rank == 1:
+        time.sleep(0.5)  # the counts of all ranks have come
+        dist.destroy_process_group()
+        return ""
+    loss.checked_window = True  # the first step would wait for the row at once
+    theta = oracle.parameters()
+    running = begin_step(loss, preds=oracle.predict(features, theta), target=target, window=window)
+    running.own.weighted_sum.backward()
+    heard, start = [], time.monotonic()
+    for read in (lambda: running.value(), lambda: loss.so_far(), lambda: loss.window([target])):
+        with pytest.raises(RuntimeError) as failed:
+            read()
+        assert "_await_merge" in [entry.name for entry in failed.traceback]  # by which a job knows what it waited for
+        heard.append(str(failed.value))
+    assert time.monotonic() - start < 20  # and not the time limit of collectives
+    return heard[0]
+
+
+def test_a_rank_that_fails_between_its_counts_and_its_row() -> None:
+    """The backward pass of the other goes through; whatever reads its sums is told, and nothing waits for ever."""
+    try:
+        first, _ = spawn(2, fails_on_one_rank)
+    finally:
+        close_all()  # one of the ranks has left its group
+    assert "closed by peer" in first or "Connection" in first
+
+
+def observed_gradients(rank: int, world_size: int) -> list[list[float]]:
+    """Gradients of components and of the sum, of values that something has read without a graph before."""
+    loss = oracle.manager(LOSS, TYPES)
+    features, target = oracle.draw(rank, [2, 3], unlabelled=0.3)
+    window = loss.window([target] if world_size > 1 else None)
+    theta = oracle.parameters()
+    running = begin_step(loss, preds=oracle.predict(features, theta), target=target, window=window)
+    found = []
+    for values in (running.own, running.value()):
+        with torch.no_grad():
+            values.to_host()
+        for value in (values.reported[values.weighted[0]], values.weighted_sum):
+            found += torch.autograd.grad(value, theta, retain_graph=True)
+    return [gradient.tolist() for gradient in found]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_values_that_are_read_without_a_graph_keep_theirs(world_size: int) -> None:
+    for of_part, part, of_whole, whole in spawn(world_size, observed_gradients):
+        assert of_part == of_whole
+        assert part == whole
+        assert any(part)
+        assert any(of_part)
 
 
 def announced_on_rank(rank: int, world_size: int, lacking: str | None) -> bool:

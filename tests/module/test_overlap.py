@@ -100,6 +100,39 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def train_with(rank: int, world_size: int, optimizer: Any, options: dict[str, bool], folder: Path) -> list[str]:
+    """Weights behind two epochs; one rank has the batches of both."""
+    groups = PARTS[rank] if world_size > 1 else [first + second for first, second in zip(*PARTS, strict=True)]
+    module = built(Linear())
+    module._optimizer = optimizer
+    strategy = DDPStrategy(cluster_environment=Ranks(rank, world_size), **options) if world_size > 1 else "auto"
+    trainer(devices=world_size, strategy=strategy, default_root_dir=folder).fit(module, plain(groups))
+    return [number.hex() for number in module.model.theta.tolist()]
+
+
+LBFGS = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=7, line_search_fn="strong_wolfe")
+SGD = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (LBFGS, {}),
+        (SGD, {"find_unused_parameters": True}),
+        (SGD, {"static_graph": True}),
+        (SGD, {"gradient_as_bucket_view": True}),
+    ],
+    ids=["LBFGS", "find_unused_parameters", "static_graph", "gradient_as_bucket_view"],
+)
+def test_weights_are_those_of_one_process(optimizer: Any, options: dict[str, bool], tmp_path: Path) -> None:
+    """Also of an optimizer that looks at the loss, whose value of one rank alone would lead the ranks apart."""
+    first, second = spawn(2, train_with, optimizer, options, tmp_path, timeout=120)
+    assert first == second
+    (alone,) = spawn(1, train_with, optimizer, options, tmp_path, timeout=120)
+    found, expected = ([float.fromhex(number) for number in each] for each in (first, alone))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=1e-8)
+
+
 class Record(Callback):
     """Values of every step and epoch, in hexadecimal."""
 
