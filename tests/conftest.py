@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread, and ranks that end with the session."""
+"""What all tests share: one torch thread, functions that configs call, and ranks that end with the session."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import settings
 from support import spawning
 from support.alloy import data  # noqa: F401 - a fixture
 
+from harness.config.resolvers import register_resolvers
 from harness.strategies.extensions import remove_abandoned_locks
 
 # every run draws the same examples: a failure in CI is one that can be repeated
@@ -39,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> Iterator[None]:
     torch.set_num_threads(1)
+    register_resolvers()  # of conf/, whichever test is the first to read it
     with warnings.catch_warnings():  # of a run of the tests that was killed in mid-compilation
         warnings.simplefilter("ignore")
         remove_abandoned_locks(0)

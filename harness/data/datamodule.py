@@ -229,16 +229,15 @@ class AtomsDataModule(SetLoaders, EdgesOnDevice):
         for text in [*filter(None, [mixed]), *repeated_frames_text(sets.train, sets.evaluated())]:
             rank_zero_warn(text)
 
-    def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
+    def missing_labels(self, name: str, weighted: bool = True) -> dict[str, tuple[int, int]]:
         """Number of frames without a label or with gaps in it, and of all frames, by field.
 
         Args:
             name: ``train``, or ``val0``, ``test1`` … for the sets in their order.
+            weighted: frames are not counted for a label whose weight is 0 in them.
         """
-        frames = self._frames_of(name)
-        missing = frames.incomplete_counts()
-        missing |= {entry.field: len(frames) for entry in self.extras.labels if entry.field not in missing}
-        return {_FIELDS.get(label, label): (number, len(frames)) for label, number in missing.items()}
+        counts = self._frames_of(name).incomplete_counts([entry.field for entry in self.extras.labels], weighted)
+        return {_FIELDS.get(label, label): numbers for label, numbers in counts.items()}
 
     def missing_hint(self, name: str, field: str) -> str:
         """Sentences on a field that frames of a set lack: what they have in its place, or that it was left out.

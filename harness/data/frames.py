@@ -144,9 +144,23 @@ class FrameSet(Sequence[Frame], ABC):
         """Number of frames that have a label, with gaps or without, by label."""
         return {name: int((self.column(f"state_{name}") != MISSING).sum()) for name in self.label_names()}
 
-    def incomplete_counts(self) -> dict[str, int]:
-        """Number of frames that lack a label or have gaps in it, by label."""
-        return {name: int((self.column(f"state_{name}") != WHOLE).sum()) for name in self.label_names()}
+    def incomplete_counts(self, labels: Iterable[str] = (), weighted: bool = False) -> dict[str, tuple[int, int]]:
+        """Number of frames that lack a label or have gaps in it, and of all frames, by label.
+
+        Args:
+            labels: further ones, which perhaps no frame has.
+            weighted: frames are not counted for a label whose weight is 0 in them.
+        """
+        weights = self.weight_names() if weighted else []
+        found = {}
+        for label in dict.fromkeys([*self.label_names(), *labels]):
+            counted = np.ones(len(self), dtype=bool)
+            for name in ("weight", f"{label}_weight"):
+                if name in weights:
+                    counted &= self.column(name) > 0
+            missing = counted & (self.column(f"state_{label}") != WHOLE)
+            found[label] = int(missing.sum()), int(counted.sum())
+        return found
 
     def labelled(self, label: str) -> NDArray[np.int64]:
         """Indices of the frames that have a label, with gaps or without."""

@@ -282,12 +282,12 @@ class MixtureDataModule(SetLoaders, EdgesOnDevice):
             name: as in :meth:`missing_labels`.
         """
         found: dict[str, list[str]] = {}
-        for set_name, counts in self.missing_labels_by_set(name).items():
+        for set_name, counts in self.missing_labels_by_set(name, weighted=False).items():
             for field, (missing, total) in counts.items():
                 found.setdefault(field, []).extend([set_name] if missing < total else [])
         return found
 
-    def missing_labels(self, name: str) -> dict[str, tuple[int, int]]:
+    def missing_labels(self, name: str, weighted: bool = True) -> dict[str, tuple[int, int]]:
         """Number of frames without a label or with gaps in it, and of all frames, by field.
 
         Frames of sets that do not have the label in training are left out of what is compared with it, and do not
@@ -295,28 +295,30 @@ class MixtureDataModule(SetLoaders, EdgesOnDevice):
 
         Args:
             name: ``train``, or ``val0``, ``test1`` … for the sets in their order.
+            weighted: frames are not counted for a label whose weight is 0 in them.
         """
         labelled = self.labelled_sets()
         counted: dict[str, tuple[int, int]] = {}
         everything: dict[str, tuple[int, int]] = {}
-        for set_name, counts in self.missing_labels_by_set(name).items():
+        for set_name, counts in self.missing_labels_by_set(name, weighted).items():
             for field, pair in counts.items():
                 for sums in (everything, counted) if set_name in labelled.get(field, ()) else (everything,):
                     before = sums.get(field, (0, 0))
                     sums[field] = before[0] + pair[0], before[1] + pair[1]
         return everything | counted
 
-    def missing_labels_by_set(self, name: str) -> dict[str, dict[str, tuple[int, int]]]:
+    def missing_labels_by_set(self, name: str, weighted: bool = True) -> dict[str, dict[str, tuple[int, int]]]:
         """Likewise for each of the data sets by its name, all frames of it counting.
 
         Args:
             name: as in :meth:`missing_labels`.
+            weighted: likewise.
         """
         self.setup()
         found: dict[str, dict[str, tuple[int, int]]] = {}
         for set_name, own in self._parts[name]:
             counts = found.setdefault(set_name, {})
-            for field, (missing, total) in self.modules[set_name].missing_labels(own).items():
+            for field, (missing, total) in self.modules[set_name].missing_labels(own, weighted).items():
                 before = counts.get(field, (0, 0))
                 counts[field] = before[0] + missing, before[1] + total
         return found

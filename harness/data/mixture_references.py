@@ -101,6 +101,20 @@ class MixtureStatistics(DataStatistics):
         return dict(zip(self.type_names, self.energy_shifts.tolist(), strict=True))
 
     @property
+    def set_undetermined(self) -> dict[str, dict[str, list[float]]] | None:
+        """By set, directions that its energies leave its references open in: components by symbol.
+
+        Empty for a set without such directions, or whose references were given. None where references are common.
+        """
+        if _ALL in self.origins:
+            return None
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in self.set_references}
+        for name, (directions, _, types) in self.open_directions.items():
+            if directions.shape[1]:
+                found[name] = dict(zip(types, directions.tolist(), strict=True))
+        return found
+
+    @property
     def set_shifts(self) -> Tensor:
         """References of the sets, float64 ``[num_sets, num_types]``; the mixture's where a set does not have a type."""
         shifts = self.energy_shifts.tolist()

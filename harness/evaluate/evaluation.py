@@ -371,20 +371,47 @@ def _trained_on(paths: Sequence[Path], record: Mapping[str, Any]) -> list[str]:
 
 def _references(trained: TrainedModel, data: EvaluationDataModule, names: Sequence[str]) -> list[str]:
     """Sentences on energies whose reference is not that of the model's training, or was arbitrary there."""
-    record = trained.record
+    record, head = {**trained.record, "energy_shifts": trained.energy_shifts}, trained.head
     level = energy_level_text(Start("checkpoint", str(trained.path), trains=False), record, data)
-    statistics, type_names = record.get("statistics") or {}, trained.type_names or []
-    undetermined, fitted = statistics.get("undetermined"), statistics.get("energy_shifts")
     found = [level] if level else []
+    directions, type_names = _open_directions(trained), trained.type_names or []
+    for name, each in zip(names, data.test_sets, strict=True):
+        of_others = trained.elements_of_others(each.frames.symbols())
+        if of_others:
+            found.append(_of_other_sets(name, each.frames, of_others, str(head)))
+        if directions is not None:
+            of_set = name if head is None else f"{name}, of the set {head}"
+            found.append(outside_text(of_set, each.frames, directions, type_names))
+    return list(filter(None, found))
+
+
+def _open_directions(trained: TrainedModel) -> NDArray[np.float64] | None:
+    """Directions ``[num_types, number]`` in which the training left the model's references open; None if not known.
+
+    Those of the chosen data set are of its own elements alone.
+    """
+    statistics, type_names = trained.record.get("statistics") or {}, trained.type_names or []
+    of_sets = statistics.get("set_undetermined")
+    if trained.head is not None and of_sets is not None:
+        rows, present = of_sets[trained.head], statistics["set_references"][trained.head]
+        nothing = [0.0] * len(next(iter(rows.values()), []))
+        return np.array([rows[name] if name in rows and name in present else nothing for name in type_names])
+    undetermined, fitted = statistics.get("undetermined"), statistics.get("energy_shifts")
     shifts = list((trained.energy_shifts or {}).values())
     if undetermined is None or fitted is None or (shifts and not np.allclose(shifts, fitted, 1e-6, 1e-9)):
-        return found
-    directions = np.asarray(undetermined).reshape(len(type_names), -1)
-    texts = [
-        outside_text(name, each.frames, directions, type_names)
-        for name, each in zip(names, data.test_sets, strict=True)
-    ]
-    return [*found, *filter(None, texts)]
+        return None
+    return np.asarray(undetermined).reshape(len(type_names), -1)
+
+
+def _of_other_sets(name: str, frames: FrameSet, symbols: Sequence[str], head: str) -> str:
+    """Sentences on frames with elements that the chosen data set has no frame with."""
+    having = np.flatnonzero(frames.compositions().dense(symbols).any(axis=1))
+    return (
+        f"{name}: {len(having)} of {len(frames)} frames have {', '.join(symbols)}, which no frame of the set {head} of "
+        f"the training has: the references of these elements are those of other sets, and energies of these frames are "
+        f"not those of {head}. The first is {frames[int(having[0])].location}; forces and stresses were learnt of "
+        f"the other sets"
+    )
 
 
 def _check_device(device: Any) -> None:

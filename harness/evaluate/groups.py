@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,8 +70,9 @@ def _text(value: Any) -> str:
 class GroupValues(Callback):
     """Measures the groups of each set, and all sets together, in the batches of a test.
 
-    Frames of a group are taken out of a batch and its predictions, so that the model sees each frame once. A group
-    whose frames all have weight 0 has the values of these, each counted once.
+    Frames of a group are taken out of a batch and its predictions, so that the model sees each frame once. Where all
+    frames of a group have weight 0 for a component, that of its label included, its value is of these, each counted
+    once.
 
     Args:
         manager: whose components are measured; copies of it keep the sums.
@@ -123,12 +125,11 @@ class GroupValues(Callback):
             if self._groups is None:
                 return
             names = [self._groups[dataloader_idx][number] for number in batch["frame_index"].tolist()]
-            weights = batch["weight"].tolist() if "weight" in batch else [1.0] * len(names)
+            weightless = _weightless(batch, len(names))
             once = {field: values for field, values in batch.items() if field not in WEIGHT_FIELDS}
             for name in dict.fromkeys(names):
                 chosen = [position for position, each in enumerate(names) if each == name]
-                weightless = [position for position in chosen if weights[position] == 0]
-                for source, positions in ((batch, chosen), (once, weightless)):
+                for source, positions in ((batch, chosen), (once, [each for each in chosen if weightless[each]])):
                     if positions:
                         is_whole = len(positions) == len(names)
                         predicted, labels = (outputs, source) if is_whole else frames_part(outputs, source, positions)
@@ -154,13 +155,38 @@ class GroupValues(Callback):
             values = compute_together(list(self._managers.values()))
         found = {cell: each.to_report() for cell, each in zip(self._managers, values, strict=True)}
         self.reports = {}
-        for (index, name, is_weightless), report in found.items():  # those of weight 0 come after all others
-            if not is_weightless or not _has_data(self.reports[index, name]):
-                self.reports[index, name] = report
+        for (index, name, is_weightless), report in found.items():
+            if not is_weightless:
+                instead = found.get((index, name, True))
+                manager = self._managers[index, name, False]
+                self.reports[index, name] = report if instead is None else _completed(report, instead, manager)
 
 
-def _has_data(report: Report) -> bool:
-    return any(not math.isnan(value) for name, value in report.values.items() if name != WEIGHTED_SUM)
+def _weightless(batch: Mapping[str, Tensor], number: int) -> list[bool]:
+    """True for the frames of a batch that have a weight of 0, or one of a label."""
+    weights = [batch[field].reshape(-1) == 0 for field in WEIGHT_FIELDS if field in batch]
+    return torch.stack(weights).any(dim=0).tolist() if weights else [False] * number
+
+
+def _completed(report: Report, instead: Report, manager: MetricsManager) -> Report:
+    """Report whose components without data have the values of another one, and their numbers of elements."""
+    lacking = [entry for entry in manager.entries.values() if not _has_data(report, entry.name)]
+    keys = [key for entry in lacking for key in (entry.name, *entry.value_keys(manager.type_names))]
+    if len(lacking) == len(manager):
+        keys.append(WEIGHTED_SUM)
+
+    def completed(numbers: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
+        return {**numbers, **{key: others[key] for key in keys if key in others}}
+
+    return replace(
+        report, values=completed(report.values, instead.values), counts=completed(report.counts, instead.counts)
+    )
+
+
+def _has_data(report: Report, name: str) -> bool:
+    if name in report.counts:
+        return report.counts[name] > 0
+    return not math.isnan(report.values[name])  # a maximum, or a metric of another package
 
 
 def frames_part(

@@ -90,6 +90,11 @@ def _check_data(job: Job, where: str, key: str, keys: LogKeys, name: str) -> Non
     labels, instead = labels_of(entry.field), f"Monitor a value that has data, such as {keys.key(WEIGHTED_SUM)}."
     for label in labels:
         missing, total = missing_labels(job.datamodule, data_set, manager, entry).get(label, (0, 1))
+        if not total:
+            raise ValueError(
+                f"{where} is {key}, which would be NaN: all frames of {data_set} have the weight 0 for {label}. Look "
+                f"at data.weights and the weights in the files, or give the component weights: false. {instead}"
+            )
         if missing == total:
             raise ValueError(
                 f"{where} is {key}, which would be NaN: none of the {total} frames of {data_set} has {label}. Are the "
@@ -117,16 +122,19 @@ def missing_labels(
 ) -> Mapping[str, tuple[int, int]]:
     """Number of frames without a label or with gaps in it, and of all frames that a component counts, by field.
 
+    Frames whose weight for the label is 0 do not count, unless the component takes no weights.
+
     Args:
         datamodule: of a mixture if it has a method ``missing_labels_by_set``, which answers for each set by its name.
         data_set: ``train``, ``val0``, …
         manager: with the names of the sets.
         entry: the component.
     """
+    options = {"weighted": False} if entry.weights == "nowhere" else {}
     if entry.sets is None or not hasattr(datamodule, "missing_labels_by_set"):
-        return _ask(datamodule, "missing_labels", data_set)
+        return _ask(datamodule, "missing_labels", data_set, **options)
     chosen = [manager.names.sets[index] for index in entry.sets]
-    by_set = datamodule.missing_labels_by_set(data_set)
+    by_set = datamodule.missing_labels_by_set(data_set, **options)
     found: dict[str, tuple[int, int]] = {}
     for label, (missing, total) in (item for name in chosen if name in by_set for item in by_set[name].items()):
         before = found.get(label, (0, 0))
@@ -138,9 +146,9 @@ def _set_of(stage: str) -> str | None:
     return "train" if stage in TRAINING_STAGES else stage if stage.startswith("val") else None
 
 
-def _ask(datamodule: Any, method: str, data_set: str) -> Mapping[str, Any]:
+def _ask(datamodule: Any, method: str, data_set: str, **options: Any) -> Mapping[str, Any]:
     """Answer of a data module; empty if it has no such method, as one of the user's own may not."""
-    return getattr(datamodule, method)(data_set) if hasattr(datamodule, method) else {}
+    return getattr(datamodule, method)(data_set, **options) if hasattr(datamodule, method) else {}
 
 
 # --- when values are there, and when they are asked for ---

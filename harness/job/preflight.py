@@ -302,9 +302,10 @@ def _check_labels(module: ForceFieldModule, datamodule: LightningDataModule) -> 
     for what, manager, data_set in managers:
         known: dict[object, Mapping[str, tuple[int, int]]] = {}  # large sets are not asked twice
         for entry in manager.entries.values():
-            if entry.sets not in known:
-                known[entry.sets] = missing_labels(datamodule, data_set, manager, entry)
-            for name, (missing, total) in known[entry.sets].items():
+            counted = entry.sets, entry.weights
+            if counted not in known:
+                known[counted] = missing_labels(datamodule, data_set, manager, entry)
+            for name, (missing, total) in known[counted].items():
                 if name not in labels_of(entry.field) or entry.name not in manager.ever_weighted or not missing:
                     continue
                 hint = datamodule.missing_hint(data_set, name) if hasattr(datamodule, "missing_hint") else ""

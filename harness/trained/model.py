@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,7 @@ class TrainedModel(nn.Module):
                 f"{atoms.get_chemical_formula()}: an element needs training data that have it."
             )
         chosen = self.head if head is None else head
-        of_set = ((self.record.get("statistics") or {}).get("set_references") or {}).get(chosen)
-        absent = set() if of_set is None else set(atoms.get_chemical_symbols()) - set(of_set) - self._told_absent
+        absent = set(self.elements_of_others(atoms.get_chemical_symbols(), chosen)) - self._told_absent
         if absent:
             self._told_absent |= absent
             warnings.warn(
@@ -184,6 +183,17 @@ class TrainedModel(nn.Module):
                 f"with it are not those of {chosen}. Forces and stresses were learnt of the other sets.",
                 stacklevel=3,
             )
+
+    def elements_of_others(self, symbols: Iterable[str], head: str | None = None) -> list[str]:
+        """Elements that the chosen data set has no frame with: their references are those of other sets.
+
+        Args:
+            symbols: chemical symbols.
+            head: name of the set; :attr:`head` if None. Without one there are no such elements.
+        """
+        sets = (self.record.get("statistics") or {}).get("set_references") or {}
+        of_set = sets.get(self.head if head is None else head)
+        return [] if of_set is None else sorted(set(symbols) - set(of_set))
 
 
 def load_model(

@@ -40,6 +40,7 @@ _STATISTICS = (
     "isolated_atoms",
     "set_references",
     "mixture_references",
+    "set_undetermined",
 )
 _WITH_UNITS = ("pos", "cell", "total_energy", "atomic_energy", "forces", "stress", "virial")
 _WITHOUT_VERSION = ("harness", "torch", "builtins", "__main__")

@@ -124,6 +124,20 @@ def test_a_position_in_another_mixture_is_refused():
     other = MixtureBatchSampler(places, Mixing(SETS, (26, 29, 12), seed=5))
     with pytest.raises(ValueError, match=r"in an epoch.*\[25, 30, 12\].*\[26, 29, 12\]"):
         other.load_state_dict(sampler().state_dict())
+    for sets, seed in (((41, 7, 11), 5), (SETS, 6)):  # other frames, or in another order, in as many batches
+        other = MixtureBatchSampler(places, Mixing(sets, DRAWN, seed=seed))
+        with pytest.raises(ValueError, match="cannot continue in the middle of an epoch"):
+            other.load_state_dict(sampler().state_dict())
+
+
+def test_frames_of_one_size_meet_others_in_each_epoch():
+    """Under a budget, whose places are filled by size."""
+    sizes = np.full(sum(SETS), 20)
+    sets = Mixing(SETS, SETS, seed=5)
+    largest = sets.largest_sizes(sizes)
+    orders = [sets.by_size(epoch, sizes, largest).tolist() for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[1]) == list(range(sum(SETS)))
 
 
 @pytest.mark.parametrize("width", [3.0, 0.0])

@@ -38,8 +38,7 @@ from support.spawning import spawn
 
 import harness.data.store.sources as sources
 from harness.config.explain import explain
-from harness.config.resolvers import register_resolvers
-from harness.data import AtomsDataModule, StoreDataModule, StoredFrames, build_store
+from harness.data import AtomsDataModule, Frame, StoreDataModule, StoredFrames, build_store
 from harness.data.evaluation import read_evaluated
 from harness.data.extras import Extras
 from harness.data.frames import FrameList, JoinedFrames
@@ -48,6 +47,7 @@ from harness.data.store import BuildSettings, is_store
 from harness.data.store.cache import _key as cache_key
 from harness.data.store.cache import cached_store, tell_of_rank
 from harness.data.store.changes import changed_text
+from harness.data.store.information import body_of, encode_information, with_information, with_labels
 from harness.data.weights import WEIGHTS
 from harness.data_command import main
 from harness.evaluate.predictions import with_predictions
@@ -792,6 +792,35 @@ def test_a_store_has_everything_that_its_file_has(tmp_path: Path, suffix: str) -
     assert not any(b"-2.333" in text or np.full((6, 3), 1 / 3).tobytes() in text for text in texts)  # not twice
 
 
+def test_types_and_order_of_what_a_file_has_come_back() -> None:
+    """Integers where labels are floats, NumPy's numbers, names in another order; what is no plain data is left out."""
+    extras = Extras.from_config({"magnetic_moments": {"key": "magmoms"}}, {"total_charge": {"key": "number"}})
+    keys = {"energy": "energy", "forces": "forces", "stress": "stress"}
+
+    def returned(**information: Any) -> tuple[bytes, Atoms]:
+        atoms = molecule("H2O")
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+        for name, value in information.items():
+            place = atoms.arrays if np.shape(value) == (3,) else atoms.info
+            (atoms.calc.results if name == "magmoms" else place)[name] = value
+        (frame,) = extras.read([Frame(atoms, energy=-1.0)])
+        record = encode_information(frame, keys, extras)
+        plain = with_labels(frame, keys, extras)
+        return record, with_information(plain, body_of(record)) if record else plain
+
+    assert returned(number=2, config_type="a")[0] == b""
+    record, found = returned(config_type="a", number=2)
+    assert record
+    assert list(found.info) == ["config_type", "number"]
+    _, found = returned(tags=np.zeros(3, np.int32), half=np.float32(0.5), flag=np.bool_(True))
+    assert found.arrays["tags"].dtype == np.int32
+    assert (type(found.info["half"]), type(found.info["flag"])) == (np.float32, np.bool_)
+    _, found = returned(magmoms=np.zeros(3, np.int64))
+    assert found.calc.results["magmoms"].dtype == np.int64
+    _, found = returned(table=np.zeros(2, [("a", "f8"), ("b", "i4")]), note="x")
+    assert list(found.info) == ["note"]
+
+
 def test_frames_without_more_than_labels_take_no_bytes_for_it(tmp_path: Path) -> None:
     frames = [atoms for atoms in structures(8) if not atoms.info.keys() - {"config_type"} and atoms.pbc.all()]
     ase.io.write(tmp_path / "plain.xyz", frames)
@@ -932,7 +961,6 @@ def test_settings_of_the_build_are_told_from_misspelt_ones(name: str) -> None:
 
 
 def test_the_config_makes_the_data_module(folder: Path) -> None:
-    register_resolvers()
     config = composed("data=store", f"data.train={folder / 'train.store'}", "cutoff=3.0", "data.split={val: 2}")
     data = instantiate(config.data)
     assert isinstance(data, StoreDataModule)

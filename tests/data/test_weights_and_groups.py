@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from harness.data import AtomsDataModule, Frame, collate, empty_batch
 from harness.data.groups import sorted_groups
+from harness.data.store import BuildSettings, build_store
 
 SILICON = Path(__file__).resolve().parents[3] / "shared" / "data" / "silicon"
 GROUPS = ("bulk", "surface", "bulk", None, "defect", "surface", "bulk", "bulk")
@@ -68,6 +69,23 @@ def test_weights_of_files_and_of_values_multiply(tmp_path: Path) -> None:
         assert batch[name].shape == (3,)
         assert (empty[name].shape, empty[name].dtype) == ((0,), batch[name].dtype)
     assert "weight of the training frames: " in data.describe()
+
+
+def test_missing_labels_are_those_of_frames_that_count(tmp_path: Path) -> None:
+    """By the weights of the frame and of the label; the energies of all frames are there."""
+    frames = structures()
+    for index in (0, 4, 5, 6):  # the second has weight 0, the last two a weight of 0 of another or of this label
+        del frames[index].calc.results["forces"]
+    frames[5].info["config_energy_weight"] = 0.0
+    frames[6].info["config_forces_weight"] = 0.0
+    data = data_of(tmp_path, frames, split=None)
+    assert data.missing_labels("train")["forces"] == (2, 6)
+    assert data.missing_labels("train")["total_energy"] == (0, 6)
+    assert data.missing_labels("train", weighted=False) == {
+        "total_energy": (0, 8), "forces": (4, 8), "stress": (8, 8)
+    }  # fmt: skip
+    store = build_store(tmp_path / "frames.store", [tmp_path / "frames.xyz"], BuildSettings(extras=data.extras))
+    assert store.incomplete_counts(weighted=True) == data.train_set.frames.incomplete_counts(weighted=True)
 
 
 def test_keys_of_weights_can_be_named_and_left_out(tmp_path: Path) -> None:

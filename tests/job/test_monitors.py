@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import ase.io
 import pytest
 from omegaconf import DictConfig
 from support.bad_input import BASE, captured, composed, frames
+from support.mixtures import write_sets
 
 import harness
 from harness.job import prepare, train
@@ -33,6 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for atoms in without:
         del atoms.calc.results["stress"]
     ase.io.write(made / "no_stress.xyz", without, format="extxyz")
+    for atoms in without:
+        atoms.info["config_type"] = "Outlier"
+    ase.io.write(made / "outlier.xyz", without, format="extxyz")
+    ase.io.write(made / "outliers.xyz", [*frames(), *without], format="extxyz")
     return made
 
 
@@ -75,6 +81,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("metrics.coeffs.stress_rmse=null", "monitor=val0_epoch/stress_rmse"),
         ),
         ("val0_epoch/stress_rmse", "none of the 4 frames of val0 has stress"),
+    ),
+    "validation of weight 0": (
+        (
+            *("data.val=FOLDER/outlier.xyz", "data.split.val=null", "data.weights={config_type: {Outlier: 0}}"),
+            "monitor=val0_epoch/forces_mae",
+        ),
+        ("val0_epoch/forces_mae", "all frames of val0 have the weight 0 for forces", "weights: false"),
     ),
     # not there when it is asked for
     "plateau, every second epoch": (
@@ -202,6 +215,37 @@ def test_what_has_been_a_number_is_known_after_a_restart() -> None:
     other: Any = MonitorGuard({"monitor": NAN})
     other.load_state_dict(guard.state_dict())
     assert other._numbers == {NAN}
+
+
+STRESS = ("loss=energy_force_stress", "metrics=energy_force_stress", "data.train=FOLDER/outliers.xyz")
+WATCHED = "{name: every_stress, field: stress, metric: {_target_: harness.MeanAbsoluteError}, weights: false, coeff: 1}"
+
+
+def test_labels_of_frames_of_weight_0_may_be_missing(folder: Path, tmp_path: Path) -> None:
+    """The loss does not count them; a component that takes no weights does."""
+    stress = [each.replace("FOLDER", str(folder)) for each in STRESS]
+    weightless = "data.weights={config_type: {Outlier: 0}}"
+    values = train(config_of(folder, *stress, weightless, "max_epochs=1", output=tmp_path))
+    assert math.isfinite(values["train_loss_epoch/stress_mse"])
+    job = prepare(config_of(folder, *stress, weightless, output=tmp_path))
+    missing, total = job.datamodule.missing_labels("train", weighted=False)["stress"]
+    assert missing > 0
+    assert job.datamodule.missing_labels("train")["stress"] == (0, total - missing)
+    for options in ((), (weightless, f"loss.extra_metrics=[{WATCHED}]")):
+        with pytest.raises(ValueError, match=rf"{missing} of the {total} frames of train have no stress"):
+            prepare(config_of(folder, *stress, *options, output=tmp_path))
+
+
+def test_a_job_leaves_a_set_without_a_label_out_of_its_components(tmp_path: Path) -> None:
+    """Metals with stresses and molecules without: nothing is to be said of ignore_nan."""
+    sets = json.dumps(write_sets(tmp_path)).replace('"', "")
+    data = ["data=mixture", f"data.sets={sets}", *(option for option in BASE if not option.startswith(("data", "cut")))]
+    given = ["loss=energy_force_stress", "metrics=energy_force_stress", "cutoff=3.5", f"output_dir={tmp_path}"]
+    job = prepare(composed([*data, *given]))
+    for manager in (job.module.loss, *job.module.val_metrics):
+        found = {name: entry.sets for name, entry in manager.entries.items() if name in ("stress_mse", "stress_rmse")}
+        assert list(found.values()) == [(0,)]
+        assert manager.entries[f"forces_{next(iter(found)).rpartition('_')[2]}"].sets is None
 
 
 class _Mixture:

@@ -25,6 +25,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from support import oracle
+from support.accumulation_cases import TYPES
 from support.commands import BIN, NO_FIGURES, ROOT, SHARED, Finished, run, same, train
 from support.configs import composed
 from support.frames import chosen as chosen_frames
@@ -621,6 +622,40 @@ def test_a_group_of_weight_0_has_the_errors_of_its_frames_once_each() -> None:
             expected = oracle.values([component], oracle.predict(part, oracle.parameters()), labels)
             for cell in cells:
                 assert values.reports[cell].values["forces_mae"] == pytest.approx(expected["forces_mae"], rel=1e-12)
+
+
+def test_a_group_whose_energies_have_weight_0_has_their_errors_once_each() -> None:
+    """As in the tables of a training: for the components without other frames alone, by the weight of their label."""
+    features, target = oracle.draw(0, [2, 1, 3, 1])
+    target |= {"frame_index": torch.arange(4), "group_index": torch.tensor([0, 1, 1, 0])}
+    target["weight"] = torch.tensor([2.0, 1.0, 1.0, 3.0]).double()
+    target["energy_weight"] = torch.tensor([0.0, 0.0, 0.0, 0.5]).double()
+    energy = [oracle.Component("total_energy", "mae", 1.0), oracle.Component("total_energy", "max")]
+    components = [*energy, oracle.Component("forces", "mae", 1.0, True)]
+    entries, names = [each.entry(TYPES) for each in components], ["a", "b"]
+    values = GroupValues(harness.MetricsManager(entries, TYPES), [0], [["a", "b", "b", "a"]])
+    table = harness.MetricsManager(entries, TYPES, group_names=names)
+    table.keep_by_group()
+    module: Any = SimpleNamespace(device="cpu")
+    values.on_test_start(None, module)  # type: ignore[arg-type]
+    for part, labels in oracle.split(features, target, [2]):
+        numbers = labels["num_atoms"]
+        labels |= {"batch": torch.arange(len(numbers)).repeat_interleave(numbers)}
+        preds = {name: value.detach() for name, value in oracle.predict(part, oracle.parameters()).items()}
+        values.on_test_batch_end(None, module, preds, labels, 0)  # type: ignore[arg-type]
+        table(preds, labels)
+    values.on_test_epoch_end(None, module)  # type: ignore[arg-type]
+    by_group = harness.compute_together([table])[0].to_report().by_group
+    for number, (name, frames) in enumerate({"a": [3], "b": [1, 2]}.items()):
+        report = values.reports[0, name]
+        part, labels = chosen_frames(features, target, frames)  # of which energies count
+        expected = oracle.values(energy, oracle.predict(part, oracle.parameters()), labels)
+        for component in components:
+            assert report.values[component.name] == pytest.approx(by_group[component.name][number], rel=1e-12)
+        for component in energy:
+            assert report.values[component.name] == pytest.approx(expected[component.name], rel=1e-12)
+        assert report.counts["total_energy_mae"] == {"a": 1.5, "b": 2}[name]
+    assert values.reports[0, "b"].counts["forces_mae_by_type"] == 3 * 4
 
 
 def test_predictions_without_energies_are_written(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import ase.io
+import numpy as np
 import pytest
 import torch
-from support.commands import NO_FIGURES, read_csv, same, train
-from support.mixtures import write_sets
+from support.commands import BIN, NO_FIGURES, ROOT, read_csv, run, same, train
+from support.mixtures import metal_frames, write_sets
 
 from harness.data_command import main as data_command
 
@@ -81,3 +84,30 @@ def test_stores_give_the_values_of_files_also_killed_in_mid_epoch_and_on_another
         references = made_with["statistics"]["set_references"]
         assert list(references) == ["metal", "molecules"]
         assert references["metal"].keys() == {"O", "Cu"}
+
+
+@pytest.mark.slow
+def test_the_commands_that_the_page_begins_with_work_as_they_stand(tmp_path: Path) -> None:
+    """Three lines of a shell, the last one with settings of a short training."""
+    block = (ROOT / "docs" / "data.md").read_text().partition("```console\n")[2].partition("```")[0]
+    commands = [line.partition(" #")[0].strip() for line in block.splitlines()]
+    assert [command.split()[:2] for command in commands[:2]] == [["harness-data", "build"], ["harness-data", "info"]]
+    assert commands[2].startswith("harness-train data=store ")
+    (tmp_path / "train").mkdir()
+    for part in range(2):
+        frames = metal_frames()
+        for number, atoms in enumerate(frames):
+            atoms.rattle(0.02, seed=100 * part + number)
+            atoms.arrays["REF_forces"] = atoms.calc.results.pop("forces")
+        ase.io.write(tmp_path / "train" / f"{part}.xyz", frames, format="extxyz")
+    path = {"PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]), "WANDB_MODE": "offline"}
+    printed = []
+    for command in (*commands[:2], f"{commands[2]} max_epochs=1"):
+        done = run(["bash", "-c", command], tmp_path, **path)
+        assert done.code == 0, done.err[-3000:]
+        printed.append(done.out)
+    assert "24, of 4 to 4 atoms" in printed[1]
+    assert "forces 24" in printed[1]
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert np.isfinite(read_csv(folder)[-1]["test0_epoch/forces_rmse"])

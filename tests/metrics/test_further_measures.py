@@ -254,6 +254,39 @@ def test_thresholds_tell_structures_apart():
     assert math.isnan(float(metric(exact, target)))
 
 
+def test_an_error_at_the_threshold_is_not_within():
+    labels = {"total_energy": torch.zeros(3, 1), "forces": torch.zeros(3, 3), "num_atoms": torch.ones(3).long()}
+    preds = {name: labels[name].clone() for name in ("total_energy", "forces")}
+    preds["total_energy"][0], preds["forces"][1, 2] = 0.5, -0.25
+    assert float(EnergyForcesWithinThreshold(0.5, 0.25)(preds, labels)) == pytest.approx(1 / 3)
+    assert float(EnergyForcesWithinThreshold(0.51, 0.26)(preds, labels)) == 1
+
+
+def test_a_structure_without_error_has_no_gradient():
+    target = {"forces": torch.zeros(3, 3), "num_atoms": torch.tensor([1, 2])}
+    forces = torch.tensor([[0.0] * 3, [3.0, 0.0, 0.0], [0.0] * 3], requires_grad=True)
+    value = MeanOverStructures(error="rmse")({"forces": forces}, target)
+    assert float(value.detach()) == pytest.approx(math.sqrt(9 / 6) / 2)
+    value.backward()
+    expected = torch.zeros(3, 3)
+    expected[1, 0] = 0.5 * 3 / 6 / math.sqrt(9 / 6)
+    torch.testing.assert_close(forces.grad, expected)
+
+
+def test_weights_of_structures_count_in_a_metric_alone():
+    """Without a manager, as torchmetrics are used: the weights of the frame and of the one label that is read."""
+    features, target = drawn(1, [2, 1, 3, 2])
+    preds = {name: value.detach() for name, value in oracle.predict(features, oracle.parameters()).items()}
+    metrics = (
+        EnergyForcesWithinThreshold(1.5, 2.5),
+        MeanOverStructures("forces", "rmse"),
+        MeanOverStructures("total_energy"),
+    )
+    for (name, (values, weights)), metric in zip(numbers_of(features, target).items(), metrics, strict=True):
+        assert len(set(weights.tolist())) > 1
+        assert_close(float(metric(preds, target)), mean_of(values, weights, np.ones(4, bool)), name)
+
+
 def test_a_structure_counts_once_whatever_its_size():
     target = {"forces": torch.zeros(4, 3), "num_atoms": torch.tensor([1, 3]), "batch": torch.tensor([0, 1, 1, 1])}
     preds = {"forces": torch.tensor([[1.0] * 3, [0.0] * 3, [0.0] * 3, [0.0] * 3])}

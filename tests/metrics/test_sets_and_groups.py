@@ -263,10 +263,15 @@ def weightless(features, target):
 UNMASKED = [Component(**{**vars(component), "ignore_nan": False}) for component in COMPONENTS]
 
 
+@pytest.mark.parametrize("of_labels", [False, True])
 @pytest.mark.parametrize("shown", [False, True])
-def test_a_group_of_weight_0_has_the_values_of_its_frames_once_each(shown):
+def test_a_group_of_weight_0_has_the_values_of_its_frames_once_each(shown, of_labels):
     """In tables, and where values of groups are logged; nothing else changes by these frames."""
     features, target = weightless(*oracle.draw(12, [2, 1, 3, 2, 1, 1]))
+    if of_labels:  # the weights of the labels are 0, and not those of the frames
+        counts = target["weight"] > 0
+        target["weight"] = torch.where(counts, target["weight"], 1.0)
+        target |= {f"{label}_weight": counts.double() for label in ("energy", "forces", "stress")}
     manager = manager_of(UNMASKED, per_set=True, per_group=shown)
     manager.keep_by_group()
     in_sums, nowhere = (manager_of(UNMASKED, weights=mode) for mode in ("in_sums", False))
@@ -348,6 +353,19 @@ def test_an_epoch_goes_on_with_the_same_groups_only():
     assert str(reports[0]) == str(reports[1])
     with pytest.warns(UserWarning, match="was accumulated for other components"):
         other.load_state_dict(before.state_dict())
+
+
+def test_an_epoch_without_counts_of_frames_does_not_go_on_with_them():
+    """The components are the same, and the rows are not."""
+    features, target = draw(10, [2, 1, 3])
+    before, after = manager_of(weights=False, per_group=True), manager_of(weights=False, per_group=True)
+    after.keep_by_group()
+    preds = {name: value.detach() for name, value in oracle.predict(features, oracle.parameters()).items()}
+    before(preds, target)
+    with pytest.warns(UserWarning, match="was accumulated for other components"):
+        after.load_state_dict(before.state_dict())
+    after(preds, target)
+    assert sum(harness.compute_together([after])[0].to_report().frames_by_group) <= 3
 
 
 MAE = {"name": "mae", "field": "forces", "metric": harness.MeanAbsoluteError}

@@ -17,13 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from support.commands import ROOT
 
-from harness.config.resolvers import register_resolvers
 from harness.runs import SweepCallback, current_session
 
 
 @pytest.fixture(autouse=True)
 def conf() -> Iterator[None]:
-    register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
 

@@ -12,7 +12,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from support.configs import CONF
 
-from harness.config.resolvers import register_resolvers
 from harness.runs import (
     TYPED,
     Command,
@@ -93,7 +92,6 @@ def test_a_refused_command_leaves_the_results_of_one_before(tmp_path: Path) -> N
 
 def test_a_run_on_its_own_has_no_name_of_a_point() -> None:
     assert not HydraConfig.initialized()
-    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         logger = compose("train", ["name=alone", "output_dir=somewhere"]).logger.wandb
     assert (logger.name, logger.group) == (None, "alone")

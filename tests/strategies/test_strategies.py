@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,11 @@ pytestmark = pytest.mark.timeout(600)
 Seen = dict[str, Any]
 WORKER = ROOT / "tests" / "support" / "strategy_ranks.py"
 # deepspeed finds the program that compiles its small operation beside the interpreter
-SEARCH = {"PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+EXAMPLE = ROOT / "examples" / "dipole"
+SEARCH = {
+    "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")]),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{EXAMPLE}",
+}
 SPLIT = ("fsdp", "zero1", "zero2", "zero3")
 ALL = ("ddp", "ddp_static_graph", *SPLIT)
 
@@ -53,6 +58,22 @@ def write_frames(path: Path) -> Path:
         atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
         frames.append(atoms)
     write(path, frames)
+    return path
+
+
+def write_labelled(path: Path) -> Path:
+    """Clusters of water, of 3 to 9 atoms, a third of them with a dipole and a half with charges."""
+    water = runpy.run_path(str(EXAMPLE / "water.py"))
+    random, frames = np.random.default_rng(0), []
+    for number in range(26):
+        atoms = water["frame"](random, number)
+        if number % 3:
+            atoms.calc.results.pop("dipole", None)
+        if number % 2:
+            molecules = torch.tensor(atoms.positions).reshape(-1, 3, 3)
+            atoms.arrays["REF_charges"] = water["charges_of"](molecules).reshape(-1).numpy()
+        frames.append(atoms)
+    write(path, frames, format="extxyz")
     return path
 
 
@@ -192,6 +213,19 @@ def test_groups_of_parameters_and_frozen_ones(
     for number, values in other["state"].items():
         for key, value in values.items():
             torch.testing.assert_close(state["state"][number][key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_labels_that_some_frames_lack(tmp_path: Path) -> None:
+    """Dipoles and charges beside energies and forces, also where a rank, or all, have none of them in a step."""
+    labelled, alone, both = write_labelled(tmp_path / "labelled.xyz"), tmp_path / "alone", tmp_path / "both"
+    for folder in (alone, both):
+        folder.mkdir()
+    (whole,) = launch(alone, 1, labelled, "single,adam,32-true,labels").popitem()[1]
+    assert len([step for step in whole["steps"] if step["loss/dipole_mse"] > 0]) > 4
+    assert {"loss/charges_mae_O", "loss/charges_mae_H"} <= whole["steps"][0].keys()
+    assert any(float(moved.abs().max()) > 1e-2 for name, moved in whole["moved"].items() if "model.charges." in name)
+    for ranks in launch(both, 2, labelled, *(f"{strategy},adam,32-true,labels" for strategy in SPLIT)).values():
+        same_training(whole, ranks, values=5e-6)  # charges of 0.04 e are sums of larger numbers
 
 
 def test_double_precision(alone: dict[str, list[Seen]], two: dict[str, list[Seen]]) -> None:

@@ -5,7 +5,8 @@
 Each rank writes what it has seen of each case, a dictionary, to ``folder/{name}-{rank}.pt``. Options: ``name=...``, by
 default the case itself; ``from=checkpoint``; ``clip``, of gradients; ``accumulate``, of two micro-batches a step;
 ``groups``, of Adam's parameters, with some frozen, and a second stage; ``model=...``, of another package; ``ema``, of
-the weights; ``eval=...``, frames of all ranks together in an evaluation step.
+the weights; ``eval=...``, frames of all ranks together in an evaluation step; ``labels``, dipoles and charges of water,
+which some frames lack, by the model of ``examples/dipole``.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def run(
 ) -> dict[str, Any]:
     """Train for two epochs, and test."""
     dtype = "float64" if precision == "64-true" else "float32"
+    with_labels = "labels" in options
     seed_everything(0, verbose=False)
     data = AtomsDataModule(
         frames,
@@ -89,11 +91,17 @@ def run(
         batch_size=5,
         eval_batch_size=int(options["eval"]) if "eval" in options else None,
         seed=1,
-        type_names=["Cu", "Pd", "Ag", "Au"],
+        labels={"dipole": {}, "charges": {"key": "REF_charges"}} if with_labels else None,
+        type_names=["O", "H"] if with_labels else ["Cu", "Pd", "Ag", "Au"],
         dtype=dtype,
     )
     data.setup()
-    if "model" in options:
+    if with_labels:
+        from dipole_model import dipole_force_field
+
+        sizes = {"hidden_channels": 8, "num_filters": 8, "num_interactions": 1, "num_gaussians": 8}
+        model = dipole_force_field(data.statistics, cutoff=4.0, seed=3, **sizes)
+    elif "model" in options:
         model = build(options["model"], data.statistics, dtype)
     else:
         model = schnet_force_field(
@@ -107,14 +115,18 @@ def run(
             trainable_scales=True,
         )
     by_type = [{"name": "by_type", "field": "forces", "metric": harness.RootMeanSquaredError(), "per_type": True}]
+    loss, metrics, coeffs = harness.EnergyForceStressLoss, harness.EnergyForceStressMetrics, {"stress": 10}
+    if with_labels:
+        loss, metrics, coeffs = harness.EnergyForceLoss, harness.EnergyForceMetrics, {}
+        by_type += [
+            {"name": "dipole_mse", "field": "dipole", "metric": harness.MeanSquaredError(), "coeff": 10},
+            {"name": "charges_mae", "field": "charges", "metric": harness.MeanAbsoluteError(), "coeff": 1,
+             "per_type": True},
+        ]  # fmt: skip
     module = ForceFieldModule(
         model.double() if dtype == "float64" else model,
-        loss=functools.partial(
-            harness.EnergyForceStressLoss,
-            coeffs={"total_energy": 1, "forces": 1, "stress": 10},
-            extra_metrics=by_type,
-        ),
-        train_metrics=harness.EnergyForceStressMetrics,
+        loss=functools.partial(loss, coeffs={"total_energy": 1, "forces": 1, **coeffs}, extra_metrics=by_type),
+        train_metrics=metrics,
         val_metrics=functools.partial(harness.EnergyForceMetrics, extra_metrics=by_type),
         type_names=data.type_names,
         optimizer=GROUPED if "groups" in options else OPTIMIZERS[optimizer],
