@@ -1,4 +1,4 @@
-"""Configs of models and recipes beside the defaults of the packages that are installed, and their flags in the documents."""
+"""Configs of models and recipes beside the defaults of the packages that are installed, and flags in the documents."""
 
 from __future__ import annotations
 
