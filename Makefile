@@ -9,7 +9,7 @@ XDIST = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MODEL_TESTS := tests/models/test_other_models.py tests/strategies/test_other_models_strategies.py \
   tests/jobs/test_other_models_jobs.py tests/trained/test_load_model.py tests/calculators/test_calculator.py \
   tests/export/test_export.py tests/jobs/test_recipes.py tests/models/test_conversion.py \
-  tests/trained/test_heads.py
+  tests/trained/test_heads.py tests/models/test_defaults.py
 EXTRA_OF_sevennet := torchmd,
 STRICT := fields.py schedules distributed support metrics presets.py testing
 

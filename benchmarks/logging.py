@@ -60,7 +60,7 @@ def overrides(file: Path, folder: Path, arguments: argparse.Namespace) -> list[s
         "data.split={val: 2, test: 2}",
         "loss=energy_force_stress",
         "metrics=energy_force_stress",
-        "schedule=linear",
+        "schedule=linear_alloy",
         "schedule.interval=step",
         "lr_scheduler=none",
         "optimizer.lr=1e-4",

@@ -32,14 +32,15 @@ def _one_to(forces: int) -> list[str]:
 _TEN_TO_ONE = ["loss.coeffs.total_energy=10", "loss.coeffs.forces=1"]
 # coefficients alone, and 1000 : 1
 _TWO_STAGE = ["schedule=two_stage", "schedule.schedules.1.coeffs.forces_mse=1", "schedule.schedules.1.optimizer=null"]
+_TO_THE_ENERGY = "schedule.end.per_atom_energy_mse=100"  # an end of 100 : 1
 # coefficients of the loss are ENERGY : FORCES = 10 : 1 unless the name or a schedule says otherwise
 WAYS: dict[str, list[str]] = {
     "constant": ["schedule=constant", *_TEN_TO_ONE],
     **{f"constant-1-{forces}": ["schedule=constant", *_one_to(forces)] for forces in (1, 10, 100, 1000)},
     "two-stage": [*_TWO_STAGE, *_TEN_TO_ONE],
     "two-stage-1-100": [*_TWO_STAGE, *_one_to(100)],
-    "linear": ["schedule=linear"],
-    "cosine": ["schedule=cosine"],
+    "linear": ["schedule=linear", _TO_THE_ENERGY],
+    "cosine": ["schedule=cosine", _TO_THE_ENERGY],
     "deepmd": ["schedule=deepmd"],
     "softadapt": ["adaptive=softadapt", *_TEN_TO_ONE],
     "uncertainty": ["adaptive=uncertainty", *_TEN_TO_ONE],

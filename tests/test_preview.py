@@ -76,8 +76,8 @@ def test_a_nested_schedule(show: Show) -> None:
 
     def expected(epoch: float) -> dict[str, float]:
         late = float(np.clip((epoch - 20) / 16, 0, 1))
-        forces = 10 * np.interp(epoch, [0, 4], [0.1, 1]) if epoch < 20 else 1 + 9 * math.cos(math.pi * late / 2) ** 2
-        return {"per_atom_energy_mse": 100**late, "forces_mse": float(forces), "stress_mse": 100}
+        forces = 10 * np.interp(epoch, [0, 4], [0.1, 1]) if epoch < 20 else 5 + 5 * math.cos(math.pi * late / 2) ** 2
+        return {"per_atom_energy_mse": 5**late, "forces_mse": float(forces), "stress_mse": 100}
 
     check(shown, expected)
     assert shown.columns == ["epoch", "per_atom_energy_mse", "forces_mse", "stress_mse"]

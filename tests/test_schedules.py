@@ -480,11 +480,12 @@ def test_every_file_fits_the_losses(loss: str) -> None:
     assert made["two_stage"](30) == {"per_atom_energy_mse": 1000.0, "forces_mse": 100.0}
     assert dict(made["two_stage"].settings(30).optimizer) == {"lr": 1e-3}
     assert not made["two_stage"].settings(29)
-    assert made["linear"](20) == {"per_atom_energy_mse": 50.5, "forces_mse": 5.5}
-    assert made["cosine"](40) == made["linear"](40) == {"per_atom_energy_mse": 100.0, "forces_mse": 1.0}
+    assert made["linear"](20) == {"per_atom_energy_mse": 1.0, "forces_mse": 5.5}
+    assert made["cosine"](40) == made["linear"](40) == {"per_atom_energy_mse": 1.0, "forces_mse": 1.0}
+    assert made["linear_alloy"](40) == {"per_atom_energy_mse": 100.0, "forces_mse": 1.0}
     assert made["deepmd"](0, 1.0) == {"per_atom_energy_mse": 0.02, "forces_mse": 1000.0}
     assert made["nested"](2) == pytest.approx({"per_atom_energy_mse": 1.0, "forces_mse": 5.5})
-    assert made["nested"](28) == pytest.approx({"per_atom_energy_mse": 10.0, "forces_mse": 5.5})
+    assert made["nested"](28) == pytest.approx({"per_atom_energy_mse": 5**0.5, "forces_mse": 7.5})
     assert made["nested"].breakpoints == (0.0, 4.0, 20.0, 36.0)
 
 

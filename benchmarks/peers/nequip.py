@@ -66,7 +66,8 @@ def model_config(package: str) -> dict[str, Any]:
     found: dict[str, Any] = {"_target_": TARGETS[package], **SIZES[package]}
     if package == "allegro":
         found["radial_chemical_embed"] = {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", "num_bessels": 8}
-        found["readout_mlp_hidden_layers_width"] = found["num_scalar_features"]
+        widths = ("scalar_embed_mlp", "allegro_mlp", "readout_mlp")
+        found |= dict.fromkeys((f"{name}_hidden_layers_width" for name in widths), found["num_scalar_features"])
     return found
 
 

@@ -148,7 +148,7 @@ def _export(
         differences: dict[str, float] = {}
         sizes: dict[str, float] = {}
         for each in batches:
-            expected, found = model(each), fmt.predictions(part, example, each)
+            expected, found = model(each), fmt.predictions(part, example, each, model)
             for field in (name for name in found if name in expected):
                 difference = float((found[field] - expected[field]).abs().max())
                 differences[field] = max(differences.get(field, 0.0), difference)

@@ -63,13 +63,16 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def predictions(self, path: Path, example: Atoms, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predictions(
+        self, path: Path, example: Atoms, batch: Mapping[str, Tensor], model: nn.Module
+    ) -> dict[str, Tensor]:
         """Energy, forces and stress of a structure, predicted from the file by the package itself.
 
         Args:
             path: of the file, which is unpickled.
             example: the structure.
             batch: made of it.
+            model: the force field that the file was written from.
         """
 
     @abstractmethod

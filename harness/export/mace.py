@@ -38,7 +38,9 @@ class MACEFormat(Format):
         """The module."""
         return mace_module(model, dtype)
 
-    def predictions(self, path: Path, example: Atoms, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predictions(
+        self, path: Path, example: Atoms, batch: Mapping[str, Tensor], model: nn.Module
+    ) -> dict[str, Tensor]:
         """By ``MACECalculator``, with the head that the batch names."""
         return mace_predictions(path, example, int(batch["set_index"]) if "set_index" in batch else None)
 

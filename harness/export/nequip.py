@@ -37,7 +37,9 @@ class NequIPFormat(Format):
         """The checkpoint."""
         return nequip_checkpoint(cast(NequIPForceField, model), example)
 
-    def predictions(self, path: Path, example: Atoms, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predictions(
+        self, path: Path, example: Atoms, batch: Mapping[str, Tensor], model: nn.Module
+    ) -> dict[str, Tensor]:
         """By the model of ``ModelFromCheckpoint``."""
         return nequip_predictions(path, batch)
 

@@ -39,21 +39,38 @@ class SevenNetFormat(Format):
         """The checkpoint."""
         return sevennet_checkpoint(model)
 
-    def predictions(self, path: Path, example: Atoms, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By ``SevenNetCalculator``."""
-        return sevennet_predictions(path, example)
+    def predictions(
+        self, path: Path, example: Atoms, batch: Mapping[str, Tensor], model: nn.Module
+    ) -> dict[str, Tensor]:
+        """By ``SevenNetCalculator``, of the modality that the model gives."""
+        return sevennet_predictions(path, example, modality_of(model))
 
     def uses(self, file: Path, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """ASE, SevenNet's own evaluation, LAMMPS."""
+        name = modality_of(model)
+        of_python, of_shell = (f', modal="{name}"', f" --modal {name}") if name else ("", "")
         return [
-            f'SevenNetCalculator("{file}", device="cpu")',
-            f"sevenn inference {file} structures.xyz",
-            f"sevenn get_model {file}",
+            f'SevenNetCalculator("{file}", device="cpu"{of_python})',
+            f"sevenn inference {file} structures.xyz{of_shell}",
+            f"sevenn get_model {file}{of_shell}",
         ]
 
     def remarks(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
-        """SevenNet's single precision."""
-        return ["SevenNet computes in float32: total energies have steps of 6e-8 of their size"]
+        """SevenNet's single precision, and the references of a model of several modalities."""
+        name = modality_of(model)
+        others = (
+            [f"reference energies are those of the modality {name}; other ones have none of their own"] if name else []
+        )
+        return ["SevenNet computes in float32: total energies have steps of 6e-8 of their size", *others]
+
+
+def modality_of(force_field: nn.Module) -> str | None:
+    """Name of the modality whose energies a force field of SevenNet gives; None if it has no modalities."""
+    parts = parts_of(force_field, SevenNetEnergy)
+    if parts is None or parts[1].modality is None:
+        return None
+    names: Mapping[str, int] = (parts[1].config or {}).get("_modal_map") or {}
+    return next((name for name, index in names.items() if index == parts[1].modality), None)
 
 
 def sevennet_checkpoint(force_field: nn.Module) -> dict[str, Any]:
@@ -99,17 +116,18 @@ def sevennet_checkpoint(force_field: nn.Module) -> dict[str, Any]:
     }
 
 
-def sevennet_predictions(path: Path, atoms: Atoms) -> dict[str, Tensor]:
+def sevennet_predictions(path: Path, atoms: Atoms, modality: str | None = None) -> dict[str, Tensor]:
     """Predictions of a checkpoint by SevenNet's calculator, with the shapes of this package.
 
     Args:
         path: of a file that is trusted: SevenNet unpickles it.
         atoms: one structure.
+        modality: whose energies are predicted, of a model of several.
     """
     with guest(torch.float32):
         from sevenn.calculator import SevenNetCalculator
 
-        calculator = SevenNetCalculator(str(path), device="cpu")
+        calculator = SevenNetCalculator(str(path), device="cpu", modal=modality)
         calculator.calculate(atoms)
     found = calculator.results
     return {

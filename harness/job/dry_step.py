@@ -280,7 +280,7 @@ def _forward(
         raise ValueError(f"In {what}: {reason(error)}") from error
     context = trainer.precision_plugin.forward_context() if _on_cpu(trainer) else nullcontext()
     with context:
-        predictions = _guarded(lambda: module(batch), f"The model fails on {what}: it")
+        predictions = _predictions(module, batch, what, trainer)
         if not isinstance(predictions, Mapping):
             raise TypeError(
                 f"The model returned {type(predictions).__name__} for {what}; expected a dictionary of tensors by "
@@ -310,6 +310,29 @@ def _forward(
     for manager, of_manager in zip(managers, values, strict=True):
         _check_finite(manager, of_manager, what)
     return predictions, values
+
+
+def _predictions(module: ForceFieldModule, batch: Batch, what: str, trainer: Trainer) -> Any:
+    """What the model returns; refused with the remedy if it fails under mixed precision alone."""
+    try:
+        return _guarded(lambda: module(batch), f"The model fails on {what}: it")
+    except ValueError as error:
+        precision = str(trainer.precision_plugin.precision)
+        if not precision.endswith("mixed") or not _works_without_autocast(module, batch):
+            raise
+        raise ValueError(
+            f"{error}. It does not fail without mixed precision: the model is not made for {precision}. Give "
+            f"precision=float32, and matmul_precision=high for faster products on GPUs."
+        ) from error
+
+
+def _works_without_autocast(module: ForceFieldModule, batch: Batch) -> bool:
+    try:
+        with torch.autocast("cpu", enabled=False):  # the whole of this step is on it
+            module(batch)
+    except Exception:
+        return False
+    return True
 
 
 def _check_finite(manager: MetricsManager, values: Values, what: str) -> None:

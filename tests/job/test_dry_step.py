@@ -53,6 +53,35 @@ def trainer(precision: Any = "32-true") -> Trainer:
     return Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)
 
 
+class AddsMessages(torch.nn.Module):
+    """Adds a layer's outputs to float32 sums by ``index_add``, which takes one dtype alone; or has a fault."""
+
+    def __init__(self, fault: bool) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.fault = fault
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.fault:
+            raise IndexError("no such neighbour")
+        position = batch["pos"].clone().requires_grad_()
+        sums = position.new_zeros(len(batch["num_atoms"]), 1).index_add(0, batch["batch"], self.layer(position).sin())
+        with torch.autocast("cpu", enabled=False):
+            (slope,) = torch.autograd.grad(sums.sum(), position, create_graph=self.training)
+        return {"total_energy": sums, "forces": -slope}
+
+
+def test_a_model_that_fails_under_mixed_precision_alone_is_told_with_the_remedy(folder: Path) -> None:
+    data = data_of(folder)
+    check_first_batch(module_of(data, AddsMessages(fault=False)), data, trainer("32-true"), train=True)
+    with pytest.raises(
+        ValueError, match=r"raises RuntimeError: .*same scalar type.*not made for bf16-mixed. Give precision=float32"
+    ):
+        check_first_batch(module_of(data, AddsMessages(fault=False)), data, trainer("bf16-mixed"), train=True)
+    with pytest.raises(ValueError, match=r"raises IndexError: no such neighbour$"):
+        check_first_batch(module_of(data, AddsMessages(fault=True)), data, trainer("bf16-mixed"), train=True)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_nothing_changes(folder: Path, precision: Any) -> None:
     data = data_of(folder)

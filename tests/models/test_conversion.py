@@ -23,6 +23,8 @@ import harness
 import harness.convert
 from harness.convert import main
 from harness.data import Frame, collate, frame_to_sample
+from harness.export import main as export
+from harness.export.command import FORMATS
 from harness.job import prepare
 from harness.models.conversion import kind_of, patterns
 from harness.support.guest import guest
@@ -71,6 +73,20 @@ def test_energies_and_forces_are_those_of_the_package(
     out = capsys.readouterr().out
     assert "the code that it holds has been run (--unpickle)" in out
     assert "compared    energies and forces and stresses of 2 structures are those of" in out
+
+
+@each
+def test_what_was_converted_goes_home_again(name: str, tmp_path: Path) -> None:
+    file, home = tmp_path / f"theirs.{SUFFIX[name]}", tmp_path / "home"
+    expected = _CALLS[name](write(name, file), crystal())
+    fmt = next(fmt for fmt in FORMATS.values() if name in fmt.models)
+    export([str(converted(file)), "--to", fmt.name, "-o", str(home)])
+    model = harness.load_model(file.with_name("converted.ckpt"))
+    found = fmt.predictions(home, crystal(), model.batch_of(crystal()), model.model)
+    # sevenn computes in float32, total energies too
+    energy, forces = (0.02, 2e-5) if name == "sevennet" else (1e-9, 1e-10)
+    torch.testing.assert_close(found["total_energy"].flatten(), expected["energy"], rtol=0, atol=energy)
+    torch.testing.assert_close(found["forces"], expected["forces"], rtol=0, atol=forces)
 
 
 @pytest.mark.slow
@@ -321,6 +337,17 @@ def test_checkpoints_that_sevennet_ships_have_the_energies_of_its_calculator(
     atoms.calc = SevenNetCalculator(shipped, device="cpu", **modal)
     assert float(found["total_energy"]) == pytest.approx(atoms.get_potential_energy(), abs=1e-4)  # float32
     np.testing.assert_allclose(found["forces"].numpy(), atoms.get_forces(), atol=2e-5)
+    home = tmp_path / "home.pth"
+    export([str(output), "--to", "sevennet", "-o", str(home)])
+    again = atoms.copy()
+    again.calc = SevenNetCalculator(str(home), device="cpu", **modal)
+    assert again.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
+    np.testing.assert_allclose(again.get_forces(), atoms.get_forces(), atol=2e-5)
+    told = capsys.readouterr().out
+    assert all(
+        line in told for line in ('modal="PBE")', "home.pth --modal PBE", "those of the modality PBE") if options
+    )
+    assert ("modal" in told.partition("used by")[2]) == bool(options)
     if options:
         with pytest.raises(SystemExit):
             main([shipped, "--unpickle", "-o", str(tmp_path / "x.ckpt")])

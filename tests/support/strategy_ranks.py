@@ -114,6 +114,7 @@ def run(
             seed=3,
             trainable_scales=True,
         )
+    masked = {"ignore_nan": {"stress": True}} if "masked" in options else {}  # frames without a stress
     by_type = [{"name": "by_type", "field": "forces", "metric": harness.RootMeanSquaredError(), "per_type": True}]
     loss, metrics, coeffs = harness.EnergyForceStressLoss, harness.EnergyForceStressMetrics, {"stress": 10}
     if with_labels:
@@ -125,8 +126,10 @@ def run(
         ]  # fmt: skip
     module = ForceFieldModule(
         model.double() if dtype == "float64" else model,
-        loss=functools.partial(loss, coeffs={"total_energy": 1, "forces": 1, **coeffs}, extra_metrics=by_type),
-        train_metrics=metrics,
+        loss=functools.partial(
+            loss, coeffs={"total_energy": 1, "forces": 1, **coeffs}, extra_metrics=by_type, **masked
+        ),
+        train_metrics=functools.partial(metrics, **masked),
         val_metrics=functools.partial(harness.EnergyForceMetrics, extra_metrics=by_type),
         type_names=data.type_names,
         optimizer=GROUPED if "groups" in options else OPTIMIZERS[optimizer],
