@@ -313,7 +313,7 @@ def _forward(
 
 
 def _predictions(module: ForceFieldModule, batch: Batch, what: str, trainer: Trainer) -> Any:
-    """What the model returns; refused with the remedy if it fails under mixed precision alone."""
+    """Output of the model; refused with the remedy if it fails under mixed precision alone."""
     try:
         return _guarded(lambda: module(batch), f"The model fails on {what}: it")
     except ValueError as error:
