@@ -167,7 +167,7 @@ def compiled_by_nequip(folder: Path, backend: Any) -> torch.nn.Module:
     return nequip_force_field(data_of(folder).statistics, cutoff=3.5, compile_mode="compile", **sizes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compiled", [compiled_by_torch, compiled_by_nequip])
+@pytest.mark.parametrize("compiled", [compiled_by_torch, pytest.param(compiled_by_nequip, marks=pytest.mark.slow)])
 def test_nothing_is_compiled_for_it(folder: Path, compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training compiles for itself, on its device: once, and not once more for a copy."""
     graphs: list[Any] = []

@@ -100,7 +100,7 @@ def test_any_part_can_refuse_a_job(
     assert not output.exists()
 
 
-@pytest.mark.parametrize("ranks", ["1", "0,1"])
+@pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "0,1"])
 def test_a_refusal_on_two_ranks_is_one_message_and_leaves_no_trace(
     ranks: str, overrides: list[str], notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

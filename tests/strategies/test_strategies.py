@@ -215,6 +215,7 @@ def test_groups_of_parameters_and_frozen_ones(
             torch.testing.assert_close(state["state"][number][key], value, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_labels_that_some_frames_lack(tmp_path: Path) -> None:
     """Dipoles and charges beside energies and forces, also where a rank, or all, have none of them in a step."""
     labelled, alone, both = write_labelled(tmp_path / "labelled.xyz"), tmp_path / "alone", tmp_path / "both"
