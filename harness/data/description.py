@@ -94,4 +94,4 @@ def reference_warnings(
         yield undetermined_text(undetermined, list(map(float, shifts)), type_names, setting)
     for name, frames in sets.evaluated().items():
         if stage == "fit" or name.startswith("test"):
-            yield outside_text(name, frames, undetermined, type_names, setting)
+            yield outside_text(name, frames, undetermined, type_names, setting, fitted)

@@ -274,6 +274,7 @@ def outside_text(
     undetermined: Array,
     type_names: Sequence[str],
     setting: str | None = SETTING,
+    fitted: bool = True,
 ) -> str:
     """Sentences on frames of a set whose energies the training energies say nothing of; no text if there are none.
 
@@ -283,9 +284,20 @@ def outside_text(
         undetermined: ``[num_types, num_undetermined]``, see :class:`References`.
         type_names: chemical symbols in the order of the types.
         setting: that the model takes reference energies by; None if it has no such setting.
+        fitted: whether the references are fitted to this training's frames, and not to those of a checkpoint.
     """
     if not undetermined.shape[1]:
         return ""
+    frames_of_fit, in_none, origin, remedy = (
+        ("the training frames", "in no training frame", "energy_shifts=fit", "Train on such frames")
+        if fitted
+        else (
+            "the frames of the checkpoint's training",
+            "in no frame of the checkpoint's training",
+            "of the checkpoint",
+            f"Fit the references to frames of this training ({setting or SETTING}=fit)",
+        )
+    )
     labelled, concerned, contained = frames.labelled("energy"), [], np.zeros(len(type_names))
     for part, of_part in frames.compositions().chunks(labelled, _CHUNK):
         counts = of_part.dense(type_names)
@@ -300,15 +312,15 @@ def outside_text(
     reasons = []
     if present & set(entangled):
         found = [each for each in entangled if each in present]
-        reasons.append(f"{', '.join(found)} in other proportions than in the training frames")
+        reasons.append(f"{', '.join(found)} in other proportions than in {frames_of_fit}")
     if present & set(absent):
         found = [each for each in absent if each in present]
-        reasons.append(f"{', '.join(found)} in no training frame with an energy")
+        reasons.append(f"{', '.join(found)} {in_none} with an energy")
     first = frames[int(outside_frames[0])]
     return (
         f"{name}: the energies of {len(outside_frames)} of {len(labelled)} frames have an arbitrary reference "
-        f"(energy_shifts=fit), and errors of them mean nothing: {'; '.join(reasons)}. The first is {first.location}, "
-        f"{first.atoms.get_chemical_formula()}; forces and stresses are not concerned. Train on such frames, or give "
-        f"the energies of isolated atoms (in data.train with config_type=IsolatedAtom"
+        f"({origin}), and errors of them mean nothing: {'; '.join(reasons)}. The first is {first.location}, "
+        f"{first.atoms.get_chemical_formula()}; forces and stresses are not concerned. {remedy}, or give the "
+        f"energies of isolated atoms (in data.train with config_type=IsolatedAtom"
         f"{f', or by {setting}' if setting else ''})."
     )

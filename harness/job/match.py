@@ -398,7 +398,9 @@ def energy_level_text(start: Start, record: Mapping[str, Any], datamodule: Light
             far = 0.0 if now is None else abs(now["mean"] - before["mean"])
             if now is None or far <= max(_NAMED_LEVEL, 5 * before["std"]):
                 continue
-            pairs = ", ".join(f"{name} {shifts[name]:.6g} → {value:.6g}" for name, value in _fitted(frames).items())
+            pairs = ", ".join(
+                f"{name} {shifts[name]:.6g} → {value:.6g}" for name, value in _fitted(frames, shifts).items()
+            )
             text = (
                 f"energies of the {label} less the reference energies of {start} are {now['mean']:.4g} eV per "
                 f"atom on average, those of its training {before['mean']:.4g} ± {before['std']:.2g}. References in eV, "
@@ -421,13 +423,18 @@ def energy_level_text(start: Start, record: Mapping[str, Any], datamodule: Light
     return None
 
 
-def _fitted(frames: Sequence[Any]) -> dict[str, float]:
-    """Energies by element that fit the labels best, of the elements that the frames have."""
+def _fitted(frames: Sequence[Any], near: Mapping[str, float]) -> dict[str, float]:
+    """Energies by element that fit the labels best, of the elements that the frames have.
+
+    Where compositions leave them open, they are those with the least change from energies that are near.
+    """
     known = as_frame_set(frames)
     labelled = known.labelled("energy")
     chosen = known.subset(labelled[:: -(-len(labelled) // _MOST_FITTED)])
     names = sorted(chosen.symbols(), key=lambda name: atomic_numbers[name])
-    found = np.linalg.lstsq(*chosen.energy_rows(names), rcond=None)[0]
+    rows, energies = chosen.energy_rows(names)
+    before = np.asarray([near.get(name, 0.0) for name in names])
+    found = before + np.linalg.lstsq(rows, energies - rows @ before, rcond=None)[0]
     return dict(zip(names, found.tolist(), strict=True))
 
 

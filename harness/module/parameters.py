@@ -53,7 +53,7 @@ def _matching(pattern: str, model: nn.Module, setting: str) -> list[str]:
         words = dict.fromkeys(word for name in names for word in name.split(".") if not word.isdigit())
         parts = [part for part in pattern.replace("*", ".").split(".") if part]
         near = next(filter(None, (did_you_mean(part, words) for part in parts if part not in words)), "")
-        hint = near + hint
+        hint = f"{near}{hint} A pattern is of the whole name, with * for what it leaves open."
     raise ValueError(f"{setting}: the pattern {pattern!r} matches no parameter of the model. {hint}")
 
 
